@@ -1,0 +1,1 @@
+"""The streaming layer: hidden states from the servers to the training ranks."""
