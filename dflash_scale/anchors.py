@@ -1,0 +1,88 @@
+"""Anchors: where a block may start, which of its slots are trained, and the draw that picks them.
+
+A position a of a document may be an anchor if tokens a and a+1 are both supervised: the anchor stands for a token
+that the verifier sampled, and slot 1 must have something to predict. Slot k is trained if every token a+1..a+k is
+supervised and in the same document, because serving never drafts past a gap or an end.
+
+The draw for a document depends on (run seed, epoch, sample) alone - not on rank, packing, order or world size - so a
+run can be resumed on another number of GPUs and still see the same anchors.
+
+A anchors in a row · S block size · T tokens in a packed row.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+# Stands where an epoch would in a validation draw: validation anchors are fixed once for the whole run.
+VALIDATION_EPOCH = 2**31 - 1
+
+
+def anchor_seed(run_seed: int, epoch: int, sample: int) -> tuple[int, int, int]:
+    """The seed of one document's draw. All three are non-negative integers."""
+    return (run_seed, epoch, sample)
+
+
+def supervised_run(loss_mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
+    """For every position a of one document, how many supervised tokens follow it without a gap.
+
+    Args:
+        loss_mask: (n,) bool, True where the token is supervised.
+
+    Returns:
+        (n,) int32; slot k of a block at anchor a is trained exactly if k <= run[a].
+    """
+    n = len(loss_mask)
+    gaps = np.where(loss_mask, n, np.arange(n))
+    next_gap = np.minimum.accumulate(np.append(gaps, n)[::-1])[::-1]  # first unsupervised position >= p
+    return (next_gap[1:] - np.arange(n) - 1).astype(np.int32)
+
+
+def draw_anchors(
+    loss_mask: npt.NDArray[np.bool_], *, per_document: int, seed: Sequence[int]
+) -> npt.NDArray[np.int32]:
+    """Draws one document's anchors without replacement, ascending; all valid positions if they are fewer.
+
+    Args:
+        loss_mask: (n,) bool of one document.
+        per_document: the most anchors to draw.
+        seed: from `anchor_seed`.
+    """
+    valid = np.flatnonzero(loss_mask & (supervised_run(loss_mask) >= 1))
+    if len(valid) > per_document:
+        valid = np.sort(np.random.default_rng(seed).choice(valid, per_document, replace=False))
+    return valid.astype(np.int32)
+
+
+def plan_anchors(
+    doc_ids: npt.NDArray[np.int32],
+    loss_mask: npt.NDArray[np.bool_],
+    *,
+    block_size: int,
+    per_document: int,
+    seeds: Sequence[Sequence[int]],
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """Draws the anchors of a packed row, document by document.
+
+    Args:
+        doc_ids: (T,) int32; documents are numbered 0.. in the order they lie in the row, -1 is padding.
+        loss_mask: (T,) bool.
+        block_size: S.
+        per_document: the most anchors of one document.
+        seeds: one seed per document (`anchor_seed`).
+
+    Returns:
+        anchors (A,) int32 ascending positions in the row, and trained (A,) int32: slots 1..trained of that block
+        are trained, the others are not. There are no padding anchors.
+    """
+    anchors: list[npt.NDArray[np.int32]] = []
+    trained: list[npt.NDArray[np.int32]] = []
+    bounds = np.searchsorted(np.where(doc_ids < 0, len(seeds), doc_ids), np.arange(len(seeds) + 1))
+    for seed, start, stop in zip(seeds, bounds[:-1], bounds[1:], strict=True):
+        mask = loss_mask[start:stop]
+        drawn = draw_anchors(mask, per_document=per_document, seed=seed)
+        anchors.append(drawn + np.int32(start))
+        trained.append(np.minimum(supervised_run(mask)[drawn], block_size - 1).astype(np.int32))
+    empty = np.zeros(0, np.int32)
+    return np.concatenate([empty, *anchors]), np.concatenate([empty, *trained])

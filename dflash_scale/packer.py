@@ -1,0 +1,224 @@
+"""What is trained when: the row schedule; and one packed row, from the samples' tokens to the tensors of a step.
+
+Samples are packed once, first fit, into rows of at most T tokens; every epoch shuffles the rows. The schedule is a pure
+function of the data set and the configuration: every rank and the receiver compute the same one, so nothing is
+negotiated while a run goes on, every rank has the same number of micro-steps, and a resumed run continues at a step
+number alone, on any world size that divides the rows of a step.
+
+T tokens in a packed row · A anchors in it · S block size.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from dflash_scale.anchors import VALIDATION_EPOCH, anchor_seed, plan_anchors
+
+OPEN_ROWS = 64  # rows that first fit looks at; bounds the packing to O(samples), at a cost below 1 % of fill
+
+Ints = npt.NDArray[np.int32]
+
+
+class Split(Protocol):
+    """One split of a prepared data set (`prompts.load_prepared`)."""
+
+    @property
+    def lengths(self) -> Ints: ...
+    def tokens(self, index: int) -> Ints: ...
+    def loss_mask(self, index: int) -> npt.NDArray[np.bool_]: ...
+
+
+class Samples:
+    """Both splits under one numbering: the training samples first, then the validation samples."""
+
+    def __init__(self, train: Split, validation: Split) -> None:
+        self._train, self._validation = train, validation
+        self.train_count = len(train.lengths)
+        self.lengths: Ints = np.concatenate([train.lengths, validation.lengths]).astype(np.int32)
+
+    def _split(self, sample: int) -> tuple[Split, int]:
+        inside = sample < self.train_count
+        return (self._train, sample) if inside else (self._validation, sample - self.train_count)
+
+    def tokens(self, sample: int) -> Ints:
+        """(n,) int32 token ids."""
+        split, index = self._split(sample)
+        return split.tokens(index)
+
+    def loss_mask(self, sample: int) -> npt.NDArray[np.bool_]:
+        """(n,) bool, True where the token is supervised."""
+        split, index = self._split(sample)
+        return split.loss_mask(index)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a sample lies in a row: `length` tokens from `start`."""
+
+    sample: int
+    start: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of one rank. `step` counts from 1; a validation row's `epoch` is the step it follows."""
+
+    kind: Literal["train", "validation"]
+    epoch: int
+    step: int
+    micro: int
+    places: tuple[Place, ...]
+
+
+def pack(samples: Sequence[int] | Ints, lengths: Ints, row_tokens: int) -> list[tuple[Place, ...]]:
+    """Packs samples, first fit, into rows of at most `row_tokens` tokens.
+
+    Raises:
+        ValueError: a sample is longer than a row.
+    """
+    done: list[tuple[Place, ...]] = []
+    opened: list[tuple[int, list[Place]]] = []  # (tokens used, places)
+    for sample in map(int, samples):
+        length = int(lengths[sample])
+        if length > row_tokens:
+            raise ValueError(
+                f"sample {sample} has {length} tokens, more than data.row_tokens = {row_tokens}: "
+                "raise data.row_tokens or prepare the data set with a smaller --max-tokens"
+            )
+        for slot, (used, places) in enumerate(opened):
+            if used + length <= row_tokens:
+                places.append(Place(sample, used, length))
+                opened[slot] = (used + length, places)
+                break
+        else:
+            if len(opened) == OPEN_ROWS:
+                fullest = max(range(OPEN_ROWS), key=lambda slot: opened[slot][0])
+                done.append(tuple(opened.pop(fullest)[1]))
+            opened.append((length, [Place(sample, 0, length)]))
+    return done + [tuple(places) for _, places in opened]
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleSpec:
+    """What the schedule depends on besides the samples' lengths. `max_steps` None: all epochs."""
+
+    row_tokens: int
+    rows_per_step: int
+    world_size: int
+    seed: int
+    epochs: int
+    max_steps: int | None
+    validate_every: int
+
+
+class RowSchedule:
+    """The rows of every rank, in the order in which it consumes them."""
+
+    def __init__(self, samples: Samples, spec: ScheduleSpec) -> None:
+        if spec.rows_per_step % spec.world_size:
+            raise ValueError(
+                f"train.rows_per_step = {spec.rows_per_step} is not a multiple of the {spec.world_size} ranks: "
+                "every rank trains the same number of rows in a step; change one of the two"
+            )
+        self.spec = spec
+        shuffled = np.random.default_rng((spec.seed, 0)).permutation(samples.train_count)
+        self._train = pack(shuffled, samples.lengths, spec.row_tokens)
+        validation = range(samples.train_count, len(samples.lengths))
+        self._validation = pack(validation, samples.lengths, spec.row_tokens)
+        if not self._train:
+            raise ValueError("the data set has no training sample: prepare one with `dflash-scale prepare`")
+        self.micros = spec.rows_per_step // spec.world_size
+        self.steps_per_epoch = -(-len(self._train) // spec.rows_per_step)
+        every = spec.epochs * self.steps_per_epoch
+        self.total_steps = every if spec.max_steps is None else min(every, spec.max_steps)
+        self.validation_micros = -(-len(self._validation) // spec.world_size)
+        self._row_order = lru_cache(maxsize=2)(self._shuffle_rows)
+
+    def _shuffle_rows(self, epoch: int) -> npt.NDArray[np.int64]:
+        return np.random.default_rng((self.spec.seed, 1, epoch)).permutation(len(self._train))
+
+    def validates_after(self, step: int) -> bool:
+        """Whether validation follows the optimizer step `step`; it always follows the last one."""
+        every = self.spec.validate_every
+        return every > 0 and self.validation_micros > 0 and (step % every == 0 or step == self.total_steps)
+
+    def train_rows(self, rank: int, step: int) -> list[Row]:
+        """The rows of one rank in one optimizer step (1-based), one per micro-step; the last step of an epoch may
+        hold empty rows, so that every sample is trained and no rank has fewer micro-steps than another."""
+        epoch, within = divmod(step - 1, self.steps_per_epoch)
+        order = self._row_order(epoch)
+        rows = []
+        for micro in range(self.micros):
+            index = within * self.spec.rows_per_step + micro * self.spec.world_size + rank
+            places = self._train[order[index]] if index < len(order) else ()
+            rows.append(Row("train", epoch, step, micro, places))
+        return rows
+
+    def validation_rows(self, rank: int, step: int) -> list[Row]:
+        """The validation rows of one rank after the optimizer step `step`; the same rows every time."""
+        rows = []
+        for micro in range(self.validation_micros):
+            index = micro * self.spec.world_size + rank
+            places = self._validation[index] if index < len(self._validation) else ()
+            rows.append(Row("validation", step, step, micro, places))
+        return rows
+
+    def rows(self, rank: int, first_step: int = 1) -> Iterator[Row]:
+        """All rows of one rank from the optimizer step `first_step` on, in the order it consumes them."""
+        for step in range(first_step, self.total_steps + 1):
+            yield from self.train_rows(rank, step)
+            if self.validates_after(step):
+                yield from self.validation_rows(rank, step)
+
+
+@dataclass(frozen=True, slots=True)
+class AnchorSpec:
+    """What the anchors of a row depend on besides the row."""
+
+    block_size: int
+    per_document: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlan:
+    """All of a row that is known before its hidden states arrive (numpy, on the CPU).
+
+    tokens, doc_ids, positions (T,) int32 with T the tokens in use · anchors, trained (A,) int32 (`plan_anchors`) ·
+    block_tokens (A, S) int32: the row's tokens a..a+S-1, 0 beyond the document.
+    """
+
+    row: Row
+    tokens: Ints
+    doc_ids: Ints
+    positions: Ints
+    anchors: Ints
+    trained: Ints
+    block_tokens: Ints
+
+
+def plan_row(row: Row, samples: Samples, spec: AnchorSpec) -> RowPlan:
+    """Lays the row out and draws its anchors; a row without samples has T = A = 0."""
+    total = sum(place.length for place in row.places)
+    tokens, positions = np.zeros(total, np.int32), np.zeros(total, np.int32)
+    doc_ids, loss_mask = np.full(total, -1, np.int32), np.zeros(total, bool)
+    epoch = VALIDATION_EPOCH if row.kind == "validation" else row.epoch
+    for document, place in enumerate(row.places):
+        here = slice(place.start, place.start + place.length)
+        tokens[here] = samples.tokens(place.sample)
+        loss_mask[here] = samples.loss_mask(place.sample)
+        doc_ids[here] = document
+        positions[here] = np.arange(place.length)
+    seeds = [anchor_seed(spec.seed, epoch, place.sample) for place in row.places]
+    anchors, trained = plan_anchors(
+        doc_ids, loss_mask, block_size=spec.block_size, per_document=spec.per_document, seeds=seeds
+    )
+    slots = np.arange(spec.block_size)
+    at = np.minimum(anchors[:, None] + slots, max(total - 1, 0))
+    block_tokens = np.where(slots <= trained[:, None], tokens[at] if total else 0, 0).astype(np.int32)
+    return RowPlan(row, tokens, doc_ids, positions, anchors, trained, block_tokens)
