@@ -39,9 +39,7 @@ def supervised_run(loss_mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
     return (next_gap[1:] - np.arange(n) - 1).astype(np.int32)
 
 
-def draw_anchors(
-    loss_mask: npt.NDArray[np.bool_], *, per_document: int, seed: Sequence[int]
-) -> npt.NDArray[np.int32]:
+def draw_anchors(loss_mask: npt.NDArray[np.bool_], *, per_document: int, seed: Sequence[int]) -> npt.NDArray[np.int32]:
     """Draws one document's anchors without replacement, ascending; all valid positions if they are fewer.
 
     Args:

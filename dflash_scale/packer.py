@@ -190,7 +190,7 @@ class RowPlan:
     """All of a row that is known before its hidden states arrive (numpy, on the CPU).
 
     tokens, doc_ids, positions (T,) int32 with T the tokens in use · anchors, trained (A,) int32 (`plan_anchors`) ·
-    block_tokens (A, S) int32: the row's tokens a..a+S-1, 0 beyond the document.
+    block_tokens (A, S) int32: the tokens a..a+S-1, 0 in slots that are not trained.
     """
 
     row: Row
