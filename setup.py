@@ -1,0 +1,284 @@
+"""Builds and installs dflash_scale: metadata, and one ninja step for the two native libraries.
+
+dflash_scale/_ring.<abi>.so   pybind11 module over csrc/ring; knows no torch
+dflash_scale/_kernels.so      torch operators over LibTorch's stable ABI; not a Python module. One file holds the CPU
+                              operators and, where nvcc is found, the sm_80 and sm_90a kernels; it loads in a CPU-only
+                              torch and in any torch >= 2.10.
+
+torch's own CUDAExtension is not used: it refuses to build CUDA code beside a CPU-only torch, and ties the result to one
+torch release. The build directory is build/native; a second build with nothing changed runs no compiler.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+HERE = Path(__file__).resolve().parent
+BUILD = HERE / "build" / "native"
+RING = f"_ring{sysconfig.get_config_var('EXT_SUFFIX')}"
+KERNELS = "_kernels.so"
+# The oldest torch whose stable ABI has all we call: 2.10, as (major << 56 | minor << 48).
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+# sm_80 and sm_90a machine code separately: -arch=sm_90a would add compute_90 PTX, in which wgmma does not exist.
+GENCODE = "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a"
+
+
+def package_dir(name: str) -> Path | None:
+    """Folder of an installed package, looked up first in the environment that is being installed into.
+
+    An isolated build cannot import that environment's packages, but the interpreter is the same, so sysconfig knows
+    where they are. A package that pip put into the build environment is the second choice: its path is temporary, and
+    would make every build a full one.
+    """
+    for key in ("purelib", "platlib"):
+        folder = Path(sysconfig.get_path(key)) / name
+        if (folder / "__init__.py").is_file():
+            return folder
+    spec = importlib.util.find_spec(name)
+    return Path(spec.origin).parent if spec is not None and spec.origin is not None else None
+
+
+def fail(sentence: str) -> SystemExit:
+    return SystemExit(f"dflash_scale: {sentence}")
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What the build runs, all checked before the first file is compiled."""
+
+    cxx: str
+    ninja: str
+    torch: Path
+    nvcc: str | None
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    if home and (Path(home) / "bin" / "nvcc").is_file():
+        return str(Path(home) / "bin" / "nvcc")
+    return shutil.which("nvcc")
+
+
+def find_ninja() -> str | None:
+    spec = importlib.util.find_spec("ninja")
+    if spec is not None and spec.origin is not None:
+        import ninja
+
+        found = Path(ninja.BIN_DIR) / "ninja"
+        if found.is_file():
+            return str(found)
+    return shutil.which("ninja")
+
+
+def find_tools() -> Tools:
+    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
+    cxx = next((found for name in wanted if (found := shutil.which(name))), None)
+    if cxx is None:
+        raise fail(
+            f"no C++ compiler found (looked for {', '.join(wanted)} on PATH); install g++ 11 or newer, or set CXX."
+        )
+    torch = package_dir("torch")
+    if torch is None or not (torch / "include" / "torch" / "csrc" / "stable" / "library.h").is_file():
+        raise fail("no torch >= 2.10 with its C++ headers found in this environment; pip install 'torch>=2.10' first.")
+    ninja = find_ninja()
+    if ninja is None:
+        raise fail("ninja not found; pip install ninja, or install without --no-build-isolation.")
+    nvcc = find_nvcc()
+    if nvcc is None:
+        print("dflash_scale: nvcc not found in CUDA_HOME or on PATH: building the CPU operators only.", flush=True)
+    return Tools(cxx, ninja, torch, nvcc)
+
+
+def sources(folder: str, suffix: str) -> list[Path]:
+    return sorted((HERE / "csrc" / folder).glob(f"*{suffix}"))
+
+
+def quoted(*words: str | Path) -> str:
+    """Words for a command line in build.ninja: quoted for the shell, then for ninja."""
+    return " ".join(shlex.quote(str(word)) for word in words).replace("$", "$$")
+
+
+def ninja_path(path: str | Path) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def rules(tools: Tools) -> list[str]:
+    cxx = quoted(tools.cxx)
+    include = quoted(
+        f"-I{HERE / 'csrc'}",
+        *(["-DDFLASH_CUDA"] if tools.nvcc else []),
+        "-isystem",
+        tools.torch / "include",
+        "-isystem",
+        tools.torch / "include" / "torch" / "csrc" / "api" / "include",
+    )
+    flags = "-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -MMD -MF $out.d"
+    libraries = quoted(f"-L{tools.torch / 'lib'}", "-ltorch_cpu")
+    text = [
+        "ninja_required_version = 1.5",
+        "builddir = .",
+        f"rule cxx_op\n  command = {cxx} {flags} {TORCH_TARGET} {include} -c $in -o $out",
+        "  depfile = $out.d\n  deps = gcc\n  description = c++ $in",
+        f"rule link_cxx\n  command = {cxx} -shared -pthread $in -o $out $libraries\n  description = link $out",
+    ]
+    if tools.nvcc:
+        nvcc = f"{quoted(tools.nvcc, '-ccbin', tools.cxx, f'-I{HERE}/csrc')} {GENCODE}"
+        cuda = "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden -Werror all-warnings -Xptxas -v -MMD -MF $out.d"
+        # The log is kept, because check_ptxas judges it after every build, also where nothing was compiled.
+        text += [
+            f"rule cuda\n  command = {nvcc} {cuda} -c $in -o $out > $out.log 2>&1"
+            " || { cat $out.log; rm -f $out; false; }",
+            "  depfile = $out.d\n  deps = gcc\n  description = nvcc $in",
+            f"rule link_op\n  command = {nvcc} -shared -cudart static $in -o $out {libraries}",
+            "  description = link $out",
+        ]
+    else:
+        text += [
+            f"rule link_op\n  command = {cxx} -shared -pthread $in -o $out {libraries}",
+            "  description = link $out",
+        ]
+    return text
+
+
+def ring_edges(tools: Tools) -> list[str]:
+    pybind = package_dir("pybind11")
+    if pybind is None:
+        raise fail("pybind11 not found; pip install pybind11, or install without --no-build-isolation.")
+    include = quoted(f"-I{HERE / 'csrc'}", "-isystem", pybind / "include", "-isystem", sysconfig.get_path("include"))
+    text = [
+        f"rule cxx_ring\n  command = {quoted(tools.cxx)} -std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra"
+        f" -MMD -MF $out.d {include} -c $in -o $out",
+        "  depfile = $out.d\n  deps = gcc\n  description = c++ $in",
+    ]
+    objects = [(path, f"ring/{path.name}.o") for path in sources("ring", ".cpp")]
+    text += [f"build {target}: cxx_ring {ninja_path(path)}" for path, target in objects]
+    text += [f"build {RING}: link_cxx {' '.join(target for _, target in objects)}\n  libraries = -lrt"]
+    return [*text, f"default {RING}"]
+
+
+def kernel_edges(tools: Tools) -> list[str]:
+    text, objects = [], []
+    for folder in ("attention", "loss"):
+        for suffix, rule in ((".cpp", "cxx_op"), *([(".cu", "cuda")] if tools.nvcc else [])):
+            for path in sources(folder, suffix):
+                objects.append(f"{folder}/{path.name}.o")
+                text.append(f"build {objects[-1]}: {rule} {ninja_path(path)}")
+    return [*text, f"build {KERNELS}: link_op {' '.join(objects)}", f"default {KERNELS}"]
+
+
+def check_ptxas() -> None:
+    """Prints each kernel's registers; a spill or a serialised wgmma (C7512) fails the build: it is a silent 2-10x."""
+    for log in sorted(BUILD.glob("*/*.cu.o.log")):
+        text = log.read_text()
+        for kernel, arch, rest in re.findall(r"entry function '(\w+)' for '(\w+)'(.*?)(?=Compiling|\Z)", text, re.S):
+            registers = re.search(r"Used (\d+) registers", rest)
+            print(f"ptxas {log.name[:-6]} {arch} {kernel}: {registers[1] if registers else '?'} registers", flush=True)
+            if re.search(r"[1-9]\d* bytes spill", rest):
+                raise fail(f"{kernel} spills registers on {arch}; see {log}.")
+        if "C7512" in text:
+            raise fail(f"ptxas serialised wgmma (C7512) in {log.name[:-6]}; see {log}.")
+
+
+def publish(name: str, folder: Path) -> None:
+    """Copies a library beside its destination and renames it: a process that has the old one mapped keeps it whole."""
+    built, target = BUILD / name, folder / name
+    if target.is_file() and target.read_bytes() == built.read_bytes():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = target.with_suffix(f".{os.getpid()}.tmp")
+    shutil.copy2(built, aside)
+    os.replace(aside, target)
+
+
+class NinjaBuild(build_ext):
+    """build_ext that writes build/native/build.ninja, runs ninja, and places what it made."""
+
+    def names(self) -> list[str]:
+        return ([RING] if sources("ring", ".cpp") else []) + ([KERNELS] if sources("attention", ".cpp") else [])
+
+    def run(self) -> None:
+        tools = find_tools()
+        BUILD.mkdir(parents=True, exist_ok=True)
+        parts = rules(tools)
+        if RING in self.names():
+            parts += ring_edges(tools)
+        if KERNELS in self.names():
+            parts += kernel_edges(tools)
+        (BUILD / "build.ninja").write_text("\n".join(parts) + "\n")
+        jobs = os.environ.get("MAX_JOBS")
+        command = [tools.ninja, "-C", str(BUILD), *(["-j", jobs] if jobs else [])]
+        if subprocess.run(command).returncode != 0:
+            raise fail("the native build failed; the compiler's message is above.")
+        if tools.nvcc:
+            check_ptxas()
+        for name in self.names():
+            publish(name, self.destination())
+
+    def destination(self) -> Path:
+        return (HERE if self.inplace else Path(self.build_lib)) / "dflash_scale"
+
+    def get_source_files(self) -> list[str]:
+        return [str(path.relative_to(HERE)) for path in sorted((HERE / "csrc").rglob("*.*"))]
+
+    def get_outputs(self) -> list[str]:
+        return [str(self.destination() / name) for name in self.names()]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        if not self.inplace:
+            return {}
+        built = Path(self.build_lib) / "dflash_scale"
+        return {str(built / name): str(HERE / "dflash_scale" / name) for name in self.names()}
+
+
+def version() -> str:
+    found = re.search(r'__version__ = "(.+)"', (HERE / "dflash_scale" / "__init__.py").read_text())
+    assert found is not None, "dflash_scale/__init__.py states no __version__"
+    return found[1]
+
+
+REQUIRES = [
+    "torch>=2.10",
+    "deepspeed>=0.18",
+    "transformers>=5.0",
+    "datasets",
+    "safetensors",
+    "pyzmq>=26.4",
+    "msgpack",
+    "xxhash",
+    "pydantic>=2",
+    "tensorboard",
+    "matplotlib",
+    "tqdm",
+    "numpy",
+    "ninja",
+    "pybind11",
+]
+
+setup(
+    name="dflash-scale",
+    version=version(),
+    description="Trains DFlash drafters for speculative decoding, online, from a fleet of vLLM servers",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=["dflash_scale", "dflash_scale.stream"],
+    package_data={"dflash_scale": [KERNELS]},
+    # Only named here, so that setuptools makes a platform wheel and calls build_ext: ninja knows the sources.
+    ext_modules=[Extension("dflash_scale._kernels", sources=[])],
+    cmdclass={"build_ext": NinjaBuild},
+    # Only the headers are needed: an environment that has torch must not download another into the isolated build.
+    setup_requires=[] if package_dir("torch") else ["torch>=2.10"],
+    install_requires=REQUIRES,
+    extras_require={"dev": ["pytest", "hypothesis", "ruff", "mypy", "clang-format"]},
+    entry_points={"console_scripts": ["dflash-scale = dflash_scale.cli:main"]},
+)
