@@ -1,0 +1,393 @@
+"""The configuration of one run: one JSON file, one pydantic model per section, every field with its unit.
+
+    config = load_config("configs/zero2_dflash.json", ["train.lr=3e-4", "deepspeed.zero_optimization.stage=3"])
+    shares = resolve(config, world_size=8)
+
+Everything that can be wrong in the file alone is found here, before a GPU, a server or the network is touched.
+Errors are `ValueError`s with one line per problem: what, got, wanted, what to do.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from dflash_scale.addresses import check_address
+from dflash_scale.config_errors import explain
+
+GIB = 1 << 30
+
+LayerType = Literal["full_attention", "sliding_attention"]
+Positive = Annotated[int, Field(ge=1)]
+
+# DeepSpeed keys that follow from this file. Given twice they could disagree, so they may not be given there.
+DERIVED_DEEPSPEED_KEYS = {
+    "train_batch_size": "train.rows_per_step",
+    "train_micro_batch_size_per_gpu": "train.rows_per_step (a micro-step is one row of data.row_tokens tokens)",
+    "gradient_accumulation_steps": "train.rows_per_step (micro-steps = rows_per_step / world size)",
+    "bf16": "train.precision",
+    "bfloat16": "train.precision",
+    "fp16": "train.precision",
+    "amp": "train.precision",
+    "gradient_clipping": "train.clip",
+    "optimizer": "train.lr, train.weight_decay and train.betas",
+    "scheduler": "train.warmup_ratio and train.min_lr_ratio",
+}
+
+
+class Section(BaseModel):
+    # strict: `"layers": true` and `"lr": "6e-4"` are mistakes, not numbers.
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class VerifierSection(Section):
+    model: str = Field(min_length=1, description="Verifier: a local folder or a hub id, as the servers serve it.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="dtype of the streamed hidden states; auto = the dtype in the verifier's config.json.",
+    )
+    layer_ids: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        default=None,
+        strict=False,
+        description="Tapped layers, ascending; id k = residual after k decoder layers (0 = embedding output). "
+        "null = 5 of them, uniformly from the 2nd to the 3rd last layer.",
+    )
+
+    @field_validator("layer_ids")
+    @classmethod
+    def _ascending(cls, ids: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if ids is not None and (not ids or list(ids) != sorted(set(ids))):
+            raise ValueError("at least one layer id, ascending, without repeats")
+        return ids
+
+
+class DrafterSection(Section):
+    layers: Positive = Field(default=5, description="Decoder layers of the drafter.")
+    block_size: int = Field(
+        default=16, ge=2, description="Slots of a block: the anchor and block_size - 1 drafted tokens."
+    )
+    intermediate_size: Positive | None = Field(default=None, description="Width of the MLP; null = the verifier's.")
+    heads: Positive | None = Field(default=None, description="Query heads; null = the verifier's.")
+    kv_heads: Positive | None = Field(default=None, description="Key and value heads; null = the verifier's.")
+    head_dim: Positive | None = Field(default=None, description="Numbers per head; null = the verifier's.")
+    mask_token_id: Annotated[int, Field(ge=0)] | None = Field(
+        default=None,
+        description="Token id of the mask slots; null = the tokenizer's mask token or an unused embedding row.",
+    )
+    layer_types: tuple[LayerType, ...] | None = Field(
+        default=None,
+        strict=False,
+        description="Attention of each drafter layer, one entry a layer; null = all full_attention.",
+    )
+    sliding_window: Positive | None = Field(
+        default=None,
+        description="Window of the sliding_attention layers, in tokens counted back from the query itself.",
+    )
+    causal_block: bool = Field(
+        default=False, description="Slots see only earlier slots of their block (the paper: false)."
+    )
+    attention_backend: Literal["auto", "cuda", "cpu", "flex", "reference"] = Field(
+        default="auto", description="Attention kernel; auto = the fastest that runs on the device."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DrafterSection:
+        if self.layer_types is not None and len(self.layer_types) != self.layers:
+            raise ValueError(
+                f"drafter.layer_types: got {len(self.layer_types)} entries, wanted drafter.layers = {self.layers}; "
+                "give one entry a layer or leave it null"
+            )
+        sliding = "sliding_attention" in (self.layer_types or ())
+        if sliding and self.sliding_window is None:
+            raise ValueError(
+                "drafter.sliding_window: got null, wanted a window in tokens because drafter.layer_types has "
+                "sliding_attention layers; set it, for example to 2048"
+            )
+        if self.sliding_window is not None and not sliding:
+            raise ValueError(
+                f"drafter.sliding_window: got {self.sliding_window}, wanted null because no entry of "
+                "drafter.layer_types is sliding_attention; name the sliding layers there or drop the window"
+            )
+        if self.heads and self.kv_heads and self.heads % self.kv_heads:
+            raise ValueError(
+                f"drafter.heads: got {self.heads}, wanted a multiple of drafter.kv_heads = {self.kv_heads}; "
+                "change one of them"
+            )
+        return self
+
+
+class DataSection(Section):
+    path: str = Field(min_length=1, description="Folder that `dflash-scale prepare` wrote.")
+    row_tokens: Positive = Field(default=8192, description="Tokens of one packed row, the unit of a micro-step.")
+    anchors_per_document: Positive = Field(default=512, description="Anchors drawn per document and epoch, at most.")
+
+
+class Server(Section):
+    http: str = Field(description="Address of the server's OpenAI API, http://HOST:PORT.")
+    zmq: str = Field(description="Address that the server's connector binds, tcp://HOST:PORT.")
+
+
+class StreamSection(Section):
+    servers: tuple[Server, ...] = Field(
+        default=(Server(http="http://127.0.0.1:8001", zmq="tcp://127.0.0.1:5601"),),
+        strict=False,
+        description="The fleet of vLLM servers, all with the same verifier.",
+    )
+    insecure: bool = Field(
+        default=False, description="Allow servers that are not on loopback; the stream is neither encrypted nor signed."
+    )
+    ring_bytes: Positive = Field(default=GIB, description="Shared memory of one training rank's ring, in bytes.")
+    credit_bytes: Positive = Field(
+        default=8 * GIB, description="Bytes in flight from all servers to one receiver, at most."
+    )
+    server_credit_bytes: Positive = Field(default=2 * GIB, description="Bytes in flight from one server, at most.")
+    requests_per_server: Positive = Field(default=64, description="Requests open at one server, at most.")
+    lookahead_rows: Positive = Field(
+        default=4, description="Rows per rank that may be fetched ahead of the one in training."
+    )
+    request_timeout_s: float = Field(
+        default=120.0, gt=0, description="Seconds until an unanswered request counts as failed."
+    )
+    attempts: Positive = Field(
+        default=3, description="Tries per sample, on different servers, before it is quarantined."
+    )
+    probe_s: float = Field(default=5.0, gt=0, description="Seconds between health probes of a server that failed.")
+    no_server_timeout_s: float = Field(
+        default=600.0, gt=0, description="Seconds without a healthy server until the run stops."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StreamSection:
+        if not self.servers:
+            raise ValueError("stream.servers: got none, wanted at least one {http, zmq}; name a server of the fleet")
+        for i, server in enumerate(self.servers):
+            check_address(f"stream.servers[{i}].http", server.http, "http", self.insecure)
+            check_address(f"stream.servers[{i}].zmq", server.zmq, "tcp", self.insecure)
+        for name in ("http", "zmq"):
+            given = [getattr(server, name) for server in self.servers]
+            twice = sorted({address for address in given if given.count(address) > 1})
+            if twice:
+                raise ValueError(
+                    f"stream.servers: got {twice[0]} twice as {name}, wanted each address once; drop one entry"
+                )
+        if self.server_credit_bytes > self.credit_bytes:
+            raise ValueError(
+                f"stream.server_credit_bytes: got {self.server_credit_bytes}, wanted at most stream.credit_bytes = "
+                f"{self.credit_bytes}; lower the first or raise the second"
+            )
+        return self
+
+
+class LossSection(Section):
+    labels: Literal["data", "verifier"] = Field(
+        default="data",
+        description="Label of a slot: the data's token, or the verifier's argmax at the position before it.",
+    )
+    weights: Literal["decay", "dpace"] = Field(
+        default="decay", description="Weights of the slots: exp decay, or D-PACE."
+    )
+    gamma: float | None = Field(
+        default=None,
+        gt=0,
+        description="Decay constant in slots, w_k = exp(-(k-1)/gamma); null = by block size (16: 7).",
+    )
+    dpace_alpha: float = Field(default=0.5, ge=0, le=1, description="D-PACE floor of a slot's confidence, 0 to 1.")
+    chunk_slots: Positive = Field(default=2048, description="Slots whose logits are held at once.")
+
+
+class TrainSection(Section):
+    output_dir: str = Field(
+        default="runs/dflash", min_length=1, description="Folder of checkpoints, logs and the report."
+    )
+    epochs: Positive = Field(default=6, description="Passes over the data set.")
+    max_steps: Positive | None = Field(
+        default=None, description="Optimizer steps after which the run ends; null = no limit."
+    )
+    rows_per_step: Positive = Field(
+        default=8, description="Rows of one optimizer step, over all ranks and micro-steps."
+    )
+    lr: float = Field(default=6e-4, gt=0, description="Peak learning rate of AdamW.")
+    weight_decay: float = Field(
+        default=0.0, ge=0, description="Decoupled weight decay of AdamW, per unit of learning rate."
+    )
+    betas: tuple[float, float] = Field(
+        default=(0.9, 0.95), strict=False, description="Moment decays of AdamW, each in [0, 1)."
+    )
+    warmup_ratio: float = Field(default=0.04, ge=0, lt=1, description="Share of all steps in which lr rises from 0.")
+    min_lr_ratio: float = Field(
+        default=0.0, ge=0, le=1, description="lr at the end of the cosine, as a share of the peak."
+    )
+    clip: float = Field(default=1.0, gt=0, description="Global gradient norm above which gradients are scaled down.")
+    precision: Literal["bf16", "fp32"] = Field(
+        default="bf16", description="Compute dtype; fp32 is for tests and CPU runs."
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of initialisation, shuffling and anchors.")
+    checkpoint_every: Positive = Field(default=500, description="Optimizer steps between checkpoints.")
+    keep_checkpoints: Positive = Field(default=3, description="Newest checkpoints kept; the best one is kept besides.")
+    validate_every: int = Field(default=500, ge=0, description="Optimizer steps between validations; 0 = never.")
+    log_every: Positive = Field(default=10, description="Optimizer steps between log lines.")
+    tensorboard: bool = Field(default=False, description="Also write TensorBoard files into output_dir.")
+
+    @field_validator("betas")
+    @classmethod
+    def _shares(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("two numbers in [0, 1)")
+        return betas
+
+
+class EvaluateSection(Section):
+    prompts: Positive = Field(default=64, description="Held-out conversations that are answered, at most.")
+    max_new_tokens: Positive = Field(default=256, description="Tokens generated per prompt, at most.")
+
+
+class Config(Section):
+    verifier: VerifierSection
+    drafter: DrafterSection = DrafterSection()
+    data: DataSection
+    stream: StreamSection = StreamSection()
+    loss: LossSection = LossSection()
+    train: TrainSection = TrainSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    deepspeed: dict[str, Any] = Field(default={}, description="DeepSpeed's own dictionary, passed on as it is.")
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _not_twice(cls, given: dict[str, Any]) -> dict[str, Any]:
+        for key in given:
+            if key in DERIVED_DEEPSPEED_KEYS:
+                raise ValueError(
+                    f"deepspeed.{key}: got a value, wanted none because it is derived; "
+                    f"remove it and use {DERIVED_DEEPSPEED_KEYS[key]}"
+                )
+        zero = given.get("zero_optimization", {})
+        stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
+        if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+            raise ValueError(
+                f"deepspeed.zero_optimization.stage: got {json.dumps(stage)}, wanted 0, 1, 2 or 3; set one of them"
+            )
+        return given
+
+    @model_validator(mode="after")
+    def _blocks_fit_a_row(self) -> Config:
+        if self.data.row_tokens < self.drafter.block_size:
+            raise ValueError(
+                f"data.row_tokens: got {self.data.row_tokens}, wanted at least drafter.block_size = "
+                f"{self.drafter.block_size}; raise it"
+            )
+        return self
+
+    @property
+    def zero_stage(self) -> int:
+        return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
+
+    @property
+    def gamma(self) -> float:
+        """Decay constant in slots: as configured, else from the block size."""
+        return default_gamma(self.drafter.block_size) if self.loss.gamma is None else self.loss.gamma
+
+    def dump(self) -> str:
+        """The configuration as JSON text; `parse_config(json.loads(config.dump())) == config`."""
+        return self.model_dump_json(indent=2)
+
+
+def default_gamma(block_size: int) -> float:
+    """The paper's 4, 5 and 7 for 8, 10 and 16 slots (arXiv 2602.06036); straight lines between and beyond."""
+    if block_size <= 10:
+        return max(1.0, block_size / 2)
+    return 5.0 + (block_size - 10) / 3
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """What one optimizer step is at a given world size."""
+
+    world_size: int  # ranks
+    micro_steps: int  # rows per rank and optimizer step
+
+
+def resolve(
+    config: Config, world_size: int, *, token_bytes: int | None = None, longest_sample: int | None = None
+) -> Resolved:
+    """Checks what depends on the world size and, once known, on the bytes of one token's hidden states.
+
+    `longest_sample` is in tokens; without it a sample may be as long as a row. Raises ValueError.
+    """
+    rows = config.train.rows_per_step
+    if world_size < 1 or rows % world_size:
+        nearest = world_size * math.ceil(rows / world_size) if world_size > 0 else rows
+        raise ValueError(
+            f"train.rows_per_step: got {rows} with {world_size} ranks, wanted a multiple of the number of ranks; "
+            f"use --set train.rows_per_step={nearest} or another number of ranks"
+        )
+    if token_bytes is not None:
+        tokens = min(config.data.row_tokens, longest_sample or config.data.row_tokens)
+        wanted = 2 * tokens * token_bytes
+        for name in ("ring_bytes", "server_credit_bytes"):
+            given = getattr(config.stream, name)
+            # Half a ring would let one long sample block the next; credit needs room for one sample only.
+            least = wanted if name == "ring_bytes" else wanted // 2
+            if given < least:
+                raise ValueError(
+                    f"stream.{name}: got {given}, wanted at least {least} bytes because the longest sample has "
+                    f"{tokens} tokens of {token_bytes} bytes; use --set stream.{name}={least} or a smaller "
+                    "data.row_tokens"
+                )
+    return Resolved(world_size=world_size, micro_steps=rows // world_size)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a run's JSON and applies `section.key=value` overrides (JSON values; bare words are strings)."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_no_repeats)
+    except OSError as error:
+        raise ValueError(
+            f"configuration {path}: cannot be read ({error.strerror}); give the path of a JSON file"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"configuration {path}: not valid JSON ({error}); correct the file there") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"configuration {path}: got a {type(content).__name__}, wanted an object of sections")
+    for override in overrides:
+        _apply(content, override)
+    return parse_config(content, str(path))
+
+
+def parse_config(content: Mapping[str, Any], origin: str = "the configuration") -> Config:
+    """Validates a dictionary as JSON would give it; errors name `origin`."""
+    try:
+        return Config.model_validate_json(json.dumps(content))
+    except ValidationError as error:
+        lines = [explain(problem, Config) for problem in error.errors(include_url=False)]
+        raise ValueError("\n".join([f"{origin}: {len(lines)} problem(s)", *(f"  {line}" for line in lines)])) from None
+
+
+def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"configuration: got the key {key!r} twice in one object, wanted it once; drop one")
+    return dict(pairs)
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    *parents, last = name.strip().split(".")
+    if not equals or not parents or not all([*parents, last]):
+        raise ValueError(f"--set: got {override!r}, wanted section.key=value, for example train.lr=3e-4")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    at = content
+    for key in parents:
+        at = at.setdefault(key, {})
+        if not isinstance(at, dict):
+            raise ValueError(f"--set {override}: {key!r} holds a value, not keys; set the whole of it as JSON")
+    at[last] = value

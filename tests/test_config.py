@@ -1,0 +1,247 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dflash_scale.addresses import is_loopback
+from dflash_scale.config import Config, default_gamma, load_config, parse_config, resolve
+
+MINIMAL: dict[str, Any] = {"verifier": {"model": "Qwen/Qwen3-8B"}, "data": {"path": "data/qwen3-8b"}}
+
+
+def error_of(patch: dict[str, Any]) -> str:
+    content = {**MINIMAL, **{k: {**MINIMAL.get(k, {}), **v} if isinstance(v, dict) else v for k, v in patch.items()}}
+    with pytest.raises(ValueError, match="problem") as caught:
+        parse_config(content, "run.json")
+    return str(caught.value)
+
+
+def write(folder: Path, content: Any) -> Path:
+    path = folder / "run.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_defaults_are_the_papers_recipe() -> None:
+    config = parse_config(MINIMAL)
+    assert (config.drafter.layers, config.drafter.block_size, config.data.anchors_per_document) == (5, 16, 512)
+    assert (config.train.lr, config.train.warmup_ratio, config.train.epochs, config.train.clip) == (6e-4, 0.04, 6, 1.0)
+    assert config.gamma == 7.0
+    assert config.zero_stage == 0
+
+
+def test_json_round_trip_keeps_everything() -> None:
+    content = {
+        **MINIMAL,
+        "drafter": {"layers": 2, "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 64},
+        "train": {"betas": [0.5, 0.75]},
+        "deepspeed": {"zero_optimization": {"stage": 3}},
+    }
+    config = parse_config(content)
+    again = parse_config(json.loads(config.dump()))
+    assert again == config
+    assert again.zero_stage == 3
+    assert again.drafter.layer_types == ("full_attention", "sliding_attention")
+
+
+def test_a_config_cannot_be_changed_after_loading() -> None:
+    config = parse_config(MINIMAL)
+    with pytest.raises(ValueError, match="frozen"):
+        config.train.lr = 1.0  # type: ignore[misc]
+
+
+def test_every_field_is_documented() -> None:
+    for name, field in Config.model_fields.items():
+        kind = field.annotation
+        if hasattr(kind, "model_fields"):
+            undocumented = [key for key, sub in kind.model_fields.items() if not sub.description]
+            assert not undocumented, f"section {name}: {undocumented}"
+
+
+@pytest.mark.parametrize(
+    ("patch", "text"),
+    [
+        ({"drafter": {"blocksize": 8}}, "drafter.blocksize: unknown key; did you mean drafter.block_size?"),
+        ({"data": {"lr": 1.0}}, "data.lr: unknown key; did you mean train.lr?"),
+        ({"verifer": {}}, "verifer: unknown key; did you mean verifier?"),
+        ({"stream": {"servers": [{"htp": "x"}]}}, "did you mean stream.servers[0].http?"),
+        ({"train": {"qqqq": 1}}, "known keys here: betas, checkpoint_every, clip"),
+    ],
+)
+def test_unknown_key_names_the_nearest(patch: dict[str, Any], text: str) -> None:
+    assert text in error_of(patch)
+
+
+@pytest.mark.parametrize(
+    ("patch", "text"),
+    [
+        ({"train": {"lr": "abc"}}, 'train.lr: got "abc", wanted a valid number (Peak learning rate'),
+        ({"train": {"epochs": True}}, "train.epochs: got true, wanted a valid integer"),
+        ({"train": {"precision": "fp8"}}, "train.precision: got \"fp8\", wanted 'bf16' or 'fp32'"),
+        ({"train": {"betas": [0.9, 1.0]}}, "train.betas: got [0.9, 1.0], wanted two numbers in [0, 1)"),
+        ({"drafter": {"block_size": 1}}, "drafter.block_size: got 1, wanted greater than or equal to 2"),
+        (
+            {"verifier": {"layer_ids": [3, 2]}},
+            "verifier.layer_ids: got [3, 2], wanted at least one layer id, ascending",
+        ),
+        ({"verifier": {"layer_ids": []}}, "verifier.layer_ids: got [], wanted at least one"),
+        ({"drafter": {"sliding_window": 5}}, "drafter.sliding_window: got 5, wanted null"),
+        ({"drafter": {"layers": 1, "layer_types": ["sliding_attention"]}}, "drafter.sliding_window: got null"),
+        ({"drafter": {"layer_types": ["full_attention"]}}, "got 1 entries, wanted drafter.layers = 5"),
+        ({"drafter": {"heads": 6, "kv_heads": 4}}, "drafter.heads: got 6, wanted a multiple of"),
+        ({"data": {"row_tokens": 8}}, "data.row_tokens: got 8, wanted at least drafter.block_size = 16"),
+        ({"stream": {"servers": []}}, "stream.servers: got none"),
+        ({"stream": {"credit_bytes": 5}}, "stream.server_credit_bytes: got 2147483648, wanted at most"),
+        ({"deepspeed": {"zero_optimization": {"stage": 4}}}, "deepspeed.zero_optimization.stage: got 4"),
+        ({"deepspeed": {"zero_optimization": {"stage": True}}}, "deepspeed.zero_optimization.stage: got true"),
+    ],
+)
+def test_wrong_value_says_what_got_wanted(patch: dict[str, Any], text: str) -> None:
+    message = error_of(patch)
+    assert text in message
+    assert "pydantic" not in message
+    assert "Value error" not in message
+    assert len(message.splitlines()) == 2  # the heading and one line for the one problem
+
+
+def test_every_problem_gets_its_line() -> None:
+    message = error_of({"train": {"lr": -1.0, "epochs": 0}, "loss": {"labels": "x"}})
+    assert message.startswith("run.json: 3 problem(s)\n")
+    assert len(message.splitlines()) == 4
+
+
+def test_missing_section_is_named() -> None:
+    with pytest.raises(ValueError, match="data: missing, wanted a value; give it in the file"):
+        parse_config({"verifier": {"model": "x"}})
+
+
+@pytest.mark.parametrize(
+    ("key", "instead"),
+    [
+        ("train_batch_size", "train.rows_per_step"),
+        ("gradient_accumulation_steps", "train.rows_per_step"),
+        ("bf16", "train.precision"),
+        ("gradient_clipping", "train.clip"),
+        ("optimizer", "train.lr"),
+        ("scheduler", "train.warmup_ratio"),
+    ],
+)
+def test_derived_deepspeed_keys_are_refused(key: str, instead: str) -> None:
+    message = error_of({"deepspeed": {key: {}}})
+    assert f"deepspeed.{key}: got a value, wanted none" in message
+    assert f"use {instead}" in message
+
+
+@pytest.mark.parametrize(
+    ("http", "zmq", "text"),
+    [
+        ("127.0.0.1:8001", "tcp://127.0.0.1:1", "servers[0].http: got '127.0.0.1:8001', wanted http://HOST:PORT"),
+        ("http://127.0.0.1", "tcp://127.0.0.1:1", "servers[0].http"),
+        ("http://127.0.0.1:99999", "tcp://127.0.0.1:1", "servers[0].http"),
+        ("http://127.0.0.1:1/v1", "tcp://127.0.0.1:1", "servers[0].http"),
+        ("http://127.0.0.1:1", "http://127.0.0.1:1", "servers[0].zmq: got 'http://127.0.0.1:1', wanted tcp://"),
+        ("http://127.0.0.1:1", "tcp://*:1", "servers[0].zmq: got 'tcp://*:1', wanted a loopback address"),
+        ("http://10.0.0.7:1", "tcp://127.0.0.1:1", "or set stream.insecure to true"),
+    ],
+)
+def test_bad_addresses_are_refused(http: str, zmq: str, text: str) -> None:
+    assert text in error_of({"stream": {"servers": [{"http": http, "zmq": zmq}]}})
+
+
+def test_remote_servers_need_insecure() -> None:
+    servers = [{"http": "http://gpu7:8001", "zmq": "tcp://gpu7:5601"}]
+    assert "stream.insecure" in error_of({"stream": {"servers": servers}})
+    assert parse_config({**MINIMAL, "stream": {"servers": servers, "insecure": True}}).stream.insecure
+
+
+def test_one_address_twice_is_refused() -> None:
+    server = {"http": "http://127.0.0.1:1", "zmq": "tcp://127.0.0.1:2"}
+    assert "'http" not in error_of({"stream": {"servers": [server, server]}})
+    assert "got http://127.0.0.1:1 twice as http" in error_of({"stream": {"servers": [server, server]}})
+
+
+def test_loopback_is_decided_without_a_lookup() -> None:
+    assert all(map(is_loopback, ["localhost", "127.0.0.1", "127.9.9.9", "::1"]))
+    assert not any(map(is_loopback, ["0.0.0.0", "localhost.example.org", "127.0.0.1.nip.io", "*", "192.168.0.1"]))
+
+
+def test_overrides_are_json_or_bare_words(tmp_path: Path) -> None:
+    overrides = [
+        "train.lr=3e-4",
+        "train.output_dir=runs/a=b",
+        "verifier.layer_ids=[2, 4]",
+        "drafter.causal_block=true",
+        "deepspeed.zero_optimization.stage=2",
+        "train.max_steps=null",
+    ]
+    config = load_config(write(tmp_path, MINIMAL), overrides)
+    assert config.train.lr == 3e-4
+    assert config.train.output_dir == "runs/a=b"
+    assert config.verifier.layer_ids == (2, 4)
+    assert config.drafter.causal_block is True
+    assert config.zero_stage == 2
+    assert config.train.max_steps is None
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("train.lr", "--set: got 'train.lr', wanted section.key=value"),
+        ("lr=1", "wanted section.key=value"),
+        ("train..lr=1", "wanted section.key=value"),
+        ("train.lr.x=1", "train.lr: got"),
+        ("verifier.model.x=1", "'model' holds a value"),
+        ("train.learning=1", "train.learning: unknown key"),
+    ],
+)
+def test_bad_overrides(tmp_path: Path, override: str, text: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 the text is compared below
+        load_config(write(tmp_path, MINIMAL), [override])
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("{", "not valid JSON"),
+        ("[1]", "got a list, wanted an object"),
+        ('{"train": {"lr": 1, "lr": 2}}', "got the key 'lr' twice"),
+    ],
+)
+def test_unreadable_files(tmp_path: Path, content: str, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        load_config(write(tmp_path, content))
+
+
+def test_absent_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere\.json: cannot be read"):
+        load_config(tmp_path / "nowhere.json")
+
+
+def test_resolve_divides_rows_among_ranks() -> None:
+    config = parse_config({**MINIMAL, "train": {"rows_per_step": 16}})
+    assert resolve(config, 8).micro_steps == 2
+    with pytest.raises(ValueError, match=r"got 16 with 3 ranks.*--set train\.rows_per_step=18"):
+        resolve(config, 3)
+
+
+def test_resolve_wants_room_for_two_of_the_longest_sample() -> None:
+    config = parse_config({**MINIMAL, "stream": {"ring_bytes": 1000}, "data": {"path": "x", "row_tokens": 100}})
+    assert resolve(config, 8).world_size == 8  # nothing known about bytes yet
+    assert resolve(config, 8, token_bytes=5).world_size == 8
+    with pytest.raises(ValueError, match=r"stream\.ring_bytes: got 1000, wanted at least 1200 bytes"):
+        resolve(config, 8, token_bytes=6)
+    assert resolve(config, 8, token_bytes=6, longest_sample=80).world_size == 8
+
+
+def test_gamma_is_the_papers_at_its_block_sizes() -> None:
+    assert [default_gamma(size) for size in (8, 10, 16)] == [4.0, 5.0, 7.0]
+    values = [default_gamma(size) for size in range(2, 40)]
+    assert values == sorted(values)
+    assert parse_config({**MINIMAL, "loss": {"gamma": 3.0}}).gamma == 3.0
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("configs/*.json")), ids=lambda p: p.name)
+def test_shipped_configs_load(path: Path) -> None:
+    assert load_config(path).dump()
