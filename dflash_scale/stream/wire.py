@@ -1,0 +1,366 @@
+"""The wire between a verifier's server and a receiver: messages, their validation, and the two socket ends.
+
+Channel, in both directions over one ZeroMQ connection per (server, receiver) pair:
+
+- Who binds: the server binds a ROUTER; receivers connect a DEALER under a routing id of their own choosing
+  (`Ticket.receiver`). A server never opens a connection, whatever a request asks for.
+- Frames: receiver -> server `[hello]`; server -> receiver `[hello reply]`, `[refusal]`, or
+  `[header][token ids][hidden states]`. Frame 0 is always one msgpack map of at most 4 KiB with a fixed set of keys.
+  Token ids are int32 little-endian, hidden states (tokens, L+1, H) contiguous in the layout's dtype.
+- Ordering: messages to one receiver leave in the order they were queued. Requests finish in any order, so a
+  receiver matches data to requests by the whole ticket, never by position.
+- Loss: a message may be lost (either end dies, the receiver is away for `AWAY_S`); it is never repeated by the
+  server. The receiver asks again with a higher attempt. A message that arrives is whole: ZeroMQ delivers all frames
+  or none, and the checksum covers the payload.
+- Back-pressure: receivers bound the bytes in flight by credit. The server's own bound (`Publisher.max_bytes`) is
+  the second line: what exceeds it is answered by a refusal, so that nobody waits for it.
+- Who may die: either end, at any time. A reconnecting receiver takes its routing id over from its dead connection;
+  a restarted server shows a new server id in its hello reply.
+
+Nothing here is unpickled, and no size that came over the network is used before it was compared with a bound.
+Imported inside the vLLM server: standard library, msgpack, xxhash and zmq only.
+
+Shape letters: L verifier layers tapped · H hidden size.
+"""
+
+import ipaddress
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import msgpack
+import xxhash
+import zmq
+
+VERSION: Final = 1
+MAX_HEADER_BYTES: Final = 4096
+MAX_REASON_CHARS: Final = 512
+MAX_MODEL_CHARS: Final = 1024
+MAX_LAYERS: Final = 128
+MAX_HIDDEN_SIZE: Final = 1 << 17
+MAX_INT: Final = (1 << 63) - 1
+DTYPE_BYTES: Final[Mapping[str, int]] = {"float32": 4, "bfloat16": 2, "float16": 2}
+TOKEN_ID_BYTES: Final = 4
+SEND_HIGH_WATER: Final = 64  # messages per receiver inside ZeroMQ; the bound in bytes is Publisher.max_bytes
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")
+
+Buffer = bytes | bytearray | memoryview
+
+
+class WireError(ValueError):
+    """A message, ticket or layout that is not what the protocol allows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What every token carries: the hidden states after `layer_ids` decoder layers, (L+1, H) of `dtype`.
+
+    layer_ids are the taps in ascending order followed by n, the verifier's number of layers; id k is the residual
+    stream after k layers (0 = embeddings), before the final norm.
+    """
+
+    layer_ids: tuple[int, ...]
+    hidden_size: int
+    dtype: str
+
+    def __post_init__(self) -> None:
+        ids = self.layer_ids
+        if not isinstance(ids, tuple) or not 1 <= len(ids) <= MAX_LAYERS:
+            raise WireError(f"layer_ids must be a tuple of 1 to {MAX_LAYERS} layer ids, got {ids!r}")
+        for layer_id in ids:
+            _check_int("layer id", layer_id, 0, 4096)
+        if any(a >= b for a, b in zip(ids, ids[1:], strict=False)):
+            raise WireError(f"layer_ids must be strictly ascending (taps, then n), got {list(ids)}")
+        _check_int("hidden_size", self.hidden_size, 1, MAX_HIDDEN_SIZE)
+        if not isinstance(self.dtype, str) or self.dtype not in DTYPE_BYTES:
+            raise WireError(f"dtype must be one of {sorted(DTYPE_BYTES)}, got {self.dtype!r}")
+
+    @property
+    def bytes_per_token(self) -> int:
+        return len(self.layer_ids) * self.hidden_size * DTYPE_BYTES[self.dtype]
+
+    @classmethod
+    def from_params(cls, params: object) -> "Layout":
+        fields = _fields("layout", params, ("layer_ids", "hidden_size", "dtype"))
+        ids = fields["layer_ids"]
+        if not isinstance(ids, list | tuple):
+            raise WireError(f"layer_ids must be a list, got {type(ids).__name__}")
+        return cls(tuple(ids), fields["hidden_size"], fields["dtype"])
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """Names one attempt at one sample; travels in the request's kv_transfer_params and comes back in the header."""
+
+    run_id: str
+    receiver: str  # the routing id that the data is sent to
+    epoch: int
+    sample: int
+    attempt: int
+
+    def __post_init__(self) -> None:
+        _check_name("run_id", self.run_id)
+        _check_name("receiver", self.receiver)
+        for field in ("epoch", "sample", "attempt"):
+            _check_int(field, getattr(self, field), 0, MAX_INT)
+
+    def to_params(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_params(cls, params: object) -> "Ticket":
+        return cls(**_fields("ticket", params, ("run_id", "receiver", "epoch", "sample", "attempt")))
+
+    @classmethod
+    def from_request(cls, kv_transfer_params: object) -> "Ticket | None":
+        """The ticket of a completion request, None if it asks for no hidden states."""
+        if kv_transfer_params is None:
+            return None
+        if not isinstance(kv_transfer_params, dict):
+            raise WireError(f"kv_transfer_params must be an object, got {type(kv_transfer_params).__name__}")
+        return cls.from_params(kv_transfer_params["dflash"]) if "dflash" in kv_transfer_params else None
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """receiver -> server: asks for the hello reply."""
+
+    run_id: str
+    receiver: str
+
+    def __post_init__(self) -> None:
+        _check_name("run_id", self.run_id)
+        _check_name("receiver", self.receiver)
+
+
+@dataclass(frozen=True, slots=True)
+class HelloReply:
+    """server -> receiver: what the server will send. server_id changes whenever the server restarts."""
+
+    layout: Layout
+    model: str
+    server_id: str
+
+    def __post_init__(self) -> None:
+        _check_text("model", self.model, MAX_MODEL_CHARS)
+        _check_name("server_id", self.server_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """server -> receiver: describes the two payload frames that follow it."""
+
+    ticket: Ticket
+    tokens: int
+    layout: Layout
+    token_bytes: int
+    hidden_bytes: int
+    checksum: int  # xxh3_64 over the token ids, then the hidden states
+
+    def __post_init__(self) -> None:
+        _check_int("tokens", self.tokens, 1, MAX_INT)
+        _check_int("token_bytes", self.token_bytes, 0, MAX_INT)
+        _check_int("hidden_bytes", self.hidden_bytes, 0, MAX_INT)
+        _check_int("checksum", self.checksum, 0, (1 << 64) - 1)
+        if self.token_bytes != self.tokens * TOKEN_ID_BYTES:
+            raise WireError(f"{self.tokens} tokens are announced with {self.token_bytes} bytes of token ids")
+        if self.hidden_bytes != self.tokens * self.layout.bytes_per_token:
+            want = self.tokens * self.layout.bytes_per_token
+            raise WireError(f"{self.tokens} tokens have {want} bytes of hidden states, got {self.hidden_bytes}")
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """server -> receiver: this ticket's hidden states will not come from this attempt."""
+
+    ticket: Ticket
+    reason: str
+
+    def __post_init__(self) -> None:
+        _check_text("reason", self.reason, MAX_REASON_CHARS)
+
+
+Message = Hello | HelloReply | Header | Refusal
+_TYPES: Final[Mapping[str, type[Message]]] = {
+    "hello": Hello,
+    "hello-reply": HelloReply,
+    "data": Header,
+    "refusal": Refusal,
+}
+_NAMES: Final = {cls: name for name, cls in _TYPES.items()}
+_KEYS: Final[Mapping[str, tuple[str, ...]]] = {name: tuple(cls.__dataclass_fields__) for name, cls in _TYPES.items()}
+
+
+def encode(message: Message) -> bytes:
+    """Frame 0 of `message`, at most MAX_HEADER_BYTES long."""
+    frame = msgpack.packb({"v": VERSION, "type": _NAMES[type(message)], **asdict(message)})
+    if len(frame) > MAX_HEADER_BYTES:
+        raise WireError(f"{type(message).__name__} takes {len(frame)} bytes, the limit is {MAX_HEADER_BYTES}")
+    return bytes(frame)
+
+
+def decode(frame: Buffer, *, max_tokens: int) -> Message:
+    """The message in frame 0. Raises WireError, and nothing else, for whatever is not exactly a message.
+
+    max_tokens bounds the token count of a data header, and with it the sizes of the frames behind it.
+    """
+    if len(frame) > MAX_HEADER_BYTES:
+        raise WireError(f"the header takes {len(frame)} bytes, the limit is {MAX_HEADER_BYTES}")
+    try:
+        body = msgpack.unpackb(frame, raw=False, use_list=True, strict_map_key=True)
+    except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
+        raise WireError(f"the header is not msgpack: {type(error).__name__}") from error
+    if not isinstance(body, dict):
+        raise WireError(f"the header must be a map, got {type(body).__name__}")
+    version, kind = body.pop("v", None), body.pop("type", None)
+    if type(version) is not int or version != VERSION:
+        raise WireError(f"the header has protocol version {version!r:.40}, this program speaks {VERSION}")
+    if not isinstance(kind, str) or kind not in _TYPES:
+        raise WireError(f"unknown message type {kind!r:.40}, expected one of {sorted(_TYPES)}")
+    fields = _fields(kind, body, _KEYS[kind])
+    if "ticket" in fields:
+        fields["ticket"] = Ticket.from_params(fields["ticket"])
+    if "layout" in fields:
+        fields["layout"] = Layout.from_params(fields["layout"])
+    message = _TYPES[kind](**fields)
+    if isinstance(message, Header) and message.tokens > max_tokens:
+        raise WireError(f"the header announces {message.tokens} tokens, at most {max_tokens} were asked for")
+    return message
+
+
+def checksum(token_ids: Buffer, hidden_states: Buffer) -> int:
+    digest = xxhash.xxh3_64()
+    digest.update(token_ids)
+    digest.update(hidden_states)
+    return digest.intdigest()
+
+
+def data_frames(ticket: Ticket, layout: Layout, token_ids: Buffer, hidden_states: Buffer) -> list[Buffer]:
+    """[header][token ids][hidden states]; the payload is not copied. Both must be C-contiguous byte buffers."""
+    tokens, rest = divmod(len(token_ids), TOKEN_ID_BYTES)
+    if rest:
+        raise WireError(f"token ids are int32, got {len(token_ids)} bytes")
+    digest = checksum(token_ids, hidden_states)
+    header = Header(ticket, tokens, layout, len(token_ids), len(hidden_states), digest)
+    return [encode(header), token_ids, hidden_states]
+
+
+def check_payload(header: Header, token_ids: Buffer, hidden_states: Buffer) -> None:
+    """Raises WireError unless the two frames are the ones that `header` announced."""
+    for name, got, want in (
+        ("token ids", len(token_ids), header.token_bytes),
+        ("hidden states", len(hidden_states), header.hidden_bytes),
+    ):
+        if got != want:
+            raise WireError(f"the header announces {want} bytes of {name}, the frame has {got}")
+    if checksum(token_ids, hidden_states) != header.checksum:
+        raise WireError("the payload's checksum differs from the header's")
+
+
+def decode_data(frames: Sequence[Buffer], *, layout: Layout, max_tokens: int) -> tuple[Header, memoryview, memoryview]:
+    """A whole data message -> header, token ids as bytes, hidden states as bytes. Views, not copies."""
+    if len(frames) != 3:
+        raise WireError(f"a data message has 3 frames, got {len(frames)}")
+    header = decode(frames[0], max_tokens=max_tokens)
+    if not isinstance(header, Header):
+        raise WireError(f"expected a data header, got {type(header).__name__}")
+    if header.layout != layout:
+        raise WireError(f"the run's layout is {layout}, the server sent {header.layout}")
+    check_payload(header, frames[1], frames[2])
+    return header, memoryview(frames[1]), memoryview(frames[2])
+
+
+def is_loopback(address: str) -> bool:
+    """True for ipc:// and for tcp:// on a loopback interface. Raises WireError for what is neither ipc nor tcp."""
+    parts = urlsplit(address)
+    if parts.scheme == "ipc":
+        return True
+    if parts.scheme != "tcp" or not parts.netloc:
+        raise WireError(f"the address must look like tcp://127.0.0.1:5601 or ipc:///path, got {address!r}")
+    host = parts.netloc.rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, an interface or "*": could be anything
+        return False
+
+
+def check_address(address: str, *, insecure: bool) -> None:
+    """Raises WireError if binding `address` would offer unauthenticated data to other machines."""
+    if not is_loopback(address) and not insecure:
+        raise WireError(
+            f"{address} is not a loopback address, and this wire has neither encryption nor authentication yet "
+            "(CURVE keys will come later). Bind to 127.0.0.1, or pass --insecure if the network is trusted."
+        )
+
+
+def bind_router(context: "zmq.Context[Any]", address: str, insecure: bool = False) -> "zmq.Socket[bytes]":
+    """The server's end. Sending to a receiver that is not connected raises EHOSTUNREACH, to a slow one EAGAIN."""
+    check_address(address, insecure=insecure)
+    socket = context.socket(zmq.ROUTER)
+    _set_options(socket, max_message_bytes=MAX_HEADER_BYTES)  # hellos are all that a server accepts
+    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+    try:
+        socket.bind(address)
+    except zmq.ZMQError:
+        socket.close(linger=0)
+        raise
+    return socket
+
+
+def connect_dealer(
+    context: "zmq.Context[Any]", address: str, receiver: str, *, max_message_bytes: int
+) -> "zmq.Socket[bytes]":
+    """A receiver's end, under the routing id `receiver`. ZeroMQ reconnects by itself; say hello again after that.
+
+    max_message_bytes: the largest frame to accept (the hidden states of the longest sample); a server that sends
+    more is disconnected before the bytes are read.
+    """
+    _check_name("receiver", receiver)
+    is_loopback(address)  # for its check of the form
+    socket = context.socket(zmq.DEALER)
+    _set_options(socket, max_message_bytes=max(MAX_HEADER_BYTES, max_message_bytes))
+    socket.setsockopt(zmq.ROUTING_ID, receiver.encode())
+    socket.setsockopt(zmq.RECONNECT_IVL, 100)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
+    socket.connect(address)
+    return socket
+
+
+def _set_options(socket: "zmq.Socket[bytes]", *, max_message_bytes: int) -> None:
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.SNDHWM, SEND_HIGH_WATER)
+    socket.setsockopt(zmq.RCVHWM, SEND_HIGH_WATER)
+    socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, 5_000)  # milliseconds: a vanished machine is noticed within 20 s
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 15_000)
+    socket.setsockopt(zmq.HEARTBEAT_TTL, 15_000)
+    socket.setsockopt(zmq.IPV6, 1)
+
+
+def _fields(what: str, params: object, keys: Sequence[str]) -> dict[str, Any]:
+    if not isinstance(params, dict):
+        raise WireError(f"the {what} must be a map with the keys {list(keys)}, got {type(params).__name__}")
+    if params.keys() != set(keys):
+        raise WireError(f"the {what} must have exactly the keys {list(keys)}, got {list(params)!r:.200}")
+    return dict(params)
+
+
+def _check_int(name: str, value: object, low: int, high: int) -> None:
+    if type(value) is not int or not low <= value <= high:  # type(), because True is an int to isinstance
+        raise WireError(f"{name} must be an integer from {low} to {high}, got {value!r:.40}")
+
+
+def _check_name(name: str, value: object) -> None:
+    if not isinstance(value, str) or not _NAME.fullmatch(value):
+        raise WireError(f"{name} must be 1 to 64 characters of A-Z a-z 0-9 . _ : -, got {value!r:.80}")
+
+
+def _check_text(name: str, value: object, limit: int) -> None:
+    if not isinstance(value, str) or len(value) > limit:
+        raise WireError(f"{name} must be text of at most {limit} characters, got {value!r:.80}")
