@@ -5,17 +5,17 @@ Channel, in both directions over one ZeroMQ connection per (server, receiver) pa
 - Who binds: the server binds a ROUTER; receivers connect a DEALER under a routing id of their own choosing
   (`Ticket.receiver`). A server never opens a connection, whatever a request asks for.
 - Frames: receiver -> server `[hello]`; server -> receiver `[hello reply]`, `[refusal]`, or
-  `[header][token ids][hidden states]`. Frame 0 is always one msgpack map of at most 4 KiB with a fixed set of keys.
-  Token ids are int32 little-endian, hidden states (tokens, L+1, H) contiguous in the layout's dtype.
+  `[header][token ids][hidden states]`. Frame 0 is always one msgpack map of at most 4 KiB with a fixed set of
+  keys. Token ids are int32 little-endian, hidden states (tokens, L+1, H) contiguous in the layout's dtype.
 - Ordering: messages to one receiver leave in the order they were queued. Requests finish in any order, so a
   receiver matches data to requests by the whole ticket, never by position.
-- Loss: a message may be lost (either end dies, the receiver is away for `AWAY_S`); it is never repeated by the
-  server. The receiver asks again with a higher attempt. A message that arrives is whole: ZeroMQ delivers all frames
+- Loss: a message may be lost (either end dies, or the receiver stays away too long); the server never repeats
+  it, the receiver asks again with a higher attempt. A message that arrives is whole: ZeroMQ delivers all frames
   or none, and the checksum covers the payload.
-- Back-pressure: receivers bound the bytes in flight by credit. The server's own bound (`Publisher.max_bytes`) is
-  the second line: what exceeds it is answered by a refusal, so that nobody waits for it.
-- Who may die: either end, at any time. A reconnecting receiver takes its routing id over from its dead connection;
-  a restarted server shows a new server id in its hello reply.
+- Back-pressure: receivers bound the bytes in flight by credit. The server's own bound (`publisher.py`) is the
+  second line: what exceeds it is answered by a refusal, so that nobody waits for it.
+- Who may die: either end, at any time. A reconnecting receiver takes its routing id over from its dead
+  connection; a restarted server shows a new server id in its hello reply.
 
 Nothing here is unpickled, and no size that came over the network is used before it was compared with a bound.
 Imported inside the vLLM server: standard library, msgpack, xxhash and zmq only.
@@ -24,6 +24,7 @@ Shape letters: L verifier layers tapped · H hidden size.
 """
 
 import ipaddress
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -43,7 +44,7 @@ MAX_HIDDEN_SIZE: Final = 1 << 17
 MAX_INT: Final = (1 << 63) - 1
 DTYPE_BYTES: Final[Mapping[str, int]] = {"float32": 4, "bfloat16": 2, "float16": 2}
 TOKEN_ID_BYTES: Final = 4
-SEND_HIGH_WATER: Final = 64  # messages per receiver inside ZeroMQ; the bound in bytes is Publisher.max_bytes
+SEND_HIGH_WATER: Final = 64  # messages per receiver inside ZeroMQ; the bound in bytes is the publisher's
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")
 
@@ -58,8 +59,8 @@ class WireError(ValueError):
 class Layout:
     """What every token carries: the hidden states after `layer_ids` decoder layers, (L+1, H) of `dtype`.
 
-    layer_ids are the taps in ascending order followed by n, the verifier's number of layers; id k is the residual
-    stream after k layers (0 = embeddings), before the final norm.
+    layer_ids are the taps in ascending order followed by n, the verifier's number of layers; id k is the
+    residual stream after k layers (0 = embeddings), before the final norm.
     """
 
     layer_ids: tuple[int, ...]
@@ -72,7 +73,7 @@ class Layout:
             raise WireError(f"layer_ids must be a tuple of 1 to {MAX_LAYERS} layer ids, got {ids!r}")
         for layer_id in ids:
             _check_int("layer id", layer_id, 0, 4096)
-        if any(a >= b for a, b in zip(ids, ids[1:], strict=False)):
+        if any(a >= b for a, b in itertools.pairwise(ids)):
             raise WireError(f"layer_ids must be strictly ascending (taps, then n), got {list(ids)}")
         _check_int("hidden_size", self.hidden_size, 1, MAX_HIDDEN_SIZE)
         if not isinstance(self.dtype, str) or self.dtype not in DTYPE_BYTES:
@@ -93,7 +94,7 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """Names one attempt at one sample; travels in the request's kv_transfer_params and comes back in the header."""
+    """Names one attempt at one sample; goes out in kv_transfer_params and comes back in the header."""
 
     run_id: str
     receiver: str  # the routing id that the data is sent to
@@ -169,7 +170,7 @@ class Header:
             raise WireError(f"{self.tokens} tokens are announced with {self.token_bytes} bytes of token ids")
         if self.hidden_bytes != self.tokens * self.layout.bytes_per_token:
             want = self.tokens * self.layout.bytes_per_token
-            raise WireError(f"{self.tokens} tokens have {want} bytes of hidden states, got {self.hidden_bytes}")
+            raise WireError(f"{self.tokens} tokens need {want} bytes of states, got {self.hidden_bytes}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +240,7 @@ def checksum(token_ids: Buffer, hidden_states: Buffer) -> int:
 
 
 def data_frames(ticket: Ticket, layout: Layout, token_ids: Buffer, hidden_states: Buffer) -> list[Buffer]:
-    """[header][token ids][hidden states]; the payload is not copied. Both must be C-contiguous byte buffers."""
+    """[header][token ids][hidden states]; the payload, two contiguous buffers of bytes, is not copied."""
     tokens, rest = divmod(len(token_ids), TOKEN_ID_BYTES)
     if rest:
         raise WireError(f"token ids are int32, got {len(token_ids)} bytes")
@@ -274,7 +275,7 @@ def decode_data(frames: Sequence[Buffer], *, layout: Layout, max_tokens: int) ->
 
 
 def is_loopback(address: str) -> bool:
-    """True for ipc:// and for tcp:// on a loopback interface. Raises WireError for what is neither ipc nor tcp."""
+    """True for ipc:// and for tcp:// on a loopback interface; WireError for what is neither ipc nor tcp."""
     parts = urlsplit(address)
     if parts.scheme == "ipc":
         return True
@@ -293,13 +294,13 @@ def check_address(address: str, *, insecure: bool) -> None:
     """Raises WireError if binding `address` would offer unauthenticated data to other machines."""
     if not is_loopback(address) and not insecure:
         raise WireError(
-            f"{address} is not a loopback address, and this wire has neither encryption nor authentication yet "
-            "(CURVE keys will come later). Bind to 127.0.0.1, or pass --insecure if the network is trusted."
+            f"{address} is not a loopback address, and this wire has neither encryption nor authentication "
+            "yet (CURVE keys will come later). Bind to 127.0.0.1, or pass --insecure in a trusted network."
         )
 
 
 def bind_router(context: "zmq.Context[Any]", address: str, insecure: bool = False) -> "zmq.Socket[bytes]":
-    """The server's end. Sending to a receiver that is not connected raises EHOSTUNREACH, to a slow one EAGAIN."""
+    """The server's end. Sending to an absent receiver raises EHOSTUNREACH, to a slow one EAGAIN."""
     check_address(address, insecure=insecure)
     socket = context.socket(zmq.ROUTER)
     _set_options(socket, max_message_bytes=MAX_HEADER_BYTES)  # hellos are all that a server accepts
@@ -316,10 +317,10 @@ def bind_router(context: "zmq.Context[Any]", address: str, insecure: bool = Fals
 def connect_dealer(
     context: "zmq.Context[Any]", address: str, receiver: str, *, max_message_bytes: int
 ) -> "zmq.Socket[bytes]":
-    """A receiver's end, under the routing id `receiver`. ZeroMQ reconnects by itself; say hello again after that.
+    """A receiver's end, under the routing id `receiver`. ZeroMQ reconnects by itself; then say hello again.
 
-    max_message_bytes: the largest frame to accept (the hidden states of the longest sample); a server that sends
-    more is disconnected before the bytes are read.
+    max_message_bytes: the largest frame to accept (the hidden states of the longest sample); a server that
+    sends more is disconnected before the bytes are read.
     """
     _check_name("receiver", receiver)
     is_loopback(address)  # for its check of the form
