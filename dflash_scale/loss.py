@@ -21,8 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PAPER_GAMMA = {16: 7.0, 10: 5.0, 8: 4.0}
-
 
 @dataclass(frozen=True, slots=True)
 class LossSpec:
@@ -37,14 +35,6 @@ class LossSpec:
         """(S-1,) fixed weights of slots 1..S-1; ones for dpace, whose weights depend on the logits."""
         k = np.arange(block_size - 1)
         return np.exp(-k / self.gamma) if self.weights == "decay" else np.ones(block_size - 1)
-
-
-def default_gamma(block_size: int) -> float:
-    """The paper's gamma for its block sizes; for others the straight line through them, at least 1."""
-    sizes = sorted(PAPER_GAMMA)
-    low, high = PAPER_GAMMA[sizes[0]], PAPER_GAMMA[sizes[-1]]
-    line = low + (high - low) * (block_size - sizes[0]) / (sizes[-1] - sizes[0])
-    return PAPER_GAMMA.get(block_size, max(1.0, line))
 
 
 def normaliser(trained: npt.NDArray[np.int32], block_size: int, spec: LossSpec) -> float:
@@ -188,9 +178,8 @@ def drafter_loss(
 def drafter_loss_reference(
     hidden: Tensor, head: Tensor, labels: Tensor, trained: npt.NDArray[np.int32], spec: LossSpec, scale: Tensor
 ) -> tuple[Tensor, BlockSums]:
-    """The text-book form of `drafter_loss`: all logits at once, gradient by autograd."""
-    everything = chunks(hidden, labels, trained, chunk_slots=max(1, labels.numel()))
-    _, chunk = next(everything)
+    """The text-book form of `drafter_loss` for A >= 1: all logits at once, gradient by autograd."""
+    _, chunk = next(chunks(hidden, labels, trained, chunk_slots=labels.numel()))
     losses = F.cross_entropy((chunk.hidden @ head.T).float(), chunk.labels, reduction="none")
     with torch.no_grad():
         weights = slot_weights(chunk, -losses, spec)

@@ -1,0 +1,112 @@
+"""Checkpoints: DeepSpeed's own files plus the run's position, written aside and renamed, `latest` last.
+
+    checkpoints/step-000100/     DeepSpeed's files, config.json (the resolved configuration), position.json
+    checkpoints/latest           the name of the newest complete checkpoint, plain text
+    checkpoints/best             the name of the one with the best validation acceptance length
+
+A kill at any instruction leaves at most a `*.partial` folder, which the next start removes. Weights and optimizer keep
+the precision they train in (fp32 masters). Loading goes through DeepSpeed, which unpickles: load only your own files.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import deepspeed.comm as dist
+from deepspeed import DeepSpeedEngine
+
+PARTIAL = ".partial"
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a run is: completed optimizer steps, its best validation, and what the schedule depends on."""
+
+    step: int
+    best_acceptance_length: float
+    rows_per_step: int
+    row_tokens: int
+    block_size: int
+    seed: int
+    data: str
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Replaces a small file in one step."""
+    aside = path.with_name(path.name + PARTIAL)
+    aside.write_text(text)
+    os.replace(aside, path)
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: where they lie.
+        keep: how many of the newest are kept; the best is kept besides.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self._keep = folder, keep
+
+    def clean(self) -> None:
+        """Removes what an interrupted save left. Rank 0 calls it at the start."""
+        for leftover in self.folder.glob(f"*{PARTIAL}"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+    def save(self, engine: DeepSpeedEngine, position: Position, config_json: str, *, best: bool) -> None:
+        """Saves on all ranks; returns when the checkpoint is complete on disk."""
+        name = f"step-{position.step:06d}"
+        partial = name + PARTIAL
+        engine.save_checkpoint(str(self.folder), tag=partial, save_latest=False)
+        dist.barrier()
+        if dist.get_rank() == 0:
+            (self.folder / partial / "config.json").write_text(config_json)
+            (self.folder / partial / "position.json").write_text(json.dumps(asdict(position)))
+            if (self.folder / name).exists():  # the same step again, after a resume
+                shutil.rmtree(self.folder / name)
+            os.replace(self.folder / partial, self.folder / name)
+            write_aside(self.folder / "latest", name)
+            if best:
+                write_aside(self.folder / "best", name)
+            self._remove_old()
+        dist.barrier()
+
+    def _remove_old(self) -> None:
+        kept = {self._named("latest"), self._named("best")}
+        complete = sorted(p for p in self.folder.glob("step-*") if not p.name.endswith(PARTIAL))
+        for old in complete[: -self._keep]:
+            if old not in kept:
+                shutil.rmtree(old)
+
+    def _named(self, pointer: str) -> Path | None:
+        file = self.folder / pointer
+        return self.folder / file.read_text().strip() if file.exists() else None
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint, or None."""
+        return self._named("latest")
+
+    def load(self, engine: DeepSpeedEngine, expected: Position) -> Position:
+        """Loads the newest checkpoint into the engine, on all ranks.
+
+        Raises:
+            ValueError: there is none, or it was written by a run whose schedule differs from `expected`.
+        """
+        path = self.latest()
+        if path is None:
+            raise ValueError(f"--resume: no checkpoint in {self.folder}; start without --resume")
+        position = Position(**json.loads((path / "position.json").read_text()))
+        for name in ("rows_per_step", "row_tokens", "block_size", "seed", "data"):
+            got, wanted = getattr(expected, name), getattr(position, name)
+            if got != wanted:
+                raise ValueError(
+                    f"--resume: {name} is {got}, but {path} was trained with {wanted}: "
+                    "samples would be trained twice or missed; restore it or start a new train.output_dir"
+                )
+        loaded, _ = engine.load_checkpoint(str(self.folder), tag=path.name)
+        if loaded is None:
+            raise ValueError(f"--resume: DeepSpeed could not load {path}; its files are incomplete")
+        return position

@@ -1,0 +1,303 @@
+"""The training loop: DeepSpeed engine, loss normalised over the optimizer step, validation, checkpoints, one line.
+
+All ranks run the same schedule (`packer.RowSchedule`), so they agree on every step, validation and checkpoint without
+talking; what they do exchange per step is one small CPU all-reduce: the loss denominator Z and whether to stop.
+"""
+
+import logging
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from deepspeed import DeepSpeedEngine
+from torch import Tensor
+from torch import distributed as dist
+
+from dflash_scale.assembler import RowBatch
+from dflash_scale.checkpoint import Checkpoints, Position
+from dflash_scale.config import Config
+from dflash_scale.drafter import DrafterSpec, block_inputs
+from dflash_scale.loss import BlockSums, LossSpec, drafter_loss, normaliser
+from dflash_scale.metrics import JsonLines, Metrics, block_metrics
+from dflash_scale.packer import AnchorSpec, RowPlan, RowSchedule, Samples, plan_row
+from dflash_scale.report import ProgressLine
+from dflash_scale.verifier import VerifierHead
+
+log = logging.getLogger(__name__)
+
+
+def lr_factor(step: int, total: int, warmup_ratio: float, floor: float) -> float:
+    """Linear warm-up from 0, then a cosine to `floor`; `step` optimizer steps are completed."""
+    warmup = max(1, round(warmup_ratio * total))
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def engine_config(config: Config, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's dictionary: the user's, and the keys that follow from the rest of the configuration."""
+    rows = config.train.rows_per_step
+    derived: dict[str, Any] = {
+        "train_batch_size": rows,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": rows // world_size,
+        "gradient_clipping": config.train.clip,
+    }
+    if config.train.precision == "bf16":
+        derived["bf16"] = {"enabled": True}
+        derived["data_types"] = {"grad_accum_dtype": "fp32"}
+    return {"steps_per_print": 2**31 - 1, **config.deepspeed, **derived}
+
+
+def agree(local: list[float], group: dist.ProcessGroup) -> list[float]:
+    """Sums small numbers over all ranks on the CPU: waits for no GPU."""
+    values = torch.tensor(local, dtype=torch.float64)
+    dist.all_reduce(values, group=group)
+    return values.tolist()
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a trainer works with, made by launch/train.py."""
+
+    config: Config
+    spec: DrafterSpec
+    head: VerifierHead
+    samples: Samples
+    schedule: RowSchedule
+    engine: DeepSpeedEngine
+    batches: Iterator[RowBatch]
+    checkpoints: Checkpoints
+    control: dist.ProcessGroup  # gloo, for what stays on the CPU
+    position: Position
+    output: Path
+
+
+@dataclass
+class Interval:
+    """Sums since the last log line."""
+
+    sums: Tensor | None = None
+    normaliser: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+    waited: float = 0.0
+    tokens: int = 0
+    samples: int = 0
+
+
+class Trainer:
+    """Runs the schedule from `parts.position` to its end, or to the step at which a rank was asked to stop."""
+
+    def __init__(self, parts: Parts) -> None:
+        config = parts.config
+        self.parts, self.rank, self.world = parts, dist.get_rank(), dist.get_world_size()
+        self.device = parts.engine.device
+        self.loss_spec = LossSpec(config.loss.weights, config.gamma, config.loss.dpace_alpha, config.loss.chunk_slots)
+        self.anchor_spec = AnchorSpec(config.drafter.block_size, config.data.anchors_per_document, config.train.seed)
+        self.step = parts.position.step
+        self.best = parts.position.best_acceptance_length
+        self.samples_trained = 0
+        self.stopping = False
+        self.interval = Interval()
+        first = self.step + 1
+        self.ledger = JsonLines(parts.output / "ledger" / f"rank-{self.rank}.jsonl", first)
+        self.metrics = Metrics(parts.output, first, config.train.tensorboard) if self.rank == 0 else None
+        self.line = ProgressLine(parts.schedule.total_steps, self.step, enabled=self.rank == 0)
+
+    def run(self) -> bool:
+        """Trains. Returns True if the schedule was completed, False if the run was asked to stop before."""
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+        saved = self.step
+        stop = False
+        while self.step < self.parts.schedule.total_steps:
+            stop = not self._train_step(self.step + 1)
+            if stop:
+                break
+            best = self._validate() if self.parts.schedule.validates_after(self.step) else False
+            every = self.parts.config.train.checkpoint_every
+            if best or self.step % every == 0 or self.step == self.parts.schedule.total_steps:
+                self._save(best)
+                saved = self.step
+        if stop and saved != self.step:
+            self._save(best=False)
+        if stop:
+            log.warning("stopped by SIGTERM after step %d; continue with --resume", self.step)
+        self._close()
+        return not stop
+
+    def _on_sigterm(self, signum: int, frame: FrameType | None) -> None:
+        self.stopping = True
+
+    def _train_step(self, step: int) -> bool:
+        """One optimizer step; False, with nothing done, if any rank was asked to stop."""
+        plans = [
+            plan_row(row, self.parts.samples, self.anchor_spec)
+            for row in self.parts.schedule.train_rows(self.rank, step)
+        ]
+        mine = sum(normaliser(plan.trained, self.anchor_spec.block_size, self.loss_spec) for plan in plans)
+        total, stops = agree([mine, float(self.stopping)], self.parts.control)
+        if stops:
+            return False
+        engine = self.parts.engine
+        engine.train()
+        # DeepSpeed averages over ranks and micro-steps; Z is a sum over both.
+        scale = torch.tensor(self.world * len(plans) / max(total, 1e-12), device=self.device)
+        trained: list[int] = []
+        for plan in plans:
+            batch = self._next_batch(plan)
+            loss, sums = self._loss(batch, scale)
+            engine.backward(loss)
+            engine.step()
+            packed = sums.packed()
+            self.interval.sums = packed if self.interval.sums is None else self.interval.sums + packed
+            trained += [p.sample for p in batch.plan.row.places if p.sample not in batch.quarantined]
+            self.interval.tokens += int((batch.plan.doc_ids >= 0).sum())
+        self.step = step
+        self.interval.normaliser += total
+        self.interval.samples += len(trained)
+        self.samples_trained += len(trained)
+        self.ledger.write({"step": step, "epoch": plans[0].row.epoch, "samples": trained})
+        if step % self.parts.config.train.log_every == 0 or step == self.parts.schedule.total_steps:
+            self._log(step)
+        return True
+
+    def _next_batch(self, plan: RowPlan) -> RowBatch:
+        started = time.perf_counter()
+        batch = next(self.parts.batches)
+        self.interval.waited += time.perf_counter() - started
+        if batch.plan.row != plan.row:
+            raise RuntimeError(f"got row {batch.plan.row}, wanted {plan.row}: rank and assembler disagree")
+        return batch
+
+    def _loss(self, batch: RowBatch, scale: Tensor) -> tuple[Tensor, BlockSums]:
+        head, spec, plan = self.parts.head, self.parts.spec, batch.plan
+        doc_ids, positions, anchors, tokens = (
+            torch.from_numpy(array).to(self.device, non_blocking=True)
+            for array in (plan.doc_ids, plan.positions, plan.anchors, plan.block_tokens)
+        )
+        dtype = head.embedding.dtype
+        taps = len(spec.layer_ids)
+        states = batch.states[:, :taps].reshape(len(positions), taps * spec.context_size).to(dtype)
+        slots = block_inputs(head.embedding, tokens[:, 0], spec)
+        hidden = self.parts.engine(slots, states, positions, anchors, doc_ids)
+        labels = tokens if self.parts.config.loss.labels == "data" else self._verifier_labels(batch, anchors)
+        return drafter_loss(hidden, head.weight, labels, plan.trained, self.loss_spec, scale)
+
+    def _verifier_labels(self, batch: RowBatch, anchors: Tensor) -> Tensor:
+        """(A, S) the verifier's argmax for the token of every slot; column 0 is not used."""
+        argmax = self.parts.head.argmax(batch.states[:, -1])
+        slots = torch.arange(-1, self.parts.spec.block_size - 1, device=self.device)
+        return argmax[(anchors[:, None] + slots).clamp(0, max(len(argmax) - 1, 0))]
+
+    def _log(self, step: int) -> None:
+        now, seen = time.perf_counter(), self.interval
+        assert seen.sums is not None
+        dist.all_reduce(seen.sums)
+        waited, seconds, tokens, samples = agree(
+            [seen.waited, now - seen.started, float(seen.tokens), float(seen.samples)], self.parts.control
+        )
+        values = block_metrics(BlockSums.unpacked(seen.sums.cpu()), seen.normaliser)
+        values |= {
+            "lr": self.parts.engine.get_lr()[0],
+            "grad_norm": float(self.parts.engine.get_global_grad_norm() or 0.0),
+            "wait_data": waited / seconds,
+            "tokens_per_s": tokens * self.world / seconds,
+            "samples_per_s": samples * self.world / seconds,
+        }
+        if self.metrics is not None:
+            self.metrics.write("train", step, values)
+        self.line.train(step, values)
+        self.interval = Interval()
+
+    @torch.no_grad()
+    def _validate(self) -> bool:
+        """Validates on anchors fixed once; True if the acceptance length is the best so far."""
+        started, waited = time.perf_counter(), self.interval.waited
+        self.parts.engine.eval()
+        slots = self.parts.spec.block_size - 1
+        sums = torch.zeros(2 + 3 * slots, device=self.device)
+        agreed, normal, one = [0.0, 0.0], 0.0, torch.ones((), device=self.device)
+        for row in self.parts.schedule.validation_rows(self.rank, self.step):
+            batch = self._next_batch(plan_row(row, self.parts.samples, self.anchor_spec))
+            sums += self._loss(batch, one)[1].packed()
+            normal += normaliser(batch.plan.trained, slots + 1, self.loss_spec)
+            agreed = [a + b for a, b in zip(agreed, self._agreement(batch), strict=True)]
+        dist.all_reduce(sums)
+        normal, same, labels = agree([normal, *agreed], self.parts.control)
+        values = block_metrics(BlockSums.unpacked(sums.cpu()), normal)
+        values["verifier_agreement"] = same / max(labels, 1.0)
+        values["seconds"] = time.perf_counter() - started
+        best = values["acceptance_length"] > self.best
+        self.best = max(self.best, values["acceptance_length"])
+        if self.metrics is not None:
+            self.metrics.write("validation", self.step, values)
+        self.line.validation(self.step, values)
+        self._leave_out(started, waited)
+        return best
+
+    def _agreement(self, batch: RowBatch) -> list[float]:
+        """(labels that are the verifier's own argmax, labels): near 1 where the verifier generated the answers; near
+        0 when layers, norm or positions of the streamed states are off."""
+        trained = np.arange(self.parts.spec.block_size) <= batch.plan.trained[:, None]
+        trained[:, 0] = False
+        anchors = torch.from_numpy(batch.plan.anchors).to(self.device)
+        own = self._verifier_labels(batch, anchors).cpu().numpy()
+        return [float((own == batch.plan.block_tokens)[trained].sum()), float(trained.sum())]
+
+    def _save(self, best: bool) -> None:
+        old = self.parts.position
+        position = Position(
+            step=self.step,
+            best_acceptance_length=self.best,
+            rows_per_step=old.rows_per_step,
+            row_tokens=old.row_tokens,
+            block_size=old.block_size,
+            seed=old.seed,
+            data=old.data,
+        )
+        started = time.perf_counter()
+        self.parts.checkpoints.save(self.parts.engine, position, self.parts.config.dump(), best=best)
+        self._leave_out(started, self.interval.waited)
+
+    def _leave_out(self, started: float, waited: float) -> None:
+        """Takes the time since `started` out of the training interval."""
+        self.interval.started += time.perf_counter() - started
+        self.interval.waited = waited
+
+    def _close(self) -> None:
+        self.ledger.close()
+        if self.metrics is not None:
+            self.metrics.close()
+        self.line.close()
+
+
+def follow_launcher(poll_s: float = 1.0) -> None:
+    """Ends this rank when its launcher is gone, so that a killed launcher leaves no rank behind.
+
+    SIGTERM first, which saves a checkpoint at the next step; after a minute, an exit at once. The parent is the
+    per-node launcher; its parent is followed too if it is DeepSpeed's front end.
+    """
+    import psutil
+
+    parent = psutil.Process().parent()
+    if parent is None:
+        return
+    followed = [parent]
+    above = parent.parent()
+    if above is not None and any("deepspeed" in word for word in above.cmdline()):
+        followed.append(above)
+    while all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in followed):
+        time.sleep(poll_s)
+    log.error("the launcher is gone: saving a checkpoint and stopping")
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+    os._exit(1)
