@@ -1,0 +1,242 @@
+"""The server's sending end: one thread owns the ROUTER, answers hellos and sends what others queue.
+
+The channel's rules are in `wire.py`. `Publisher.send` may be called from any thread and never blocks: it queues or
+refuses. Two bounds hold the memory: `max_bytes` over everything that ZeroMQ has not yet let go of, and a patience
+per message (`AWAY_S` while its receiver is not connected, `STALLED_S` while it does not read), after which the
+message is dropped, counted and logged. Imported inside the vLLM server: no torch.
+"""
+
+import errno
+import logging
+import os
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import zmq
+
+from dflash_scale.stream import wire
+
+log = logging.getLogger(__name__)
+
+AWAY_S: Final = 5.0  # a receiver that reconnects needs at most RECONNECT_IVL_MAX = 2 s
+STALLED_S: Final = 60.0
+RETRY_S: Final = 0.01  # with SEND_HIGH_WATER this caps a receiver at 6400 messages per second
+LOG_EVERY_S: Final = 60.0
+
+
+@dataclass(slots=True)
+class Counters:
+    """What became of the messages since the start; read by tests and by the log line."""
+
+    sent: int = 0
+    sent_bytes: int = 0
+    refused: int = 0
+    dropped: int = 0
+    invalid: int = 0
+
+
+@dataclass(slots=True)
+class _Outgoing:
+    receiver: bytes
+    frames: Sequence[wire.Buffer]
+    nbytes: int
+    queued_at: float
+
+
+@dataclass(slots=True)
+class _InZmq:
+    """Bytes that ZeroMQ still refers to; `done` once the kernel has them or the connection is gone."""
+
+    tracker: zmq.MessageTracker
+    nbytes: int
+
+
+@dataclass(slots=True)
+class _Queues:
+    """Owned by the sending thread. One queue per receiver, so that a slow one holds up nobody else."""
+
+    by_receiver: dict[bytes, deque[_Outgoing]] = field(default_factory=dict)
+    in_zmq: list[_InZmq] = field(default_factory=list)
+
+
+class Publisher:
+    """Binds `address` and sends hidden states to whoever a ticket names, if that receiver is connected.
+
+    address: tcp://127.0.0.1:PORT (port 0 or * picks one; see `endpoint`) or ipc://PATH.
+    layout, model: what the hello reply says.
+    max_bytes: payload bytes held at most, queued or inside ZeroMQ.
+    Raises WireError for a bad address and zmq.ZMQError if it is taken.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        layout: wire.Layout,
+        model: str,
+        *,
+        insecure: bool = False,
+        max_bytes: int = 2 << 30,
+    ) -> None:
+        self.layout = layout
+        self.server_id = secrets.token_hex(8)
+        self.max_bytes = max_bytes
+        self.counters = Counters()
+        self._hello_reply = wire.encode(wire.HelloReply(layout, model, self.server_id))
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        try:
+            self._router = wire.bind_router(self._context, address, insecure)
+        except (wire.WireError, zmq.ZMQError):
+            self._context.term()
+            raise
+        self.endpoint = str(self._router.getsockopt_string(zmq.LAST_ENDPOINT))
+        self._inbox: deque[tuple[wire.Ticket, wire.Buffer, wire.Buffer] | wire.Refusal] = deque()
+        self._lock = threading.Lock()  # over _held_bytes alone
+        self._held_bytes = 0
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._stop_at: float | None = None
+        self._logged_at = {"dropped": float("-inf"), "invalid": float("-inf"), "refused": float("-inf")}
+        self._thread = threading.Thread(target=self._run, name="dflash-publisher", daemon=True)
+        self._thread.start()
+
+    def send(self, ticket: wire.Ticket, token_ids: wire.Buffer, hidden_states: wire.Buffer) -> bool:
+        """Queues one sample; False if it was refused instead because `max_bytes` are held already.
+
+        token_ids: int32 little-endian bytes. hidden_states: bytes of (tokens, L+1, H) in the layout's dtype. The
+        buffers are not copied: leave them alone. Raises WireError if their sizes do not fit each other.
+        """
+        want = len(token_ids) // wire.TOKEN_ID_BYTES * self.layout.bytes_per_token
+        if len(token_ids) % wire.TOKEN_ID_BYTES or not token_ids or len(hidden_states) != want:
+            raise wire.WireError(
+                f"{len(token_ids)} bytes of token ids need {want} bytes of states, got {len(hidden_states)}"
+            )
+        nbytes = len(token_ids) + len(hidden_states)
+        with self._lock:
+            fits = self._held_bytes + nbytes <= self.max_bytes
+            self._held_bytes += nbytes if fits else 0
+        if not fits:
+            self.refuse(ticket, f"the server holds {self._held_bytes} of {self.max_bytes} unsent bytes")
+            return False
+        self._inbox.append((ticket, token_ids, hidden_states))
+        os.eventfd_write(self._wake, 1)
+        return True
+
+    def refuse(self, ticket: wire.Ticket, reason: str) -> None:
+        """Tells the receiver not to wait for this attempt."""
+        self._inbox.append(wire.Refusal(ticket, reason[: wire.MAX_REASON_CHARS]))
+        os.eventfd_write(self._wake, 1)
+
+    def close(self, linger_s: float = 1.0) -> None:
+        """Sends what is queued for at most `linger_s` seconds, then unbinds."""
+        if self._stop_at is None:
+            self._stop_at = time.monotonic() + linger_s
+            os.eventfd_write(self._wake, 1)
+        self._thread.join()
+
+    def _run(self) -> None:
+        queues = _Queues()
+        poller = zmq.Poller()
+        poller.register(self._router, zmq.POLLIN)
+        poller.register(self._wake, zmq.POLLIN)
+        try:
+            while not self._finished(queues):
+                busy = bool(queues.by_receiver or queues.in_zmq)
+                ready = dict(poller.poll(int(1000 * (RETRY_S if busy else 1.0))))
+                if self._wake in ready:
+                    os.eventfd_read(self._wake)
+                if self._router in ready:
+                    self._answer_hellos()
+                self._take_inbox(queues)
+                for receiver in list(queues.by_receiver):
+                    self._send_queue(queues, receiver)
+                self._let_go(queues)
+        except Exception:
+            log.exception("The sending thread died: receivers will get nothing more from this server")
+            raise
+        finally:
+            self._router.close(linger=200)  # milliseconds; frames below 64 KiB are copied and not tracked
+            self._context.term()
+
+    def _finished(self, queues: _Queues) -> bool:
+        if self._stop_at is None:
+            return False
+        idle = not (self._inbox or queues.by_receiver or queues.in_zmq)
+        return idle or time.monotonic() >= self._stop_at
+
+    def _answer_hellos(self) -> None:
+        while True:
+            try:
+                frames = self._router.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                if len(frames) != 2 or not isinstance(wire.decode(frames[1], max_tokens=0), wire.Hello):
+                    raise wire.WireError(f"expected one hello frame, got {len(frames) - 1} frames")
+                self._router.send_multipart([frames[0], self._hello_reply], zmq.NOBLOCK)
+            except wire.WireError as error:
+                self._count("invalid", f"from a receiver: {error}")
+            except zmq.ZMQError as error:  # gone again, or it does not read: its next hello is answered
+                self._count("dropped", f"hello reply: {error}")
+
+    def _take_inbox(self, queues: _Queues) -> None:
+        while self._inbox:
+            item = self._inbox.popleft()
+            if isinstance(item, wire.Refusal):
+                self._count("refused", f"{item.ticket}: {item.reason}")
+                ticket, nbytes = item.ticket, 0
+                frames: list[wire.Buffer] = [wire.encode(item)]
+            else:
+                ticket, token_ids, states = item
+                frames = wire.data_frames(ticket, self.layout, token_ids, states)
+                nbytes = len(token_ids) + len(states)
+            receiver = ticket.receiver.encode()
+            out = _Outgoing(receiver, frames, nbytes, time.monotonic())
+            queues.by_receiver.setdefault(receiver, deque()).append(out)
+
+    def _send_queue(self, queues: _Queues, receiver: bytes) -> None:
+        queue = queues.by_receiver[receiver]
+        while queue:
+            out = queue[0]
+            try:
+                tracker = self._router.send_multipart([receiver, *out.frames], zmq.NOBLOCK, copy=False, track=True)
+            except zmq.ZMQError as error:
+                if error.errno not in (errno.EHOSTUNREACH, errno.EAGAIN):
+                    raise
+                patience = AWAY_S if error.errno == errno.EHOSTUNREACH else STALLED_S
+                if time.monotonic() - out.queued_at < patience:
+                    return
+                self._count("dropped", f"receiver {receiver.decode()}: {error}")
+                self._release(out.nbytes)
+            else:
+                self.counters.sent += 1
+                self.counters.sent_bytes += out.nbytes
+                assert tracker is not None  # track=True
+                queues.in_zmq.append(_InZmq(tracker, out.nbytes))
+            queue.popleft()
+        del queues.by_receiver[receiver]
+
+    def _let_go(self, queues: _Queues) -> None:
+        held = []
+        for entry in queues.in_zmq:
+            if entry.tracker.done:
+                self._release(entry.nbytes)
+            else:
+                held.append(entry)
+        queues.in_zmq = held
+
+    def _release(self, nbytes: int) -> None:
+        with self._lock:
+            self._held_bytes -= nbytes
+
+    def _count(self, what: str, detail: str) -> None:
+        """Counts an event and logs it, at most once a minute per kind."""
+        total = getattr(self.counters, what) + 1
+        setattr(self.counters, what, total)
+        now = time.monotonic()
+        if now - self._logged_at[what] >= LOG_EVERY_S:
+            self._logged_at[what] = now
+            log.warning("%s messages %s so far; the latest: %s", total, what, detail)
