@@ -1,0 +1,198 @@
+// A lock-free ring of records in POSIX shared memory: one writer process, one reader process, no copy on either side.
+//
+// The bytes of a segment (every line of 64 bytes has one writing side, so the two never share a cache line):
+//
+//   0          64           128          192        4096                                      4096 + capacity
+//   +----------+------------+------------+----------+----------------------------------------+
+//   | identity | writer's   | reader's   | unused   | records, each 64-aligned and contiguous |
+//   | magic,   | head, beat | tail, mark |          |                                        |
+//   | version, | closed,    | closed,    |          | +--------+---------+--------+-------+  |
+//   | capacity | pid+start  | pid+start  |          | | header | payload | header | ...   |  |
+//   +----------+------------+------------+----------+-+--------+---------+--------+-------+--+
+//
+// `head` and `tail` count bytes since the segment was made; they never wrap, the offset is count % capacity.
+// head - tail bytes are published and unread. A record that would cross the end is put at the beginning, behind a skip
+// record that covers the rest:
+//
+//            tail                 head         end                     head                tail          end
+//   +---------+--------------------+-----------+      +-----------------+------------------+------+------+
+//   |  free   | record | record    |   free    |      | record          |       free       | rec. | skip |
+//   +---------+--------------------+-----------+      +-----------------+------------------+------+------+
+//
+// The states of the bytes behind `head`, seen by the writer:
+//
+//   free --reserve()--> reserved --(caller fills in place)--> commit() --> published: head moves, with release order
+//                          '------------------------------> abandon() --> free: nothing was ever visible
+//
+// and of a published record, seen by the reader:
+//
+//   published --peek()--> held (head was read with acquire order: the bytes are there) --release()--> free: tail moves
+//
+// A writer that dies between reserve() and commit() leaves nothing behind: `head` did not move. Each side can tell that
+// the other is gone by its pid and start time (a pid alone is used again), or by its closed flag.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace dflash::ring {
+
+inline constexpr std::uint64_t kMagic = 0x31474E4952464C44ull;  // "DLFRING1" in memory order
+inline constexpr std::uint32_t kVersion = 1;
+inline constexpr std::size_t kLine = 64;
+inline constexpr std::size_t kPage = 4096;
+
+static_assert(std::atomic<std::uint64_t>::is_always_lock_free, "the ring needs lock-free 64-bit atomics");
+
+struct alignas(kLine) IdentityLine {
+  std::atomic<std::uint64_t> magic;  // stored last by the maker: a segment without it is still being made
+  std::uint32_t version;
+  std::uint32_t header_bytes;
+  std::uint64_t capacity;
+};
+
+struct alignas(kLine) WriterLine {
+  std::atomic<std::uint64_t> head;
+  std::atomic<std::uint64_t> committed;  // records, not bytes
+  std::atomic<std::uint64_t> beat;       // moves as long as the writer's loop does
+  std::atomic<std::uint64_t> process;    // see process_id()
+  std::atomic<std::uint32_t> closed;
+};
+
+struct alignas(kLine) ReaderLine {
+  std::atomic<std::uint64_t> tail;
+  std::atomic<std::uint64_t> released;  // records, not bytes
+  std::atomic<std::uint64_t> mark;      // the reader's own progress, in units that the two sides agree on
+  std::atomic<std::uint64_t> process;
+  std::atomic<std::uint32_t> closed;
+};
+
+struct HeaderPage {
+  IdentityLine identity;
+  WriterLine writer;
+  ReaderLine reader;
+};
+static_assert(sizeof(HeaderPage) == 3 * kLine && sizeof(HeaderPage) <= kPage);
+
+enum class RecordKind : std::uint32_t { kRecord = 0x44434552, kSkip = 0x50494B53 };
+
+struct alignas(kLine) RecordHeader {
+  RecordKind kind;
+  std::uint32_t status;
+  std::uint64_t span;   // bytes up to the next record: this header, the payload, the padding
+  std::uint64_t bytes;  // of the payload
+  std::uint64_t sample;
+  std::uint64_t epoch;
+  std::uint64_t tokens;
+};
+static_assert(sizeof(RecordHeader) == kLine);
+
+// What the writer says about a payload when it publishes it.
+struct Meta {
+  std::uint64_t sample = 0;
+  std::uint64_t epoch = 0;
+  std::uint32_t status = 0;
+  std::uint64_t tokens = 0;
+};
+
+// A mapped segment. Views of its bytes share the ownership, so a view outlives the ring that gave it.
+class Mapping {
+ public:
+  Mapping(int fd, std::size_t bytes);
+  ~Mapping();
+  Mapping(const Mapping&) = delete;
+  Mapping& operator=(const Mapping&) = delete;
+  std::byte* data() const { return data_; }
+  std::size_t bytes() const { return bytes_; }
+
+ private:
+  std::byte* data_;
+  std::size_t bytes_;
+};
+
+struct Span {
+  std::shared_ptr<Mapping> owner;
+  std::byte* data;
+  std::size_t bytes;
+};
+
+struct Record {
+  Meta meta;
+  Span payload;
+};
+
+class Ring {
+ public:
+  // Throws std::invalid_argument for a bad name or capacity, std::system_error for what the system refuses (ENOSPC:
+  // /dev/shm is too small; all pages are allocated here, so that no later store can raise SIGBUS).
+  static std::unique_ptr<Ring> create(const std::string& name, std::size_t capacity);
+  // Throws std::system_error(ENOENT) when the segment is not there or not ready yet, std::invalid_argument when it is
+  // not a ring of this version or has a living reader already.
+  static std::unique_ptr<Ring> open(const std::string& name);
+  ~Ring();
+
+  // Writer. One reservation at a time.
+  std::optional<Span> reserve(std::size_t bytes);
+  void commit(const Meta& meta);
+  void abandon();
+  void beat();
+
+  // Reader. One held record at a time; peek() gives the same one until release().
+  std::optional<Record> peek();
+  void release();
+  void set_reader_mark(std::uint64_t mark);
+
+  std::uint64_t reader_mark() const;
+  std::uint64_t writer_beat() const;
+  std::uint64_t committed() const;
+  std::uint64_t released() const;
+  std::size_t capacity() const { return capacity_; }
+  std::size_t free_bytes() const;  // not reserved ones included
+  bool is_writer() const { return is_writer_; }
+  const std::string& name() const { return name_; }
+  bool peer_attached() const;
+  bool peer_alive() const;  // attached, its process runs, and it has not closed
+  int peer_pid() const;
+  void close();
+  void unlink();
+
+ private:
+  struct Reservation {
+    std::uint64_t start;  // count of the record's first byte
+    std::size_t bytes;
+    std::size_t span;
+    std::size_t skip;  // bytes that a skip record covers in front of it
+  };
+
+  Ring(std::string name, std::shared_ptr<Mapping> mapping, std::size_t capacity, bool is_writer);
+  HeaderPage& page() const;
+  std::byte* at(std::uint64_t count) const;
+  const RecordHeader& checked_header(std::uint64_t tail, std::uint64_t head) const;
+  void expect(bool writer, const char* call) const;
+
+  std::string name_;
+  std::shared_ptr<Mapping> mapping_;
+  std::size_t capacity_;
+  bool is_writer_;
+  std::optional<Reservation> reservation_;
+  std::size_t held_ = 0;  // span of the record that peek() gave out
+};
+
+// Bytes of the ring that a record of `payload` bytes takes: what a caller subtracts from capacity().
+std::size_t record_span(std::size_t payload);
+
+// (start time << 24 | pid): one number that names a process for as long as the machine is up. 0: no such process, or a
+// zombie. The start time is field 22 of /proc/PID/stat, in clock ticks since boot (proc(5)); pids have at most 22 bits.
+std::uint64_t process_id(int pid);
+int process_pid(std::uint64_t process);
+std::uint64_t process_start(std::uint64_t process);
+
+// Unlinks every segment `/PREFIX*-PID-START-RANK` in /dev/shm whose owner is gone; gives the names.
+std::vector<std::string> reclaim(const std::string& prefix);
+
+}  // namespace dflash::ring

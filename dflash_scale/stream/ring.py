@@ -1,0 +1,220 @@
+"""The Python face of the shared-memory ring (csrc/ring): records from one receiver process to one training rank.
+
+Channel: the writer makes the segment, one reader opens it, the writer unlinks the name once every reader is attached,
+so that nothing stays in /dev/shm however the processes end; `reclaim()` covers a death before that.
+Ordering: records come out in the order of their commits. Loss: none while both live; a record that was reserved but not
+committed never existed. Back-pressure: `reserve()` gives None when the ring is full. Who may die: either side; the
+other sees it through `peer_alive()` (pid and start time), and a reader still gets all that was committed before.
+
+An object may be used by one thread at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import Final
+
+from dflash_scale import _ring
+
+COMMITTED: Final = 0  # the payload is complete and verified
+QUARANTINED: Final = 1  # no payload: the sample failed everywhere and is to be trained without
+LINE: Final = 64  # bytes; alignment of records and payloads
+SHORTEST_WAIT_S: Final = 20e-6
+LONGEST_WAIT_S: Final = 2e-3
+
+
+class PeerDied(RuntimeError):
+    """The other side of the ring is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One sample as it lies in the ring; `payload` (bytes, read-only) is valid until `release()`."""
+
+    sample: int
+    epoch: int
+    status: int  # COMMITTED or QUARANTINED
+    tokens: int
+    payload: memoryview
+
+
+def ring_name(run_id: str, owner_pid: int, local_rank: int) -> str:
+    """The segment's name; it carries the owner's pid and start time, so that `reclaim()` knows when it is abandoned.
+
+    Raises:
+        ProcessLookupError: no such process.
+    """
+    start = _ring.process_start(owner_pid)
+    if start is None:
+        raise ProcessLookupError(f"process {owner_pid}, the owner of the rings of run {run_id}, is not running")
+    return f"/dflash-{run_id}-{owner_pid}-{start}-{local_rank}"
+
+
+def process_start(pid: int) -> int | None:
+    """Start time of a running process in clock ticks since boot; None when there is none (a zombie is none)."""
+    start: int | None = _ring.process_start(pid)
+    return start
+
+
+def record_span(payload_bytes: int) -> int:
+    """Bytes of a ring's capacity that a record of `payload_bytes` takes."""
+    return int(_ring.record_span(payload_bytes))
+
+
+def reclaim(prefix: str = "dflash-") -> list[str]:
+    """Unlinks the segments whose owner process is gone; gives their names."""
+    return list(_ring.reclaim(prefix))
+
+
+class Ring:
+    """One end of a ring. Methods of the other end raise ValueError, and so does everything after `close()`."""
+
+    def __init__(self, native: _ring.Ring) -> None:
+        self._native = native
+
+    @classmethod
+    def create(cls, name: str, capacity: int) -> Ring:
+        """Makes the segment, all of its pages included. `capacity` in bytes, rounded down to a multiple of 64.
+
+        Raises:
+            ValueError: the name or the capacity is not possible.
+            OSError: /dev/shm is too small (ENOSPC), or the name exists.
+        """
+        return cls(_ring.Ring.create(name, capacity // LINE * LINE))
+
+    @classmethod
+    def open(cls, name: str, timeout: float = 0.0) -> Ring:
+        """Attaches as the reader; waits up to `timeout` seconds for a segment that is not made yet.
+
+        Raises:
+            FileNotFoundError: there is no such segment.
+            ValueError: it is not a ring of this version, or it has a living reader.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                return cls(_ring.Ring.open(name))
+            except FileNotFoundError:
+                if time.monotonic() >= deadline:
+                    raise
+            time.sleep(0.01)
+
+    # The writer's side.
+
+    def reserve(self, nbytes: int) -> memoryview | None:
+        """A writable view of `nbytes` in the ring, to be filled in place; None while the ring is too full."""
+        slot: memoryview | None = self._native.reserve(nbytes)
+        return slot
+
+    def commit(self, *, sample: int, epoch: int, status: int, tokens: int) -> None:
+        """Publishes the reserved bytes."""
+        self._native.commit(sample, epoch, status, tokens)
+
+    def abandon(self) -> None:
+        """Gives the reserved bytes back; the reader never sees them."""
+        self._native.abandon()
+
+    def beat(self) -> None:
+        """Tells the reader that the writer's loop moves."""
+        self._native.beat()
+
+    # The reader's side.
+
+    def peek(self) -> Record | None:
+        """The oldest record, or None. The same one until `release()`."""
+        found = self._native.peek()
+        return None if found is None else Record(*found)
+
+    def release(self) -> None:
+        """Gives the bytes of the record that `peek()` returned back to the writer."""
+        self._native.release()
+
+    def next_record(self, timeout: float) -> Record | None:
+        """Waits up to `timeout` seconds for a record; None when none came.
+
+        Raises:
+            PeerDied: the writer is gone and all that it committed has been read.
+        """
+        deadline = time.monotonic() + timeout
+        wait = SHORTEST_WAIT_S
+        while (record := self.peek()) is None:
+            if not self.peer_alive():
+                record = self.peek()  # it may have committed just before it went
+                if record is not None:
+                    return record
+                raise PeerDied(
+                    f"the receiver (pid {self.peer_pid}) that fills ring {self.name} is gone after "
+                    f"{self.committed} records; its own message on stderr says why"
+                )
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return None
+            time.sleep(min(wait, left))
+            wait = min(2 * wait, LONGEST_WAIT_S)
+        return record
+
+    @property
+    def reader_mark(self) -> int:
+        """Rows that the reader has finished; the writer fetches ahead of it."""
+        return int(self._native.reader_mark)
+
+    @reader_mark.setter
+    def reader_mark(self, mark: int) -> None:
+        self._native.reader_mark = mark
+
+    # Both sides.
+
+    @property
+    def name(self) -> str:
+        return str(self._native.name)
+
+    @property
+    def capacity(self) -> int:
+        return int(self._native.capacity)
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes that hold no published record; what is free in one piece may be less."""
+        return int(self._native.free_bytes)
+
+    @property
+    def committed(self) -> int:
+        """Records published so far."""
+        return int(self._native.committed)
+
+    @property
+    def released(self) -> int:
+        """Records given back so far."""
+        return int(self._native.released)
+
+    @property
+    def writer_beat(self) -> int:
+        return int(self._native.writer_beat)
+
+    @property
+    def peer_pid(self) -> int:
+        """Pid of the other side, 0 before it attached."""
+        return int(self._native.peer_pid())
+
+    def peer_attached(self) -> bool:
+        """Whether the other side ever attached."""
+        return bool(self._native.peer_attached())
+
+    def peer_alive(self) -> bool:
+        """Whether the other side has attached, runs, and has not closed."""
+        return bool(self._native.peer_alive())
+
+    def close(self) -> None:
+        """Marks this side as closed and drops the mapping; views given out before stay readable."""
+        self._native.close()
+
+    def unlink(self) -> None:
+        """Removes the name; both sides keep what they have mapped."""
+        self._native.unlink()
+
+
+def own_ring_name(run_id: str, local_rank: int) -> str:
+    """`ring_name` of a ring that this process owns."""
+    return ring_name(run_id, os.getpid(), local_rank)
