@@ -54,18 +54,17 @@ def ring_name(run_id: str, owner_pid: int, local_rank: int) -> str:
 
 def process_start(pid: int) -> int | None:
     """Start time of a running process in clock ticks since boot; None when there is none (a zombie is none)."""
-    start: int | None = _ring.process_start(pid)
-    return start
+    return _ring.process_start(pid)
 
 
 def record_span(payload_bytes: int) -> int:
     """Bytes of a ring's capacity that a record of `payload_bytes` takes."""
-    return int(_ring.record_span(payload_bytes))
+    return _ring.record_span(payload_bytes)
 
 
 def reclaim(prefix: str = "dflash-") -> list[str]:
     """Unlinks the segments whose owner process is gone; gives their names."""
-    return list(_ring.reclaim(prefix))
+    return _ring.reclaim(prefix)
 
 
 class Ring:
@@ -105,8 +104,7 @@ class Ring:
 
     def reserve(self, nbytes: int) -> memoryview | None:
         """A writable view of `nbytes` in the ring, to be filled in place; None while the ring is too full."""
-        slot: memoryview | None = self._native.reserve(nbytes)
-        return slot
+        return self._native.reserve(nbytes)
 
     def commit(self, *, sample: int, epoch: int, status: int, tokens: int) -> None:
         """Publishes the reserved bytes."""
@@ -158,7 +156,7 @@ class Ring:
     @property
     def reader_mark(self) -> int:
         """Rows that the reader has finished; the writer fetches ahead of it."""
-        return int(self._native.reader_mark)
+        return self._native.reader_mark
 
     @reader_mark.setter
     def reader_mark(self, mark: int) -> None:
@@ -168,43 +166,43 @@ class Ring:
 
     @property
     def name(self) -> str:
-        return str(self._native.name)
+        return self._native.name
 
     @property
     def capacity(self) -> int:
-        return int(self._native.capacity)
+        return self._native.capacity
 
     @property
     def free_bytes(self) -> int:
         """Bytes that hold no published record; what is free in one piece may be less."""
-        return int(self._native.free_bytes)
+        return self._native.free_bytes
 
     @property
     def committed(self) -> int:
         """Records published so far."""
-        return int(self._native.committed)
+        return self._native.committed
 
     @property
     def released(self) -> int:
         """Records given back so far."""
-        return int(self._native.released)
+        return self._native.released
 
     @property
     def writer_beat(self) -> int:
-        return int(self._native.writer_beat)
+        return self._native.writer_beat
 
     @property
     def peer_pid(self) -> int:
         """Pid of the other side, 0 before it attached."""
-        return int(self._native.peer_pid())
+        return self._native.peer_pid()
 
     def peer_attached(self) -> bool:
         """Whether the other side ever attached."""
-        return bool(self._native.peer_attached())
+        return self._native.peer_attached()
 
     def peer_alive(self) -> bool:
         """Whether the other side has attached, runs, and has not closed."""
-        return bool(self._native.peer_alive())
+        return self._native.peer_alive()
 
     def close(self) -> None:
         """Marks this side as closed and drops the mapping; views given out before stay readable."""
