@@ -197,7 +197,7 @@ class LossSection(Section):
         gt=0,
         description="Decay constant in slots, w_k = exp(-(k-1)/gamma); null = by block size (16: 7).",
     )
-    dpace_alpha: float = Field(default=0.5, ge=0, le=1, description="D-PACE floor of a slot's confidence, 0 to 1.")
+    dpace_alpha: float = Field(default=0.5, gt=0, le=1, description="D-PACE floor of a slot's confidence, 0 to 1.")
     chunk_slots: Positive = Field(default=2048, description="Slots whose logits are held at once.")
 
 
