@@ -20,6 +20,8 @@ from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from dflash_scale.attention import Plan, anchor_attention, build_plan
+from dflash_scale.config import DrafterSection
+from dflash_scale.verifier import VerifierShape
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,32 @@ class DrafterSpec:
         """The sliding window of one layer in tokens, None where it attends to the whole context."""
         sliding = self.layers.layer_types[layer] == "sliding_attention"
         return cast(int, self.layers.sliding_window) if sliding else None
+
+
+def drafter_spec(
+    section: DrafterSection, verifier: VerifierShape, layer_ids: tuple[int, ...], mask_token_id: int
+) -> DrafterSpec:
+    """The drafter that the configuration asks for; what it leaves open is the verifier's."""
+    kinds = section.layer_types or ("full_attention",) * section.layers
+    layers = Qwen3Config(
+        vocab_size=verifier.vocab_size,
+        hidden_size=verifier.hidden_size,
+        intermediate_size=section.intermediate_size or verifier.intermediate_size,
+        num_hidden_layers=section.layers,
+        num_attention_heads=section.heads or verifier.heads,
+        num_key_value_heads=section.kv_heads or verifier.kv_heads,
+        head_dim=section.head_dim or verifier.head_dim,
+        max_position_embeddings=verifier.max_position_embeddings,
+        rms_norm_eps=verifier.rms_norm_eps,
+        rope_parameters=dict(verifier.rope_parameters),
+        use_sliding_window=section.sliding_window is not None,
+        sliding_window=section.sliding_window,
+        layer_types=list(kinds),
+        tie_word_embeddings=False,
+    )
+    return DrafterSpec(
+        layers, layer_ids, verifier.hidden_size, section.block_size, mask_token_id, section.causal_block
+    )
 
 
 class RMSNorm(nn.Module):

@@ -1,0 +1,194 @@
+"""Trains a drafter: `deepspeed launch/train.py --config configs/zero2_dflash.json [--set section.key=value ...]`.
+
+One process per GPU (or per core group on a CPU), started by the `deepspeed` launcher or by srun. `--plan` prints what
+the run resolves to and exits, without a GPU, a server or the network.
+"""
+
+import argparse
+import logging
+import os
+import secrets
+import sys
+import threading
+from pathlib import Path
+
+import torch
+from torch import distributed as dist
+
+from dflash_scale.config import Config, load_config, resolve
+from dflash_scale.plan import print_plan
+from dflash_scale.prompts import load_prepared
+from dflash_scale.verifier import tapped_layers, verifier_shape
+
+log = logging.getLogger("train")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, type=Path, help="JSON file of the run")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value")
+    parser.add_argument("--resume", action="store_true", help="continue from the latest checkpoint in output_dir")
+    parser.add_argument("--plan", action="store_true", help="print the resolved run and exit")
+    parser.add_argument("--world", type=int, default=8, help="number of GPUs to plan for (--plan only)")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
+    return parser.parse_args(argv)
+
+
+def main() -> int:
+    args = parse()
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(name)s: %(message)s")
+    try:
+        config = load_config(args.config, args.set)
+        if args.plan:
+            if rank == 0:
+                print(print_plan(config, args.world))
+            return 0
+        resolve(config, int(os.environ.get("WORLD_SIZE", "1")))
+    except ValueError as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    return run(config, resume=args.resume)
+
+
+def start_ranks(config: Config) -> tuple[torch.device, dist.ProcessGroup]:
+    """Joins the process group; returns this rank's device and a group for what stays on the CPU."""
+    import deepspeed
+
+    from dflash_scale.trainer import follow_launcher
+
+    local_rank, local_world = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
+    threading.Thread(target=follow_launcher, name="follow-launcher", daemon=True).start()
+    return device, dist.new_group(backend="gloo")
+
+
+def run(config: Config, *, resume: bool) -> int:
+    """The whole run of one rank. Returns 0 when the schedule is complete, 143 when SIGTERM ended it early."""
+    device, control = start_ranks(config)
+    import deepspeed
+    from transformers import AutoTokenizer
+
+    from dflash_scale.assembler import AssemblerSpec, RowAssembler
+    from dflash_scale.checkpoint import Checkpoints, Position
+    from dflash_scale.drafter import Drafter, drafter_spec
+    from dflash_scale.packer import AnchorSpec, RowSchedule, Samples, ScheduleSpec
+    from dflash_scale.stream.receiver import Stream
+    from dflash_scale.stream.wire import Layout
+    from dflash_scale.trainer import Parts, Trainer, engine_config, lr_factor
+    from dflash_scale.verifier import load_verifier_head, mask_token_id
+
+    rank, world, train = dist.get_rank(), dist.get_world_size(), config.train
+    output = Path(train.output_dir)
+
+    # What is trained when: a function of the data set and the configuration alone.
+    prepared = load_prepared(Path(config.data.path))
+    samples = Samples(prepared.train, prepared.validation)
+    schedule = RowSchedule(
+        samples,
+        ScheduleSpec(
+            config.data.row_tokens,
+            train.rows_per_step,
+            world,
+            train.seed,
+            train.epochs,
+            train.max_steps,
+            train.validate_every,
+        ),
+    )
+    anchors = AnchorSpec(config.drafter.block_size, config.data.anchors_per_document, train.seed)
+
+    # The drafter, and of the verifier what the drafter needs: embedding, norm and head.
+    shape = verifier_shape(config.verifier.model)
+    layer_ids = tapped_layers(config.verifier.layer_ids, shape.layers)
+    layout = Layout((*layer_ids, shape.layers), shape.hidden_size, shape.stream_dtype(config.verifier.dtype))
+    resolve(config, world, token_bytes=layout.bytes_per_token, longest_sample=int(samples.lengths.max()))
+    mask = mask_token_id(
+        AutoTokenizer.from_pretrained(config.verifier.model), shape.vocab_size, config.drafter.mask_token_id
+    )
+    spec = drafter_spec(config.drafter, shape, layer_ids, mask)
+    dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+    head = load_verifier_head(config.verifier.model, dtype, device)
+    drafter = Drafter(spec, config.drafter.attention_backend)
+    drafter.initialise(train.seed)
+
+    # DeepSpeed owns weights, gradients and optimizer from here on.
+    matrices = [p for p in drafter.parameters() if p.dim() == 2]
+    norms = [p for p in drafter.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": train.weight_decay}, {"params": norms, "weight_decay": 0.0}],
+        lr=train.lr,
+        betas=train.betas,
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: lr_factor(step, schedule.total_steps, train.warmup_ratio, train.min_lr_ratio)
+    )
+    engine, *_ = deepspeed.initialize(
+        model=drafter, optimizer=optimizer, lr_scheduler=scheduler, config=engine_config(config, world)
+    )
+
+    checkpoints = Checkpoints(output / "checkpoints", train.keep_checkpoints)
+    if rank == 0:
+        checkpoints.clean()
+    position = Position(
+        step=0,
+        best_acceptance_length=0.0,
+        rows_per_step=train.rows_per_step,
+        row_tokens=config.data.row_tokens,
+        block_size=config.drafter.block_size,
+        seed=train.seed,
+        data=prepared.fingerprint,
+    )
+    dist.barrier()
+    if resume:
+        position = checkpoints.load(engine, position)
+    elif checkpoints.latest() is not None:
+        raise ValueError(f"{output} holds a run: give --resume to continue it, or another train.output_dir")
+
+    # Hidden states: one receiver process per node fills this rank's ring, a thread fills rows from the ring.
+    stream = Stream.start(config, layout, first_step=position.step + 1, run_id=shared_run_id(control))
+    assembler = RowAssembler(
+        stream.ring,
+        schedule.rows(rank, position.step + 1),
+        samples,
+        AssemblerSpec(layout, config.data.row_tokens, config.stream.lookahead_rows, anchors, device),
+    )
+    trainer = Trainer(
+        Parts(
+            config,
+            spec,
+            head,
+            samples,
+            schedule,
+            engine,
+            iter(assembler),
+            checkpoints,
+            control,
+            position,
+            output,
+        )
+    )
+    try:
+        complete = trainer.run()
+    finally:
+        assembler.close()
+        stream.close()
+    return 0 if complete else 143
+
+
+def shared_run_id(control: dist.ProcessGroup) -> str:
+    """The same random id on every rank; ports, shared memory and messages carry it."""
+    value = torch.tensor([secrets.randbits(48)])
+    dist.broadcast(value, src=0, group=control)
+    return f"{int(value):012x}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
