@@ -1,0 +1,277 @@
+"""The KV connector that runs inside vLLM (0.32) and sends the hidden states of finished requests to receivers.
+
+vLLM's `extract_hidden_states` method writes the tapped residual streams of every token into a KV cache group of its
+own, with as many "heads" as layers. vLLM builds this class twice: in the scheduler process, where it sees requests
+begin and end, and in each worker process, where the cache is. Life of a request that carries a ticket:
+
+    scheduler  request_finished_all_groups   ticket + prompt + block ids -> the next step's metadata; blocks are kept
+    worker     get_finished                  copies the blocks to host memory (GPU: on a side stream, with an event)
+    worker     get_finished, once copied     hands the copy to the Publisher; vLLM may reuse the blocks
+
+Only the prompt's tokens are sent: ask for max_tokens 1. `launch/serve_vllm.py` writes the configuration for this.
+Imports of this project: wire and publisher only, because the server's environment has nothing else of ours.
+
+Shape letters: L verifier layers tapped · H hidden size · B cache blocks · P tokens in one cache block.
+"""
+
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    SupportsHMA,
+)
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.platforms import current_platform
+from vllm.v1.kv_cache_interface import HiddenStateCacheSpec
+
+from dflash_scale.stream import wire
+from dflash_scale.stream.publisher import Publisher
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.request import Request
+
+log = logging.getLogger("vllm.dflash_scale")  # below vLLM's own logger, so that its handlers show it
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Scheduler -> worker: a finished request whose cache blocks wait to be copied; no blocks if it is refused."""
+
+    request_id: str
+    ticket: wire.Ticket
+    token_ids: tuple[int, ...]
+    block_ids: tuple[int, ...]
+    refusal: str | None = None
+
+
+@dataclass
+class FinishedRequests(KVConnectorMetadata):
+    requests: list[Finished] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Copy:
+    """A copy under way. `states` (tokens, L+1, H) in host memory is valid once `event` (None on a CPU) is."""
+
+    finished: Finished
+    states: torch.Tensor
+    event: "torch.cuda.Event | None"
+
+
+class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
+    """See the module's docstring. kv_connector_extra_config: zmq (address to bind), insecure, max_bytes."""
+
+    def __init__(self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig") -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        extra = self._kv_transfer_config.kv_connector_extra_config
+        unknown = extra.keys() - {"zmq", "insecure", "max_bytes"}
+        if unknown or "zmq" not in extra:
+            raise ValueError(
+                f"kv_connector_extra_config needs zmq and allows insecure and max_bytes, got {sorted(extra)}"
+            )
+        self._extra: dict[str, Any] = extra
+        _check_parallelism(vllm_config)
+        self._group = _hidden_state_group(kv_cache_config)
+        self._to_worker: list[Finished] = []  # scheduler side
+        self._cache: torch.Tensor | None = None  # worker side, TP rank 0 only, as the next three
+        self._publisher: Publisher | None = None
+        self._copy_stream: torch.cuda.Stream | None = None
+        self._copies: dict[str, _Copy] = {}
+
+    # -- scheduler side ---------------------------------------------------------------------------------------
+
+    def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int, bool]:
+        return 0, False  # nothing is ever loaded
+
+    def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
+        assert num_external_tokens == 0
+
+    def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> FinishedRequests:
+        meta, self._to_worker = FinishedRequests(self._to_worker), []
+        return meta
+
+    def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        return self.request_finished_all_groups(request, (block_ids,))
+
+    def request_finished_all_groups(
+        self, request: "Request", block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """True, that is "keep the blocks", if the worker will copy them.
+
+        A ticket that is not one is the client's mistake and must not end the engine: it is told in the reply.
+        """
+        try:
+            ticket = wire.Ticket.from_request(request.kv_transfer_params)
+        except wire.WireError as error:
+            log.warning("Request %s asks for hidden states with a bad ticket: %s", request.request_id, error)
+            return False, {"dflash_error": str(error)}
+        if ticket is None:
+            return False, None
+        blocks = block_ids[self._group] if self._group < len(block_ids) else []
+        refusal = self._why_not(request, len(blocks))
+        if refusal is not None:
+            self._to_worker.append(Finished(request.request_id, ticket, (), (), refusal))
+            return False, {"dflash_error": refusal}
+        assert request.prompt_token_ids is not None
+        tokens = tuple(request.prompt_token_ids)
+        self._to_worker.append(Finished(request.request_id, ticket, tokens, tuple(blocks)))
+        return True, None
+
+    def _why_not(self, request: "Request", blocks: int) -> str | None:
+        """The reason for which this request's hidden states are not whole in the cache, None if they are."""
+        if request.status.name not in ("FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED"):
+            return f"the request ended with {request.status.name}"
+        if not request.prompt_token_ids:
+            return "the prompt was given as embeddings, not as token ids"
+        tokens = len(request.prompt_token_ids)
+        block_size = self._kv_cache_config.kv_cache_groups[self._group].kv_cache_spec.block_size
+        if request.num_computed_tokens < tokens or blocks * block_size < tokens:
+            return f"{request.num_computed_tokens} of {tokens} tokens were computed, {blocks} cache blocks are left"
+        return None
+
+    # -- worker side ------------------------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Checks the cache tensor and, on TP rank 0, binds the ROUTER: a wrong set-up ends the server's start."""
+        if get_tensor_model_parallel_rank() != 0:
+            return
+        names = self._kv_cache_config.kv_cache_groups[self._group].layer_names
+        caches = [kv_caches[name] for name in names if name in kv_caches]
+        if len(caches) != 1:
+            raise ValueError(f"expected one cache tensor with hidden states, got {len(caches)} for {names}")
+        layout = _layout(self._vllm_config, self._kv_cache_config, self._group, caches[0])
+        self._cache = caches[0].transpose(1, 2)  # (B, P, L+1, H), a view
+        self._publisher = Publisher(
+            self._extra["zmq"],
+            layout,
+            self._vllm_config.model_config.served_model_name or self._vllm_config.model_config.model,
+            insecure=bool(self._extra.get("insecure", False)),
+            max_bytes=int(self._extra.get("max_bytes", 2 << 30)),
+        )
+        log.info("Hidden states of layers %s go out at %s", list(layout.layer_ids), self._publisher.endpoint)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        return None  # nothing is ever loaded
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        return None
+
+    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
+        return None  # the extraction layer has written the cache itself; get_finished copies whole requests
+
+    def wait_for_save(self) -> None:
+        return None
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """Starts the copies that this step's metadata asks for; returns the requests whose copies are done.
+
+        vLLM calls this every step, and keeps stepping while a request waits here, so polling is enough.
+        """
+        if self._publisher is None:  # not TP rank 0
+            return None, None
+        meta = self._connector_metadata
+        if isinstance(meta, FinishedRequests):
+            for finished in meta.requests:
+                if finished.refusal is not None:
+                    self._publisher.refuse(finished.ticket, finished.refusal)
+                else:
+                    self._copies[finished.request_id] = self._start_copy(finished)
+        done = {key for key, copy in self._copies.items() if copy.event is None or copy.event.query()}
+        for key in done:
+            copy = self._copies.pop(key)
+            token_ids = torch.tensor(copy.finished.token_ids, dtype=torch.int32)
+            self._publisher.send(copy.finished.ticket, _bytes_of(token_ids), _bytes_of(copy.states))
+        return done or None, None
+
+    def _start_copy(self, finished: Finished) -> _Copy:
+        """Copies the first len(token_ids) tokens of the request's blocks to host memory of their own."""
+        cache, tokens = self._cache, len(finished.token_ids)
+        assert cache is not None
+        if cache.device.type == "cpu":
+            blocks = torch.tensor(finished.block_ids)
+            return _Copy(finished, cache.index_select(0, blocks).flatten(0, 1)[:tokens], None)
+        if self._copy_stream is None:
+            self._copy_stream = torch.cuda.Stream(cache.device)
+        # The forward that wrote these blocks may still run on vLLM's stream; everything below waits for it on the
+        # side stream, allocates there, and so needs neither a host sync nor record_stream.
+        self._copy_stream.wait_stream(torch.cuda.current_stream(cache.device))
+        with torch.cuda.stream(self._copy_stream):
+            blocks = torch.tensor(finished.block_ids).pin_memory().to(cache.device, non_blocking=True)
+            gathered = cache.index_select(0, blocks).flatten(0, 1)[:tokens]
+            states = torch.empty(gathered.shape, dtype=gathered.dtype, pin_memory=True)
+            states.copy_(gathered, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(self._copy_stream)
+        return _Copy(finished, states, event)
+
+    def get_finished_count(self) -> int:
+        return 1  # only TP rank 0 reports; the default waits for every rank and never frees the blocks
+
+    def shutdown(self) -> None:
+        if self._publisher is not None:
+            self._publisher.close()
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: "VllmConfig") -> str | None:
+        """On a GPU a token's layers side by side, so that the gather reads whole rows; a CPU has its own layout."""
+        return "LBNHC" if current_platform.is_cuda_alike() else None
+
+
+def _check_parallelism(config: "VllmConfig") -> None:
+    parallel = config.parallel_config
+    if parallel.pipeline_parallel_size != 1:
+        raise ValueError(
+            "hidden states cannot be extracted with pipeline parallelism, because no worker sees all the layers: "
+            f"got pipeline_parallel_size {parallel.pipeline_parallel_size}, use tensor parallelism."
+        )
+    if parallel.data_parallel_size != 1:
+        raise ValueError(
+            f"got data_parallel_size {parallel.data_parallel_size}, but each replica needs an address of its own: "
+            "start one server per replica."
+        )
+    if config.cache_config.enable_prefix_caching:
+        raise ValueError("prefix caching leaves hidden states out: start vLLM with --no-enable-prefix-caching.")
+
+
+def _hidden_state_group(config: "KVCacheConfig") -> int:
+    groups = config.kv_cache_groups
+    found = [i for i, group in enumerate(groups) if isinstance(group.kv_cache_spec, HiddenStateCacheSpec)]
+    if len(found) != 1:
+        raise ValueError(
+            f"expected one KV cache group of hidden states among {len(groups)}, got {len(found)}: start vLLM with "
+            "the speculative method extract_hidden_states (verifiers with MLA attention are not supported)."
+        )
+    return found[0]
+
+
+def _layout(config: "VllmConfig", kv_cache_config: "KVCacheConfig", group: int, cache: torch.Tensor) -> wire.Layout:
+    """The wire's layout, after checking that the cache is (B, L+1, P, H) as vLLM 0.32 makes it."""
+    assert config.speculative_config is not None
+    draft = config.speculative_config.draft_model_config.hf_config
+    layer_ids = tuple(draft.eagle_aux_hidden_state_layer_ids)
+    hidden_size = config.model_config.get_hidden_size()
+    block_size = kv_cache_config.kv_cache_groups[group].kv_cache_spec.block_size
+    want = (len(layer_ids), block_size, hidden_size)
+    if cache.dim() != 4 or tuple(cache.shape[1:]) != want:
+        raise ValueError(
+            f"the cache of hidden states has the shape {tuple(cache.shape)}, expected (blocks, layers, block size, "
+            f"hidden size) = (*, {', '.join(map(str, want))}): this version of vLLM orders it in an unknown way."
+        )
+    layers = config.model_config.get_total_num_hidden_layers()
+    if layer_ids[-1] != layers:
+        raise ValueError(f"the last layer id must be the verifier's {layers} layers, got {list(layer_ids)}")
+    return wire.Layout(layer_ids, hidden_size, str(cache.dtype).removeprefix("torch."))
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The tensor's memory as bytes; the view keeps the tensor alive."""
+    return tensor.contiguous().view(torch.uint8).numpy().reshape(-1).data
