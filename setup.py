@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -100,6 +101,14 @@ def find_tools() -> Tools:
     return Tools(cxx, ninja, torch, nvcc)
 
 
+# tile_isa.cpp is compiled once for each of these; the library picks one when it is loaded (csrc/attention/cpu.cpp).
+ISA_FLAGS = {
+    "baseline": "",
+    "avx2": "-mavx2 -mfma",
+    "avx512": "-mavx512f -mavx512dq -mavx512vl -mfma",
+}
+
+
 def sources(folder: str, suffix: str) -> list[Path]:
     return sorted((HERE / "csrc" / folder).glob(f"*{suffix}"))
 
@@ -128,7 +137,7 @@ def rules(tools: Tools) -> list[str]:
     text = [
         "ninja_required_version = 1.5",
         "builddir = .",
-        f"rule cxx_op\n  command = {cxx} {flags} {TORCH_TARGET} {include} -c $in -o $out",
+        f"rule cxx_op\n  command = {cxx} {flags} {TORCH_TARGET} {include} $isa -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc\n  description = c++ $in",
         f"rule link_cxx\n  command = {cxx} -shared -pthread $in -o $out $libraries\n  description = link $out",
     ]
@@ -169,11 +178,15 @@ def ring_edges(tools: Tools) -> list[str]:
 
 def kernel_edges(tools: Tools) -> list[str]:
     text, objects = [], []
+    isas = ISA_FLAGS if platform.machine() == "x86_64" else {"baseline": ""}
     for folder in ("attention", "loss"):
         for suffix, rule in ((".cpp", "cxx_op"), *([(".cu", "cuda")] if tools.nvcc else [])):
             for path in sources(folder, suffix):
-                objects.append(f"{folder}/{path.name}.o")
-                text.append(f"build {objects[-1]}: {rule} {ninja_path(path)}")
+                for isa, flags in isas.items() if path.stem.endswith("_isa") else [("", "")]:
+                    objects.append(f"{folder}/{path.stem}{isa and '.' + isa}{suffix}.o")
+                    text.append(f"build {objects[-1]}: {rule} {ninja_path(path)}")
+                    if isa:
+                        text.append(f"  isa = -DDFLASH_ISA={isa} {flags} -ffp-contract=fast")
     return [*text, f"build {KERNELS}: link_op {' '.join(objects)}", f"default {KERNELS}"]
 
 

@@ -1,0 +1,63 @@
+// The attention operator as the kernels see it: pointers and integers, no tensors.
+//
+// T tokens in a packed row · A anchors · S block size · Hq/Hkv query and key heads, G = Hq / Hkv · D head dim
+#pragma once
+
+#include <cstdint>
+
+namespace dflash {
+
+struct AttentionShape {
+  int64_t tokens, anchors;
+  int block_size, q_heads, kv_heads, head_dim;
+  int window;  // 0 = none
+  bool causal_block;
+  double scale;
+  const int32_t* starts;  // (A,) see plan.h
+  const int32_t* ends;    // (A,)
+};
+
+// T is the element type; statistics are double for double, else float.
+template <typename T>
+struct AttentionInputs {
+  const T* q;      // (A*S, Hq, D)
+  const T* k_ctx;  // (T, Hkv, D)
+  const T* v_ctx;  // (T, Hkv, D)
+  const T* k_blk;  // (A*S, Hkv, D)
+  const T* v_blk;  // (A*S, Hkv, D)
+};
+
+template <typename T, typename Acc>
+struct ForwardOutputs {
+  T* out;    // (A*S, Hq, D)
+  Acc* lse;  // (A*S, Hq) natural logarithm of the sum of exponentials
+};
+
+template <typename T, typename Acc>
+struct BackwardInputs {
+  AttentionInputs<T> in;
+  const T* dout;
+  const T* out;
+  const Acc* lse;
+};
+
+template <typename T>
+struct Gradients {
+  T* dq;
+  T* dk_ctx;
+  T* dv_ctx;
+  T* dk_blk;
+  T* dv_blk;
+};
+
+// bfloat16 as bits, so that this header needs no torch.
+struct Bf16 {
+  uint16_t bits;
+};
+
+template <typename T, typename Acc>
+void attention_forward_cpu(const AttentionShape&, const AttentionInputs<T>&, const ForwardOutputs<T, Acc>&);
+template <typename T, typename Acc>
+void attention_backward_cpu(const AttentionShape&, const BackwardInputs<T, Acc>&, const Gradients<T>&);
+
+}  // namespace dflash
