@@ -1,0 +1,327 @@
+"""Conversations -> one prepared data set: token ids and loss masks in Arrow files, and a manifest.
+
+    prepare(["chats.jsonl"], "Qwen/Qwen3-8B", "data/qwen3-8b", validation_fraction=0.01, max_tokens=3072, seed=0,
+            workers=8)
+    data = load_prepared("data/qwen3-8b");  data.train.tokens(0)
+
+A prepared folder holds train/ and validation/ (readable by `datasets.load_from_disk`) and manifest.json. It is written
+aside and renamed, so that a folder that exists is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+from datasets.arrow_writer import ArrowWriter
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from dflash_scale.conversations import BadLine, Encoded, Encoder
+from dflash_scale.verifier import verifier_shape
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+SPLITS = ("train", "validation")
+FEATURES = datasets.Features(
+    {"input_ids": datasets.List(datasets.Value("int32")), "loss_mask": datasets.List(datasets.Value("int8"))}
+)
+LINES_PER_TASK = 64
+NAMED_BAD_LINES = 100  # in the log and in the manifest; all are counted
+
+Line = tuple[str, int, str]  # file, line number from 1, text
+Outcome = tuple[str, int, Encoded | str]  # file, line number, the sample or why there is none
+
+
+class Split:
+    """One split, memory-mapped: a sample is a view into the file, not a copy."""
+
+    def __init__(self, table: Any) -> None:
+        self._chunks = []
+        for ids, mask in zip(table.column("input_ids").chunks, table.column("loss_mask").chunks, strict=True):
+            tokens = ids.values.to_numpy(zero_copy_only=True)
+            self._chunks.append((ids.offsets.to_numpy(), tokens, mask.values.to_numpy(zero_copy_only=True)))
+        empty = np.zeros(0, np.int32)
+        sizes = [len(offsets) - 1 for offsets, _, _ in self._chunks]
+        self._first = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        self.lengths: npt.NDArray[np.int32] = np.concatenate(
+            [empty, *(np.diff(offsets).astype(np.int32) for offsets, _, _ in self._chunks)]
+        )
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def _where(self, index: int) -> tuple[int, slice]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        chunk = int(np.searchsorted(self._first, index, side="right")) - 1
+        offsets = self._chunks[chunk][0]
+        row = index - int(self._first[chunk])
+        return chunk, slice(int(offsets[row]), int(offsets[row + 1]))
+
+    def tokens(self, index: int) -> npt.NDArray[np.int32]:
+        """(n,) int32 token ids, read-only."""
+        chunk, here = self._where(index)
+        return self._chunks[chunk][1][here]
+
+    def loss_mask(self, index: int) -> npt.NDArray[np.bool_]:
+        """(n,) bool, True where the verifier said the token, read-only."""
+        chunk, here = self._where(index)
+        return self._chunks[chunk][2][here].view(np.bool_)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A prepared data set."""
+
+    train: Split
+    validation: Split
+    manifest: dict[str, Any]
+
+
+def load_prepared(path: str | Path) -> Prepared:
+    """Opens a prepared folder; raises ValueError if it is none."""
+    folder = Path(path)
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except OSError:
+        raise ValueError(
+            f"data.path: got {folder}, wanted a folder with a manifest.json; write one with `dflash-scale prepare`"
+        ) from None
+    if manifest.get("format") != FORMAT:
+        raise ValueError(
+            f"data.path: {folder} has format {manifest.get('format')}, wanted {FORMAT}; prepare the data set again"
+        )
+    train, validation = (Split(datasets.load_from_disk(str(folder / name)).data) for name in SPLITS)
+    return Prepared(train, validation, manifest)
+
+
+def prepare(
+    sources: Sequence[str | Path],
+    model: str,
+    out_dir: str | Path,
+    *,
+    validation_fraction: float = 0.01,
+    max_tokens: int = 3072,
+    seed: int = 0,
+    workers: int = 1,
+) -> dict[str, Any]:
+    """Tokenises conversations with the verifier's chat template and writes a prepared folder.
+
+    Args:
+        sources: JSONL files, or folders of them; see conversations.py for the forms of a line.
+        model: folder or hub id of the verifier, or of its tokenizer.
+        out_dir: the folder to write; it must not exist.
+        validation_fraction: share of the conversations held out, 0 to below 1. A conversation's side depends on its
+            tokens and the seed alone, so duplicates never sit on both sides.
+        max_tokens: samples are cut to this length.
+        seed: of the split.
+        workers: processes that tokenise.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ValueError: no source, a source without one usable line, or an output folder that exists.
+    """
+    out = Path(out_dir)
+    if out.exists():
+        raise ValueError(f"prepare: {out} exists, wanted a new folder; remove it or name another")
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(f"prepare: got validation_fraction {validation_fraction}, wanted 0 to below 1")
+    if max_tokens < 2 or workers < 1:
+        raise ValueError(f"prepare: got max_tokens {max_tokens} and workers {workers}, wanted at least 2 and 1")
+    files = find_files(sources)
+    aside = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    aside.mkdir(parents=True)
+    try:
+        writer = _Writer(aside, validation_fraction, seed)
+        for outcome in _encode_all(files, model, max_tokens, workers):
+            writer.add(outcome)
+        about = {
+            "model": model,
+            "tokenizer": tokenizer_hash(AutoTokenizer.from_pretrained(model)),
+            "sources": [str(path) for path in files],
+            "validation_fraction": validation_fraction,
+            "max_tokens": max_tokens,
+            "seed": seed,
+        }
+        manifest = writer.finish(about)
+        os.rename(aside, out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    log.info("prepared %s: %s", out, json.dumps(manifest["counts"]))
+    return manifest
+
+
+def find_files(sources: Sequence[str | Path]) -> list[Path]:
+    """The JSONL files that the sources name; raises ValueError if one names none."""
+    files: list[Path] = []
+    for source in map(Path, sources):
+        found = sorted(source.rglob("*.jsonl")) if source.is_dir() else [source] * source.is_file()
+        if not found:
+            raise ValueError(f"prepare: got the source {source}, wanted a JSONL file or a folder that holds *.jsonl")
+        files += found
+    if not files:
+        raise ValueError("prepare: got no source, wanted at least one JSONL file or folder")
+    return files
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """What the data set was made with: 16 hex digits over the tokenizer and its chat template."""
+    text = tokenizer.backend_tokenizer.to_str() + json.dumps(tokenizer.chat_template)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+class _Writer:
+    """Sends every sample to its split and counts what happened to every line."""
+
+    def __init__(self, folder: Path, validation_fraction: float, seed: int) -> None:
+        self._folder, self._fraction, self._seed = folder, validation_fraction, seed
+        self._writers = {name: ArrowWriter(features=FEATURES, path=str(folder / f"{name}.arrow")) for name in SPLITS}
+        self._counts: Counter[str] = Counter(
+            dict.fromkeys(["lines", "train", "validation", "bad", "untrainable", "truncated"], 0)
+        )
+        self._tokens: Counter[str] = Counter(dict.fromkeys(["train", "validation", "supervised"], 0))
+        self._longest = 0
+        self._bad: list[str] = []
+        self._usable: Counter[str] = Counter()
+
+    def add(self, outcome: Outcome) -> None:
+        file, number, sample = outcome
+        self._counts["lines"] += 1
+        self._usable.setdefault(file, 0)
+        if isinstance(sample, str):
+            self._counts["bad"] += 1
+            if len(self._bad) < NAMED_BAD_LINES:
+                self._bad.append(f"{file}:{number}: {sample}")
+                log.warning("skipped %s", self._bad[-1])
+            return
+        if not sample.trainable:
+            self._counts["untrainable"] += 1
+            return
+        split = "validation" if self._held_out(sample.tokens) else "train"
+        self._writers[split].write({"input_ids": sample.tokens, "loss_mask": sample.loss_mask.view(np.int8)})
+        self._usable[file] += 1
+        self._counts[split] += 1
+        self._counts["truncated"] += sample.truncated
+        self._tokens[split] += len(sample.tokens)
+        self._tokens["supervised"] += int(sample.loss_mask.sum())
+        self._longest = max(self._longest, len(sample.tokens))
+
+    def _held_out(self, tokens: npt.NDArray[np.int32]) -> bool:
+        digest = hashlib.blake2b(tokens.tobytes(), digest_size=8, key=str(self._seed).encode()).digest()
+        return int.from_bytes(digest, "little") < self._fraction * 2.0**64
+
+    def finish(self, about: dict[str, Any]) -> dict[str, Any]:
+        """Writes the splits and the manifest."""
+        for file in about["sources"]:
+            if not self._usable[file]:
+                named = "; ".join(line for line in self._bad if line.startswith(f"{file}:"))[:500]
+                raise ValueError(f"prepare: {file} has no usable line{': ' + named if named else ''}")
+        if not self._counts["train"]:
+            raise ValueError(
+                f"prepare: all {self._counts['validation']} samples fell to validation, wanted some to train on; "
+                "give more conversations or a smaller validation fraction"
+            )
+        if self._fraction and not self._counts["validation"]:
+            log.warning("no sample fell to validation: the data set is small for this fraction")
+        for name, writer in self._writers.items():
+            writer.finalize()
+            # save_to_disk writes the folder that load_from_disk reads, in shards, from the memory-mapped file.
+            raw = self._folder / f"{name}.arrow"
+            split = datasets.Dataset.from_file(str(raw)) if self._counts[name] else _no_samples()
+            # load_from_disk cannot read a folder of no shards, which is what no samples would make
+            split.save_to_disk(str(self._folder / name), num_shards=None if self._counts[name] else 1)
+            raw.unlink()
+        manifest = {
+            "format": FORMAT,
+            **about,
+            "counts": dict(self._counts),
+            "tokens": dict(self._tokens),
+            "longest": self._longest,
+            "bad_lines": self._bad,
+        }
+        (self._folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        return manifest
+
+
+def _no_samples() -> datasets.Dataset:
+    return datasets.Dataset.from_dict({name: [] for name in FEATURES}, features=FEATURES)
+
+
+def _lines(files: Sequence[Path]) -> Iterator[Line]:
+    size = sum(path.stat().st_size for path in files)
+    with tqdm(total=size, unit="B", unit_scale=True, desc="prepare", disable=None) as bar:
+        for path in files:
+            with path.open("rb") as stream:
+                for number, raw in enumerate(stream, start=1):
+                    bar.update(len(raw))
+                    if raw.strip():
+                        yield str(path), number, raw.decode("utf-8", errors="replace")
+
+
+def _encode_all(files: Sequence[Path], model: str, max_tokens: int, workers: int) -> Iterator[Outcome]:
+    """Encodes every line, in the order of the files."""
+    lines = _lines(files)
+    tasks = iter(lambda: list(islice(lines, LINES_PER_TASK)), [])
+    if workers == 1:
+        encoder = make_encoder(model, max_tokens)
+        for task in tasks:
+            yield from _encode(encoder, task)
+        return
+    room = threading.Semaphore(4 * workers)  # imap would read the files as fast as the disk, into memory
+    spawn = multiprocessing.get_context("spawn")  # a forked tokenizer would run without its threads, or hang
+    with spawn.Pool(workers, initializer=_start_worker, initargs=(model, max_tokens)) as pool:
+        for outcomes in pool.imap(_work, (task for task in tasks if room.acquire())):
+            room.release()
+            yield from outcomes
+
+
+def make_encoder(model: str, max_tokens: int) -> Encoder:
+    """The encoder of a verifier, or of a folder that holds only its tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    try:
+        vocab_rows = verifier_shape(model).vocab_size
+    except ValueError:  # a folder without config.json: its tokens are all that is known
+        vocab_rows = max(tokenizer.get_vocab().values()) + 1
+    return Encoder(tokenizer, vocab_rows, max_tokens)
+
+
+def _encode(encoder: Encoder, task: Sequence[Line]) -> list[Outcome]:
+    outcomes: list[Outcome] = []
+    for file, number, text in task:
+        try:
+            outcomes.append((file, number, encoder.encode(text)))
+        except BadLine as error:
+            outcomes.append((file, number, str(error)))
+    return outcomes
+
+
+_worker_encoder: Encoder | None = None  # one per worker process, set before its first task
+
+
+def _start_worker(model: str, max_tokens: int) -> None:
+    global _worker_encoder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
+    _worker_encoder = make_encoder(model, max_tokens)
+
+
+def _work(task: Sequence[Line]) -> list[Outcome]:
+    assert _worker_encoder is not None
+    return _encode(_worker_encoder, task)
