@@ -1,6 +1,6 @@
 """The KV connector that runs inside vLLM (0.32) and sends the hidden states of finished requests to receivers.
 
-vLLM's `extract_hidden_states` method writes the tapped residual streams of every token into a KV cache group of its
+vLLM's `extract_hidden_states` method writes the tapped residual streams of every token into a KV cache layer of its
 own, with as many "heads" as layers. vLLM builds this class twice: in the scheduler process, where it sees requests
 begin and end, and in each worker process, where the cache is. Life of a request that carries a ticket:
 
@@ -27,7 +27,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.platforms import current_platform
-from vllm.v1.kv_cache_interface import HiddenStateCacheSpec
+from vllm.v1.kv_cache_interface import HiddenStateCacheSpec, UniformTypeKVCacheSpecs
 
 from dflash_scale.stream import wire
 from dflash_scale.stream.publisher import Publisher
@@ -58,6 +58,15 @@ class FinishedRequests(KVConnectorMetadata):
     requests: list[Finished] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class _CacheLayer:
+    """Where the hidden states are: KV cache group, layer name, tokens per block."""
+
+    group: int
+    name: str
+    block_size: int
+
+
 @dataclass(slots=True)
 class _Copy:
     """A copy under way. `states` (tokens, L+1, H) in host memory is valid once `event` (None on a CPU) is."""
@@ -80,7 +89,7 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
             )
         self._extra: dict[str, Any] = extra
         _check_parallelism(vllm_config)
-        self._group = _hidden_state_group(kv_cache_config)
+        self._layer = _hidden_state_layer(kv_cache_config)
         self._to_worker: list[Finished] = []  # scheduler side
         self._cache: torch.Tensor | None = None  # worker side, TP rank 0 only, as the next three
         self._publisher: Publisher | None = None
@@ -116,7 +125,7 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
             return False, {"dflash_error": str(error)}
         if ticket is None:
             return False, None
-        blocks = block_ids[self._group] if self._group < len(block_ids) else []
+        blocks = block_ids[self._layer.group] if self._layer.group < len(block_ids) else []
         refusal = self._why_not(request, len(blocks))
         if refusal is not None:
             self._to_worker.append(Finished(request.request_id, ticket, (), (), refusal))
@@ -133,8 +142,7 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         if not request.prompt_token_ids:
             return "the prompt was given as embeddings, not as token ids"
         tokens = len(request.prompt_token_ids)
-        block_size = self._kv_cache_config.kv_cache_groups[self._group].kv_cache_spec.block_size
-        if request.num_computed_tokens < tokens or blocks * block_size < tokens:
+        if request.num_computed_tokens < tokens or blocks * self._layer.block_size < tokens:
             return f"{request.num_computed_tokens} of {tokens} tokens were computed, {blocks} cache blocks are left"
         return None
 
@@ -144,12 +152,9 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         """Checks the cache tensor and, on TP rank 0, binds the ROUTER: a wrong set-up ends the server's start."""
         if get_tensor_model_parallel_rank() != 0:
             return
-        names = self._kv_cache_config.kv_cache_groups[self._group].layer_names
-        caches = [kv_caches[name] for name in names if name in kv_caches]
-        if len(caches) != 1:
-            raise ValueError(f"expected one cache tensor with hidden states, got {len(caches)} for {names}")
-        layout = _layout(self._vllm_config, self._kv_cache_config, self._group, caches[0])
-        self._cache = caches[0].transpose(1, 2)  # (B, P, L+1, H), a view
+        cache = kv_caches[self._layer.name]
+        layout = _layout(self._vllm_config, self._layer.block_size, cache)
+        self._cache = cache.transpose(1, 2)  # (B, P, L+1, H), a view
         self._publisher = Publisher(
             self._extra["zmq"],
             layout,
@@ -242,24 +247,28 @@ def _check_parallelism(config: "VllmConfig") -> None:
         raise ValueError("prefix caching leaves hidden states out: start vLLM with --no-enable-prefix-caching.")
 
 
-def _hidden_state_group(config: "KVCacheConfig") -> int:
-    groups = config.kv_cache_groups
-    found = [i for i, group in enumerate(groups) if isinstance(group.kv_cache_spec, HiddenStateCacheSpec)]
+def _hidden_state_layer(config: "KVCacheConfig") -> _CacheLayer:
+    """The extraction layer: in a group of its own, or beside the attention layers where the block sizes agree."""
+    found = []
+    for i, group in enumerate(config.kv_cache_groups):
+        spec = group.kv_cache_spec
+        merged = isinstance(spec, UniformTypeKVCacheSpecs)
+        specs = spec.kv_cache_specs if merged else dict.fromkeys(group.layer_names, spec)
+        found += [_CacheLayer(i, n, s.block_size) for n, s in specs.items() if isinstance(s, HiddenStateCacheSpec)]
     if len(found) != 1:
         raise ValueError(
-            f"expected one KV cache group of hidden states among {len(groups)}, got {len(found)}: start vLLM with "
-            "the speculative method extract_hidden_states (verifiers with MLA attention are not supported)."
+            f"expected one KV cache layer of hidden states in {len(config.kv_cache_groups)} groups, got {len(found)}: "
+            "start vLLM with the speculative method extract_hidden_states (MLA verifiers are not supported)."
         )
     return found[0]
 
 
-def _layout(config: "VllmConfig", kv_cache_config: "KVCacheConfig", group: int, cache: torch.Tensor) -> wire.Layout:
+def _layout(config: "VllmConfig", block_size: int, cache: torch.Tensor) -> wire.Layout:
     """The wire's layout, after checking that the cache is (B, L+1, P, H) as vLLM 0.32 makes it."""
     assert config.speculative_config is not None
     draft = config.speculative_config.draft_model_config.hf_config
     layer_ids = tuple(draft.eagle_aux_hidden_state_layer_ids)
     hidden_size = config.model_config.get_hidden_size()
-    block_size = kv_cache_config.kv_cache_groups[group].kv_cache_spec.block_size
     want = (len(layer_ids), block_size, hidden_size)
     if cache.dim() != 4 or tuple(cache.shape[1:]) != want:
         raise ValueError(

@@ -1,0 +1,239 @@
+"""A small verifier server on Transformers, for machines and models that are too small to be worth a vLLM.
+
+    python -m dflash_scale.stream.embedded --model DIR --http 127.0.0.1:8001 --zmq tcp://127.0.0.1:5601 --layer-ids 2,4
+
+It answers the routes that a receiver uses of vLLM (/health, /v1/models, POST /v1/completions with token ids, greedy)
+and sends hidden states over the same wire. One model thread takes requests in the order they arrive and runs one
+sample per forward: batching would change the rounding of a sample with the samples it happens to meet, and a run
+could not be repeated bit for bit.
+
+Shape letters: T tokens of the prompt · L verifier layers tapped · H hidden size.
+"""
+
+import argparse
+import logging
+import os
+import queue
+import select
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from dflash_scale.stream import wire
+from dflash_scale.stream.embedded_http import CompletionServer, Reply, Request
+from dflash_scale.stream.publisher import Publisher
+
+log = logging.getLogger(__name__)
+
+MAX_WAITING: Final = 4096  # requests; more make their HTTP threads wait
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Port 0 (HTTP) and tcp://127.0.0.1:* (ZeroMQ) choose free ports; see EmbeddedServer.http and .zmq."""
+
+    model: str
+    http: str
+    zmq: str
+    layer_ids: tuple[int, ...]  # taps; n is added
+    dtype: str = "auto"
+    threads: int = 1
+    insecure: bool = False
+
+
+class TappedVerifier:
+    """A Transformers causal LM whose forward also keeps the residual stream after the tapped layers.
+
+    Works for every family with `model.base_model.layers`, as Qwen3, Llama and their relatives have it. Raises
+    ValueError for other families and for layer ids that the verifier has not.
+    """
+
+    def __init__(self, model: str, taps: Sequence[int], dtype: str) -> None:
+        from transformers import AutoModelForCausalLM  # takes seconds: only once a model is wanted
+
+        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
+        layers = getattr(self._model.base_model, "layers", None)
+        if not isinstance(layers, torch.nn.ModuleList):
+            raise ValueError(f"{type(self._model).__name__} has no base_model.layers to tap: serve it with vLLM.")
+        n = len(layers)
+        if not taps or list(taps) != sorted(set(taps)) or taps[0] < 0 or taps[-1] >= n:
+            raise ValueError(f"layer ids must be different ids in ascending order from 0 to {n - 1}, got {list(taps)}")
+        config = self._model.config
+        name = str(self._model.dtype).removeprefix("torch.")
+        self.layout = wire.Layout((*taps, n), config.hidden_size, name)
+        self.vocab_size: int = config.vocab_size
+        self.max_tokens: int = config.max_position_embeddings
+        eos = self._model.generation_config.eos_token_id
+        self._eos = set(eos if isinstance(eos, list) else [] if eos is None else [eos])
+        self._taps: dict[int, torch.Tensor] = {}
+        if 0 in taps:
+            layers[0].register_forward_pre_hook(self._keep_input, with_kwargs=True)
+        for k in self.layout.layer_ids:
+            if k > 0:
+                layers[k - 1].register_forward_hook(self._keeper(k))
+
+    def _keep_input(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._taps.setdefault(0, args[0] if args else kwargs["hidden_states"])
+
+    def _keeper(self, k: int) -> Any:
+        def keep(module: torch.nn.Module, args: Any, output: Any) -> None:
+            self._taps.setdefault(k, output[0] if isinstance(output, tuple) else output)
+
+        return keep
+
+    @torch.inference_mode()
+    def run(self, token_ids: Sequence[int], max_tokens: int, ignore_eos: bool) -> tuple[torch.Tensor, list[int]]:
+        """(T,) prompt ids -> hidden states (T, L+1, H) of the prompt and up to max_tokens greedy token ids."""
+        self._taps.clear()  # setdefault above keeps the first forward's, which is the prompt's
+        inputs = torch.tensor([list(token_ids)])
+        output = self._model(inputs, use_cache=max_tokens > 1, logits_to_keep=1)
+        states = torch.stack([self._taps[k][0] for k in self.layout.layer_ids], dim=1)
+        answer = [int(output.logits[0, -1].argmax())]
+        while len(answer) < max_tokens and (ignore_eos or answer[-1] not in self._eos):
+            step = torch.tensor([answer[-1:]])
+            output = self._model(step, past_key_values=output.past_key_values, use_cache=True)
+            answer.append(int(output.logits[0, -1].argmax()))
+        return states, answer
+
+    def stopped(self, answer: Sequence[int]) -> bool:
+        return answer[-1] in self._eos
+
+
+class EmbeddedServer:
+    """HTTP threads -> one queue -> one model thread -> Publisher. Runs from construction until `close`."""
+
+    def __init__(self, options: Options) -> None:
+        self._check(options)
+        self._verifier = TappedVerifier(options.model, options.layer_ids, options.dtype)
+        self._queue: queue.Queue[tuple[Request, Future[Reply]] | None] = queue.Queue(MAX_WAITING)
+        self._publisher = Publisher(options.zmq, self._verifier.layout, options.model, insecure=options.insecure)
+        self.zmq = self._publisher.endpoint
+        limits = (self._verifier.vocab_size, self._verifier.max_tokens)
+        try:
+            self._http = CompletionServer(options.http, options.model, limits, self._submit)
+        except OSError:
+            self._publisher.close()
+            raise
+        self.http = self._http.url
+        self.layout = self._verifier.layout
+        self._thread = threading.Thread(target=self._serve, args=(options.threads,), name="dflash-model", daemon=True)
+        self._thread.start()
+
+    @staticmethod
+    def _check(options: Options) -> None:
+        if not Path(options.model).is_dir():
+            raise ValueError(f"--model must be a folder with a Transformers model, got {options.model!r}.")
+        wire.check_address(f"tcp://{options.http}", insecure=options.insecure)
+        wire.check_address(options.zmq, insecure=options.insecure)
+
+    def _submit(self, request: Request) -> "Future[Reply]":
+        future: Future[Reply] = Future()
+        self._queue.put((request, future))
+        return future
+
+    def _serve(self, threads: int) -> None:
+        torch.set_num_threads(threads)
+        while (item := self._queue.get()) is not None:
+            request, future = item
+            try:
+                future.set_result(self._answer(request))
+            except Exception as error:  # a request must not take the server down; its client gets a 500
+                log.exception("A request of %d tokens failed", len(request.token_ids))
+                if request.ticket is not None:
+                    self._publisher.refuse(request.ticket, f"{type(error).__name__}: {error}")
+                future.set_exception(error)
+
+    def _answer(self, request: Request) -> Reply:
+        states, answer = self._verifier.run(request.token_ids, request.max_tokens, request.ignore_eos)
+        if request.ticket is not None:
+            token_ids = torch.tensor(request.token_ids, dtype=torch.int32)
+            self._publisher.send(request.ticket, _bytes_of(token_ids), _bytes_of(states))
+        stopped = not request.ignore_eos and self._verifier.stopped(answer)
+        return Reply(answer, "stop" if stopped else "length")
+
+    def close(self) -> None:
+        """Stops listening, finishes the request in hand, fails the waiting ones, sends what is queued."""
+        self._http.close()
+        waiting: list[tuple[Request, Future[Reply]] | None] = []
+        while not self._queue.empty():
+            waiting.append(self._queue.get())
+        self._queue.put(None)
+        self._thread.join()
+        for item in waiting:
+            if item is not None:
+                item[1].set_exception(RuntimeError("the server is shutting down"))
+        self._publisher.close()
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The tensor's memory as bytes; the view keeps the tensor alive."""
+    return tensor.contiguous().view(torch.uint8).numpy().reshape(-1).data
+
+
+def _watch(pid: int, stop: threading.Event) -> None:
+    """Sets `stop` when the process `pid` ends.
+
+    A pidfd, not PR_SET_PDEATHSIG: that one fires when the *thread* that forked us ends.
+    """
+    poller = select.poll()
+    poller.register(os.pidfd_open(pid), select.POLLIN)
+    poller.poll()
+    log.info("The parent process %d has ended: stopping", pid)
+    stop.set()
+
+
+def parse(arguments: Sequence[str]) -> tuple[Options, int | None]:
+    parser = argparse.ArgumentParser(prog="python -m dflash_scale.stream.embedded", allow_abbrev=False)
+    parser.add_argument("--model", required=True, help="folder of a Transformers causal LM")
+    parser.add_argument("--http", required=True, help="HOST:PORT to answer completions at")
+    parser.add_argument("--zmq", required=True, help="tcp://HOST:PORT to send hidden states from")
+    parser.add_argument("--layer-ids", required=True, help="comma-separated taps, id k = after k decoder layers")
+    parser.add_argument("--dtype", default="auto", choices=["auto", *wire.DTYPE_BYTES])
+    parser.add_argument("--threads", type=int, default=1, help="of torch; more make small models slower")
+    parser.add_argument("--parent-pid", type=int, help="stop when this process ends")
+    parser.add_argument("--insecure", action="store_true", help="allow addresses that other machines can reach")
+    args = parser.parse_args(arguments)
+    try:
+        layer_ids = tuple(int(part) for part in args.layer_ids.split(","))
+    except ValueError:
+        raise ValueError(f"--layer-ids must look like 2,4,6, got {args.layer_ids!r}") from None
+    options = Options(
+        model=args.model,
+        http=args.http,
+        zmq=args.zmq,
+        layer_ids=layer_ids,
+        dtype=args.dtype,
+        threads=args.threads,
+        insecure=args.insecure,
+    )
+    return options, args.parent_pid
+
+
+def main() -> int:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        options, parent_pid = parse(sys.argv[1:])
+        if parent_pid is not None:
+            threading.Thread(target=_watch, args=(parent_pid, stop), daemon=True).start()
+        server = EmbeddedServer(options)
+    except (ValueError, OSError) as error:
+        print(f"embedded: {error}", file=sys.stderr)
+        return 2
+    log.info("Serving %s at %s, layers %s at %s", options.model, server.http, server.layout.layer_ids, server.zmq)
+    stop.wait()
+    server.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,245 @@
+"""The embedded verifier server: its hidden states are Transformers' own, over HTTP and the wire, whatever runs beside.
+
+T tokens · L verifier layers tapped · H hidden size.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zmq
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from dflash_scale.stream import wire
+from dflash_scale.stream.embedded import EmbeddedServer, Options, TappedVerifier
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "eos_token_id": None,
+    "dtype": "float32",
+}
+
+
+@pytest.fixture(scope="module", params=["qwen3", "llama"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    if request.param == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(**SIZES))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    path = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[EmbeddedServer]:
+    server = EmbeddedServer(Options(str(folder), "127.0.0.1:0", "tcp://127.0.0.1:*", (0, 1, 3)))
+    yield server
+    server.close()
+
+
+def post(url: str, content: Any) -> tuple[int, dict[str, Any]]:
+    body = content if isinstance(content, bytes) else json.dumps(content).encode()
+    request = urllib.request.Request(url + "/v1/completions", body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return reply.status, json.loads(reply.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, SIZES["vocab_size"], (length,), generator=generator).tolist()
+
+
+def states_by_transformers(folder: Path, token_ids: list[int], taps: tuple[int, ...]) -> torch.Tensor:
+    """(T, L+1, H): output_hidden_states for the taps, a hook on the last decoder layer for id n."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+    last: list[torch.Tensor] = []
+    model.model.layers[-1].register_forward_hook(
+        lambda _module, _args, out: last.append(out if isinstance(out, torch.Tensor) else out[0])
+    )
+    with torch.inference_mode():
+        hidden = model(torch.tensor([token_ids]), output_hidden_states=True).hidden_states
+    assert not torch.equal(last[0], hidden[-1]), "the last element is expected to be after the final norm"
+    return torch.stack([*(hidden[k][0] for k in taps), last[0][0]], dim=1)
+
+
+def as_tensor(raw: memoryview, tokens: int, layout: wire.Layout) -> torch.Tensor:
+    assert layout.dtype == "float32"
+    flat = torch.frombuffer(bytearray(raw), dtype=torch.float32)
+    return flat.view(tokens, len(layout.layer_ids), layout.hidden_size)
+
+
+def test_states_equal_transformers(folder: Path) -> None:
+    verifier = TappedVerifier(str(folder), (0, 1, 3), "float32")
+    assert verifier.layout == wire.Layout((0, 1, 3, 4), 32, "float32")
+    for length in (1, 2, 37, 200):
+        states, answer = verifier.run(prompt(length), 1, ignore_eos=True)
+        want = states_by_transformers(folder, prompt(length), (0, 1, 3))
+        assert states.shape == (length, 4, 32), states.shape
+        torch.testing.assert_close(states, want, rtol=1e-5, atol=1e-6)
+        assert len(answer) == 1
+
+
+def test_greedy_answer_equals_generate(folder: Path) -> None:
+    verifier = TappedVerifier(str(folder), (1,), "float32")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+    inputs = torch.tensor([prompt(9)])
+    want = model.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=12, do_sample=False)
+    states, answer = verifier.run(prompt(9), 12, ignore_eos=True)
+    assert answer == want[0, 9:].tolist()
+    assert states.shape[0] == 9, "hidden states are the prompt's, not the answer's"
+
+
+def test_eos_ends_the_answer(folder: Path) -> None:
+    verifier = TappedVerifier(str(folder), (1,), "float32")
+    _, answer = verifier.run(prompt(9), 12, ignore_eos=True)
+    verifier._eos = {answer[2]}
+    cut = answer[: answer.index(answer[2]) + 1]
+    assert verifier.run(prompt(9), 12, ignore_eos=False)[1] == cut
+    assert verifier.stopped(cut)
+
+
+def test_bfloat16_layout(folder: Path) -> None:
+    verifier = TappedVerifier(str(folder), (2,), "bfloat16")
+    assert verifier.layout.dtype == "bfloat16"
+    assert verifier.run(prompt(5), 1, ignore_eos=True)[0].dtype == torch.bfloat16
+
+
+def test_concurrent_requests_arrive_whole_and_equal_to_lone_ones(folder: Path, server: EmbeddedServer) -> None:
+    """Bitwise: what else the server does must not change a sample's hidden states."""
+    prompts = {sample: prompt(1 + 13 * sample, seed=sample) for sample in range(12)}
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    socket = wire.connect_dealer(context, server.zmq, "rx-1", max_message_bytes=1 << 22)
+    try:
+        socket.send(wire.encode(wire.Hello("run", "rx-1")))
+        assert socket.poll(10_000), "no hello reply"
+        hello = wire.decode(socket.recv(), max_tokens=0)
+        assert isinstance(hello, wire.HelloReply)
+        assert hello.layout == server.layout
+        assert hello.model == str(folder)
+
+        def ask(sample: int) -> tuple[int, dict[str, Any]]:
+            ticket = wire.Ticket("run", "rx-1", 0, sample, 0)
+            content = {"model": str(folder), "prompt": prompts[sample], "max_tokens": 1, "temperature": 0}
+            return post(server.http, {**content, "kv_transfer_params": {"dflash": ticket.to_params()}})
+
+        with ThreadPoolExecutor(8) as pool:
+            replies = list(pool.map(ask, prompts))
+        assert [status for status, _ in replies] == [200] * len(prompts)
+        alone = TappedVerifier(str(folder), (0, 1, 3), "float32")
+        seen = set()
+        for _ in prompts:
+            assert socket.poll(10_000), f"only {len(seen)} of {len(prompts)} samples arrived"
+            header, ids, raw = wire.decode_data(socket.recv_multipart(), layout=hello.layout, max_tokens=256)
+            sample = header.ticket.sample
+            seen.add(sample)
+            assert memoryview(ids).cast("i").tolist() == prompts[sample]
+            want, answer = alone.run(prompts[sample], 1, ignore_eos=True)
+            assert torch.equal(as_tensor(raw, header.tokens, hello.layout), want), f"sample {sample}"
+            assert replies[sample][1]["choices"][0]["token_ids"] == answer
+        assert seen == set(prompts)
+    finally:
+        socket.close(0)
+        context.term()
+
+
+def test_routes(folder: Path, server: EmbeddedServer) -> None:
+    with urllib.request.urlopen(server.http + "/health", timeout=10) as reply:
+        assert reply.status == 200
+    with urllib.request.urlopen(server.http + "/v1/models", timeout=10) as reply:
+        assert json.loads(reply.read())["data"][0]["id"] == str(folder)
+    status, content = post(server.http, {"prompt": [1, 2, 3], "max_tokens": 4, "ignore_eos": True})
+    assert status == 200
+    assert content["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        urllib.request.urlopen(server.http + "/nowhere", timeout=10)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"{", "not JSON"),
+        (b"[]", "JSON object"),
+        ({"prompt": "text"}, "list of token ids"),
+        ({"prompt": []}, "list of token ids"),
+        ({"prompt": [1, True]}, "list of token ids"),
+        ({"prompt": [97]}, "outside"),
+        ({"prompt": [-1]}, "outside"),
+        ({"prompt": [1], "max_tokens": 0}, "max_tokens"),
+        ({"prompt": [1] * 250, "max_tokens": 7}, "exceed"),
+        ({"prompt": [1], "model": "other"}, "other"),
+        ({"prompt": [1], "temperature": 0.7}, "greedily"),
+        ({"prompt": [1], "kv_transfer_params": {"dflash": {"run_id": "r"}}}, "ticket"),
+        ({"prompt": [1], "kv_transfer_params": []}, "kv_transfer_params"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(server: EmbeddedServer, content: Any, reason: str) -> None:
+    status, reply = post(server.http, content)
+    assert status == 400
+    assert reason in reply["error"]["message"]
+
+
+@pytest.mark.parametrize("taps", [(), (2, 1), (1, 1), (4,), (-1, 2)])
+def test_layer_ids_that_the_verifier_has_not(folder: Path, taps: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="layer ids must be"):
+        TappedVerifier(str(folder), taps, "float32")
+
+
+def test_addresses_are_loopback(folder: Path) -> None:
+    with pytest.raises(wire.WireError, match="--insecure"):
+        EmbeddedServer(Options(str(folder), "0.0.0.0:0", "tcp://127.0.0.1:*", (1,)))
+    with pytest.raises(wire.WireError, match="--insecure"):
+        EmbeddedServer(Options(str(folder), "127.0.0.1:0", "tcp://*:0", (1,)))
+
+
+def start(folder: Path, log: Path, *extra: str) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "dflash_scale.stream.embedded", "--model", str(folder), "--http", "127.0.0.1:0"]
+    command += ["--zmq", "tcp://127.0.0.1:*", "--layer-ids", "1", *extra]
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, cwd=Path(__file__).parents[1])
+    deadline = time.monotonic() + 90
+    while b"Serving" not in log.read_bytes():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_ends_cleanly_on_a_signal(folder: Path, tmp_path: Path, number: signal.Signals) -> None:
+    process = start(folder, tmp_path / "log")
+    process.send_signal(number)
+    assert process.wait(20) == 0, (tmp_path / "log").read_text()
+
+
+def test_ends_with_its_parent(folder: Path, tmp_path: Path) -> None:
+    parent = subprocess.Popen(["sleep", "300"])
+    try:
+        process = start(folder, tmp_path / "log", "--parent-pid", str(parent.pid))
+        assert process.poll() is None
+    finally:
+        os.kill(parent.pid, signal.SIGKILL)
+        parent.wait()
+    assert process.wait(20) == 0
