@@ -1,0 +1,348 @@
+"""The attention operator against its plain-torch definition, and the definition against a loop over the mask rules."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dflash_scale import attention
+from dflash_scale.attention import Plan, anchor_attention, build_plan
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}
+NAMES = ("out", "dq", "dk_ctx", "dv_ctx", "dk_blk", "dv_blk")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention problem; `lengths` are the documents' tokens, padding follows them."""
+
+    lengths: tuple[int, ...]
+    padding: int
+    density: float
+    block_size: int
+    key_heads: int
+    group: int
+    head_dim: int
+    window: int | None
+    causal_block: bool
+    dtype: torch.dtype
+    seed: int
+
+    def plan(self) -> Plan:
+        generator = torch.Generator().manual_seed(self.seed)
+        doc_ids = torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths))
+        tokens = doc_ids.numel()
+        doc_ids = torch.cat([doc_ids, torch.full((self.padding,), -1)]).int()
+        anchors = torch.nonzero(torch.rand(tokens, generator=generator) < self.density).flatten().int()
+        return build_plan(
+            anchors, doc_ids, block_size=self.block_size, window=self.window, causal_block=self.causal_block
+        )
+
+    def tensors(self, plan: Plan) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        slots, tokens = plan.anchors.numel() * self.block_size, plan.doc_ids.numel()
+        heads = self.key_heads * self.group
+        shapes = [(slots, heads), (tokens, self.key_heads), (tokens, self.key_heads)] + [(slots, self.key_heads)] * 2
+        return [
+            torch.randn(*shape, self.head_dim, generator=generator, dtype=torch.float64).to(self.dtype)
+            for shape in shapes
+        ]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    return Case(
+        lengths=tuple(draw(st.lists(st.sampled_from([1, 2, 7, 40, 128, 200, 300]), min_size=1, max_size=5))),
+        padding=draw(st.sampled_from([0, 1, 130])),
+        density=draw(st.sampled_from([0.0, 0.02, 0.3, 1.0])),
+        block_size=draw(st.sampled_from([1, 2, 5, 8, 16, 70])),
+        key_heads=draw(st.sampled_from([1, 2, 3])),
+        group=draw(st.sampled_from([1, 2, 3, 8])),
+        head_dim=draw(st.sampled_from([1, 8, 20, 64])),
+        window=draw(st.sampled_from([None, 1, 2, 6, 64, 1000])),
+        causal_block=draw(st.booleans()),
+        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64])),
+        seed=draw(st.integers(0, 1000)),
+    )
+
+
+def case(**changes: object) -> Case:
+    values: dict = dict(
+        lengths=(150, 3, 1, 90), padding=20, density=0.2, block_size=4, key_heads=2, group=2, head_dim=16,
+        window=None, causal_block=False, dtype=torch.float32, seed=0,
+    )  # fmt: skip
+    return Case(**(values | changes))
+
+
+def outputs(case: Case, backend: str) -> list[Tensor]:
+    """The output and the five gradients."""
+    plan = case.plan()
+    tensors = [tensor.requires_grad_() for tensor in case.tensors(plan)]
+    out = anchor_attention(*tensors, plan, backend=backend)
+    generator = torch.Generator().manual_seed(case.seed + 2)
+    out.backward(torch.randn(out.shape, generator=generator, dtype=torch.float64).to(case.dtype))
+    grads = [tensor.grad for tensor in tensors]
+    assert all(grad is not None and grad.dtype == case.dtype for grad in grads)
+    return [out.detach(), *[grad for grad in grads if grad is not None]]
+
+
+def assert_close(case: Case, got: list[Tensor], wanted: list[Tensor]) -> None:
+    for name, x, y in zip(NAMES, got, wanted, strict=True):
+        assert x.shape == y.shape, f"{name}: {tuple(x.shape)} instead of {tuple(y.shape)} for {case}"
+        if x.numel() == 0:
+            continue
+        error = (x.double() - y.double()).abs().max().item() / max(1.0, y.double().abs().max().item())
+        assert error <= TOLERANCE[case.dtype], f"{name} {tuple(x.shape)} is off by {error:.2e} for {case}"
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def test_cpu_operator_equals_reference(case: Case) -> None:
+    if case.density == 1.0 and case.block_size * case.group > 16:
+        case = Case(**{**case.__dict__, "density": 0.1})  # keeps the dense reference small
+    assert_close(case, outputs(case, "cpu"), outputs(case, "reference"))
+
+
+def loop_attention(q: Tensor, k_ctx: Tensor, v_ctx: Tensor, k_blk: Tensor, v_blk: Tensor, plan: Plan) -> Tensor:
+    """The mask rules, word by word, one query at a time."""
+    out = torch.zeros_like(q)
+    group, size = q.shape[1] // k_ctx.shape[1], plan.block_size
+    for j, anchor in enumerate(plan.anchors.tolist()):
+        for slot in range(size):
+            for head in range(q.shape[1]):
+                row, keys, values = j * size + slot, [], []
+                for p in range(plan.doc_ids.numel()):
+                    visible = plan.doc_ids[p] == plan.doc_ids[anchor] and p < anchor
+                    if plan.window is not None:
+                        visible = visible and p > (anchor + slot) - plan.window
+                    if visible:
+                        keys.append(k_ctx[p, head // group])
+                        values.append(v_ctx[p, head // group])
+                for other in range(size):
+                    if plan.causal_block and other > slot:
+                        continue
+                    if plan.window is not None and slot - other >= plan.window:
+                        continue
+                    keys.append(k_blk[j * size + other, head // group])
+                    values.append(v_blk[j * size + other, head // group])
+                scores = torch.stack(keys) @ q[row, head] / math.sqrt(q.shape[2])
+                out[row, head] = torch.softmax(scores, dim=0) @ torch.stack(values)
+    return out
+
+
+@pytest.mark.parametrize("causal_block", [False, True])
+@pytest.mark.parametrize("window", [None, 1, 3, 6])
+def test_reference_follows_the_mask_rules(window: int | None, causal_block: bool) -> None:
+    small = case(
+        lengths=(9, 1, 6), padding=2, density=0.6, group=3, head_dim=3, window=window, causal_block=causal_block,
+        dtype=torch.float64,
+    )  # fmt: skip
+    plan = small.plan()
+    tensors = small.tensors(plan)
+    got = anchor_attention(*tensors, plan, backend="reference")
+    torch.testing.assert_close(got, loop_attention(*tensors, plan), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_gradients_match_finite_differences(backend: str) -> None:
+    small = case(
+        lengths=(7, 1, 5), padding=1, density=0.5, block_size=3, head_dim=2, window=4, causal_block=True,
+        dtype=torch.float64,
+    )  # fmt: skip
+    plan = small.plan()
+    tensors = [tensor.requires_grad_() for tensor in small.tensors(plan)]
+    assert torch.autograd.gradcheck(lambda *x: anchor_attention(*x, plan, backend=backend, scale=0.7), tensors)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_no_anchor_gives_empty_output_and_zero_gradients(backend: str) -> None:
+    out, dq, dk_ctx, dv_ctx, dk_blk, _ = outputs(case(density=0.0), backend)
+    assert out.shape == dq.shape == (0, 4, 16)
+    assert dk_blk.shape == (0, 2, 16)
+    assert dk_ctx.shape == (264, 2, 16)
+    assert not dk_ctx.any()
+    assert not dv_ctx.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_empty_context_is_attention_inside_the_block(dtype: torch.dtype) -> None:
+    lonely = case(lengths=(1, 1, 1), padding=0, density=1.0, dtype=dtype)
+    got = outputs(lonely, "cpu")
+    assert_close(lonely, got, outputs(lonely, "reference"))
+    assert not got[2].any(), "context that nobody sees has a gradient"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_repeats_bit_for_bit_whatever_the_threads(dtype: torch.dtype) -> None:
+    large = case(lengths=(300, 200, 80), density=0.5, dtype=dtype, head_dim=32)
+    before, runs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 1, 2, 4):
+            torch.set_num_threads(threads)
+            runs.append(outputs(large, "cpu"))
+    finally:
+        torch.set_num_threads(before)
+    for run in runs[1:]:
+        for name, x, y in zip(NAMES, runs[0], run, strict=True):
+            assert torch.equal(x, y), f"{name} differs between two runs"
+
+
+def test_nan_is_not_hidden() -> None:
+    plan = case().plan()
+    tensors = case().tensors(plan)
+    tensors[0][0] = math.nan
+    out = anchor_attention(*tensors, plan, backend="cpu")
+    assert out[0].isnan().all()
+    assert not out[1:].isnan().any()
+
+
+def test_large_scores_do_not_overflow() -> None:
+    plan = case().plan()
+    tensors = case().tensors(plan)
+    got = anchor_attention(*tensors, plan, scale=300.0, backend="cpu")
+    torch.testing.assert_close(
+        got, anchor_attention(*tensors, plan, scale=300.0, backend="reference"), atol=1e-3, rtol=0
+    )
+
+
+def test_strided_inputs() -> None:
+    plan = case().plan()
+    tensors = case().tensors(plan)
+    strided = [tensor.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for tensor in tensors]
+    out = anchor_attention(*strided, plan)
+    assert torch.equal(out, anchor_attention(*tensors, plan))
+    out.sum().backward()  # an expanded gradient, with strides of zero
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def test_plan_against_brute_force(case: Case) -> None:
+    plan = case.plan()
+    seen = attention.visible_context(plan)[:, 0] if plan.block_size else None
+    assert seen is not None
+    tiles = math.ceil(plan.doc_ids.numel() / attention.TILE)
+    assert plan.tile_ranges.shape == (tiles, 2)
+    for j in range(plan.anchors.numel()):
+        positions = torch.nonzero(seen[j]).flatten().tolist()
+        interval = list(range(int(plan.starts[j]), int(plan.ends[j])))
+        assert positions == interval, f"block {j} of {case}"
+    for t in range(tiles):
+        blocks = torch.nonzero(seen[:, t * attention.TILE : (t + 1) * attention.TILE].any(dim=1)).flatten().tolist()
+        first, last = plan.tile_ranges[t].tolist()
+        # Inside a range there may be blocks that see nothing at all, and no other strangers.
+        inside = [j for j in range(first, last) if plan.starts[j] < plan.ends[j]]
+        assert inside == blocks, f"tile {t} of {case}"
+    weights = [math.ceil(int(n) / attention.TILE) for n in plan.ends - plan.starts]
+    assert plan.order.tolist() == sorted(range(len(weights)), key=lambda j: -weights[j])
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases())
+def test_plan_operator_equals_plain_torch(case: Case) -> None:
+    plan = case.plan()
+    plain = attention._plan_reference(plan.anchors, plan.doc_ids, plan.window or 0)
+    for name, want in zip(("starts", "ends", "tile_ranges", "order"), plain, strict=True):
+        got = getattr(plan, name)
+        assert got.dtype == torch.int32
+        assert torch.equal(got, want), f"{name} for {case}"
+
+
+def operator_arguments(some: Case, requires_grad: bool) -> tuple:
+    plan = some.plan()
+    tensors = [tensor.requires_grad_(requires_grad) for tensor in some.tensors(plan)]
+    indices = (plan.starts, plan.ends, plan.tile_ranges, plan.order)
+    return (*tensors, *indices, plan.block_size, plan.window or 0, plan.causal_block, 0.25)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.2])
+def test_opcheck(density: float) -> None:
+    some = case(density=density, lengths=(40, 10), window=9)
+    plan = some.plan()
+    torch.library.opcheck(torch.ops.dflash_scale.build_plan.default, (plan.anchors, plan.doc_ids, 0))
+    torch.library.opcheck(torch.ops.dflash_scale.anchor_attention.default, operator_arguments(some, True))
+    arguments = operator_arguments(some, False)
+    out, lse = torch.ops.dflash_scale.anchor_attention(*arguments)
+    backward = (torch.ones_like(out), *arguments[:5], out, lse, *arguments[5:])
+    torch.library.opcheck(torch.ops.dflash_scale.anchor_attention_backward.default, backward)
+
+
+def test_compiles_without_a_graph_break() -> None:
+    some = case()
+    plan = some.plan()
+    tensors = some.tensors(plan)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def step(*tensors: Tensor) -> Tensor:
+        rebuilt = build_plan(plan.anchors, plan.doc_ids, block_size=plan.block_size)
+        return anchor_attention(*tensors, rebuilt)
+
+    eager = [tensor.clone().requires_grad_() for tensor in tensors]
+    traced = [tensor.clone().requires_grad_() for tensor in tensors]
+    wanted, got = anchor_attention(*eager, plan), step(*traced)
+    assert torch.equal(got, wanted)
+    wanted.sum().backward()
+    got.sum().backward()
+    for x, y in zip(eager, traced, strict=True):
+        assert torch.equal(x.grad, y.grad)
+
+
+def index(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("anchors", "doc_ids", "options", "message"),
+    [
+        (index(1).long(), index(0, 0), {}, "anchors must be (A,) int32"),
+        (index(1), index(0, 0)[None], {}, "doc_ids must be (T,) int32"),
+        (index(1), index(0, 0), {"block_size": 0}, "block_size must be at least 1"),
+        (index(1), index(0, 0), {"window": 0}, "window must be at least 1"),
+        (index(2, 1), index(0, 0, 0), {}, "anchors must ascend"),
+        (index(3), index(0, 0, 0), {}, "anchors must lie in [0, 3)"),
+        (index(-1), index(0, 0, 0), {}, "anchors must lie in [0, 3)"),
+        (index(2), index(0, 0, -1), {}, "padding"),
+        (index(1), index(0, 1, 0), {}, "one contiguous run"),
+        (index(1).to("meta"), index(0, 1), {}, "one device"),
+    ],
+)
+def test_build_plan_refuses(anchors: Tensor, doc_ids: Tensor, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build_plan(anchors, doc_ids, **({"block_size": 4} | options))
+
+
+def test_attention_refuses_what_does_not_fit() -> None:
+    plan = case().plan()
+    q, *rest = case().tensors(plan)
+    with pytest.raises(ValueError, match="q must be"):
+        anchor_attention(q[1:], *rest, plan)
+    with pytest.raises(ValueError, match="3 dimensions"):
+        anchor_attention(q[0], *rest, plan)
+    with pytest.raises(ValueError, match="all five must be alike"):
+        anchor_attention(q.double(), *rest, plan)
+    with pytest.raises(ValueError, match="no multiple"):
+        anchor_attention(q[:, :3], *rest, plan)
+    with pytest.raises(ValueError, match="build it where they are"):
+        anchor_attention(*[x.to("meta") for x in (q, *rest)], plan)
+    for absent in ("cuda", "flex", "fast"):
+        with pytest.raises(ValueError, match="one of auto, cpu, reference"):
+            anchor_attention(q, *rest, plan, backend=absent)
+    with pytest.raises(ValueError, match='use backend="reference"'):
+        anchor_attention(*[x.half() for x in (q, *rest)], plan)
+    assert anchor_attention(*[x.half() for x in (q, *rest)], plan, backend="reference").dtype == torch.float16
+
+
+def test_without_the_library_only_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_library = outputs(case(), "reference")
+    monkeypatch.setattr(attention, "MISSING", "_kernels.so has not been built")
+    assert_close(case(), outputs(case(), "reference"), with_library)
+    plan = case().plan()
+    for backend in ("auto", "cpu"):
+        with pytest.raises(ValueError, match=re.escape("pip install -e .")):
+            anchor_attention(*case().tensors(plan), plan, backend=backend)
