@@ -27,7 +27,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.platforms import current_platform
-from vllm.v1.kv_cache_interface import HiddenStateCacheSpec, UniformTypeKVCacheSpecs
 
 from dflash_scale.stream import wire
 from dflash_scale.stream.publisher import Publisher
@@ -248,17 +247,22 @@ def _check_parallelism(config: "VllmConfig") -> None:
 
 
 def _hidden_state_layer(config: "KVCacheConfig") -> _CacheLayer:
-    """The extraction layer: in a group of its own, or beside the attention layers where the block sizes agree."""
-    found = []
-    for i, group in enumerate(config.kv_cache_groups):
-        spec = group.kv_cache_spec
-        merged = isinstance(spec, UniformTypeKVCacheSpecs)
-        specs = spec.kv_cache_specs if merged else dict.fromkeys(group.layer_names, spec)
-        found += [_CacheLayer(i, n, s.block_size) for n, s in specs.items() if isinstance(s, HiddenStateCacheSpec)]
+    """The extraction layer: in a group of its own, or beside the attention layers if their blocks are alike.
+
+    By name, because the scheduler is shown one spec for a group of several kinds of layers; the worker then checks
+    the tensor of this name.
+    """
+    found = [
+        _CacheLayer(i, name, group.kv_cache_spec.block_size)
+        for i, group in enumerate(config.kv_cache_groups)
+        for name in group.layer_names
+        if "cache_only_layers" in name.split(".")
+    ]
     if len(found) != 1:
+        names = [name for group in config.kv_cache_groups for name in group.layer_names]
         raise ValueError(
-            f"expected one KV cache layer of hidden states in {len(config.kv_cache_groups)} groups, got {len(found)}: "
-            "start vLLM with the speculative method extract_hidden_states (MLA verifiers are not supported)."
+            f"expected one KV cache layer named cache_only_layers.N, got {len(found)} among {names}: start vLLM with "
+            "the speculative method extract_hidden_states."
         )
     return found[0]
 

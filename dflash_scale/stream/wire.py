@@ -303,7 +303,7 @@ def bind_router(context: "zmq.Context[Any]", address: str, insecure: bool = Fals
     """The server's end. Sending to an absent receiver raises EHOSTUNREACH, to a slow one EAGAIN."""
     check_address(address, insecure=insecure)
     socket = context.socket(zmq.ROUTER)
-    _set_options(socket, max_message_bytes=MAX_HEADER_BYTES)  # hellos are all that a server accepts
+    _set_options(socket, address, max_message_bytes=MAX_HEADER_BYTES)  # hellos are all that a server accepts
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
     try:
@@ -325,7 +325,7 @@ def connect_dealer(
     _check_name("receiver", receiver)
     is_loopback(address)  # for its check of the form
     socket = context.socket(zmq.DEALER)
-    _set_options(socket, max_message_bytes=max(MAX_HEADER_BYTES, max_message_bytes))
+    _set_options(socket, address, max_message_bytes=max(MAX_HEADER_BYTES, max_message_bytes))
     socket.setsockopt(zmq.ROUTING_ID, receiver.encode())
     socket.setsockopt(zmq.RECONNECT_IVL, 100)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
@@ -333,7 +333,7 @@ def connect_dealer(
     return socket
 
 
-def _set_options(socket: "zmq.Socket[bytes]", *, max_message_bytes: int) -> None:
+def _set_options(socket: "zmq.Socket[bytes]", address: str, *, max_message_bytes: int) -> None:
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, SEND_HIGH_WATER)
     socket.setsockopt(zmq.RCVHWM, SEND_HIGH_WATER)
@@ -341,7 +341,7 @@ def _set_options(socket: "zmq.Socket[bytes]", *, max_message_bytes: int) -> None
     socket.setsockopt(zmq.HEARTBEAT_IVL, 5_000)  # milliseconds: a vanished machine is noticed within 20 s
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 15_000)
     socket.setsockopt(zmq.HEARTBEAT_TTL, 15_000)
-    socket.setsockopt(zmq.IPV6, 1)
+    socket.setsockopt(zmq.IPV6, int("[" in address))
 
 
 def _fields(what: str, params: object, keys: Sequence[str]) -> dict[str, Any]:

@@ -1,0 +1,344 @@
+"""The wire: what is encoded comes back, and nothing but WireError comes out of anything else."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import pytest
+import zmq
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dflash_scale.stream import wire
+from dflash_scale.stream.publisher import Publisher
+from dflash_scale.stream.wire import Header, Hello, HelloReply, Layout, Refusal, Ticket, WireError
+
+LAYOUT = Layout((2, 4, 6), 8, "bfloat16")
+TICKET = Ticket("run-1", "node0.rank:1", 3, 12345, 1)
+
+
+def payload(tokens: int, layout: Layout = LAYOUT) -> tuple[bytes, bytes]:
+    return os.urandom(4 * tokens), os.urandom(tokens * layout.bytes_per_token)
+
+
+names = st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._:-]{0,63}\Z")
+integers = st.integers(0, wire.MAX_INT)
+tickets = st.builds(Ticket, names, names, integers, integers, integers)
+layouts = st.builds(
+    Layout,
+    st.sets(st.integers(0, 4096), min_size=1, max_size=wire.MAX_LAYERS).map(lambda ids: tuple(sorted(ids))),
+    st.integers(1, wire.MAX_HIDDEN_SIZE),
+    st.sampled_from(sorted(wire.DTYPE_BYTES)),
+)
+messages = st.one_of(
+    st.builds(Hello, names, names),
+    st.builds(HelloReply, layouts, st.text(max_size=200), names),
+    st.builds(Refusal, tickets, st.text(max_size=wire.MAX_REASON_CHARS)),
+    st.builds(
+        lambda ticket, tokens, layout, checksum: Header(
+            ticket, tokens, layout, tokens * 4, tokens * layout.bytes_per_token, checksum
+        ),
+        tickets,
+        st.integers(1, 1 << 20),
+        layouts,
+        st.integers(0, (1 << 64) - 1),
+    ),
+)
+json_like = st.recursive(
+    st.none() | st.booleans() | st.integers(-(1 << 63), (1 << 64) - 1) | st.floats() | st.text() | st.binary(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.integers(0, 9), inner),
+    max_leaves=12,
+)
+
+
+@given(messages)
+def test_round_trip(message: wire.Message) -> None:
+    frame = wire.encode(message)
+    assert len(frame) <= wire.MAX_HEADER_BYTES
+    assert wire.decode(frame, max_tokens=1 << 20) == message
+
+
+@given(st.binary(max_size=5000))
+@settings(max_examples=300)
+def test_random_bytes_raise_only_wire_errors(raw: bytes) -> None:
+    with pytest.raises(WireError):
+        wire.decode(raw, max_tokens=1 << 20)
+
+
+@given(messages, st.data())
+@settings(max_examples=300)
+def test_damaged_messages_decode_or_raise_wire_errors(message: wire.Message, data: st.DataObject) -> None:
+    raw = bytearray(wire.encode(message))
+    for _ in range(data.draw(st.integers(1, 4))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, len(raw)))
+    for frame in (bytes(raw), bytes(raw[:cut])):
+        with contextlib.suppress(WireError):
+            wire.decode(frame, max_tokens=1 << 20)
+
+
+@given(messages, st.data())
+@settings(max_examples=300)
+def test_maps_with_wrong_values_raise_wire_errors(message: wire.Message, data: st.DataObject) -> None:
+    body = msgpack.unpackb(wire.encode(message))
+    inner = data.draw(st.sampled_from([body] + [v for v in body.values() if isinstance(v, dict)]))
+    key = data.draw(st.sampled_from(sorted(inner)) | st.just("surprise"))
+    inner[key] = data.draw(json_like)
+    raw = msgpack.packb(body)
+    try:
+        decoded = wire.decode(raw, max_tokens=1 << 20)
+    except WireError:
+        return
+    assert wire.decode(wire.encode(decoded), max_tokens=1 << 20) == decoded
+
+
+@given(json_like)
+def test_request_parameters_raise_only_wire_errors(params: Any) -> None:
+    for candidate in (params, {"dflash": params}):
+        with contextlib.suppress(WireError):
+            wire.Ticket.from_request(candidate)
+
+
+def test_deep_nesting_and_timestamps() -> None:
+    for raw in (b"\x91" * 4000 + b"\x00", b"\xd6\xff\x00\x00\x00\x00", b"\xc7\x0c\xff" + b"\xff" * 12):
+        with pytest.raises(WireError):
+            wire.decode(raw, max_tokens=1)
+
+
+def header_map(**changes: Any) -> bytes:
+    ids, states = payload(5)
+    body = msgpack.unpackb(wire.data_frames(TICKET, LAYOUT, ids, states)[0])
+    for path, value in changes.items():
+        target = body
+        *outer, last = path.split("__")
+        for key in outer:
+            target = target[key]
+        target[last] = value
+    return bytes(msgpack.packb(body))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"v": 2}, "protocol version 2"),
+        ({"v": True}, "protocol version True"),
+        ({"type": "hullo"}, "unknown message type"),
+        ({"type": ["data"]}, "unknown message type"),
+        ({"extra": 1}, "exactly the keys"),
+        ({"tokens": 6}, "announced with 20 bytes"),
+        ({"tokens": 0}, "tokens must be an integer"),
+        ({"tokens": -5}, "tokens must be an integer"),
+        ({"tokens": 5.0}, "tokens must be an integer"),
+        ({"tokens": 1 << 63}, "tokens must be an integer"),
+        ({"tokens": 11, "token_bytes": 44, "hidden_bytes": 11 * 48}, "at most 10 were asked for"),
+        ({"token_bytes": 24}, "announced with 24 bytes"),
+        ({"hidden_bytes": 1}, "need 240 bytes"),
+        ({"checksum": -1}, "checksum must be"),
+        ({"layout__dtype": "int8"}, "dtype must be one of"),
+        ({"layout__dtype": ["float32"]}, "dtype must be one of"),
+        ({"layout__layer_ids": []}, "1 to 128 layer ids"),
+        ({"layout__layer_ids": [2, 2, 6]}, "strictly ascending"),
+        ({"layout__layer_ids": [4, 2, 6]}, "strictly ascending"),
+        ({"layout__layer_ids": "246"}, "must be a list"),
+        ({"layout__hidden_size": 1 << 40}, "hidden_size must be"),
+        ({"ticket__sample": True}, "sample must be"),
+        ({"ticket__receiver": ""}, "receiver must be"),
+        ({"ticket__receiver": "\x00abc"}, "receiver must be"),
+        ({"ticket__receiver": "a" * 65}, "receiver must be"),
+        ({"ticket__run_id": "a/../b"}, "run_id must be"),
+        ({"ticket": None}, "ticket must be a map"),
+    ],
+)
+def test_headers_that_are_refused(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(WireError, match=reason):
+        wire.decode(header_map(**changes), max_tokens=10)
+
+
+def test_header_size_is_bounded() -> None:
+    with pytest.raises(WireError, match="limit is 4096"):
+        wire.decode(header_map(extra=b"x" * 4096), max_tokens=10)
+
+
+def test_data_message_round_trip() -> None:
+    ids, states = payload(5)
+    frames = wire.data_frames(TICKET, LAYOUT, ids, states)
+    assert frames[1] is ids, "the payload must not be copied"
+    assert frames[2] is states, "the payload must not be copied"
+    header, got_ids, got_states = wire.decode_data(frames, layout=LAYOUT, max_tokens=5)
+    assert (header.ticket, header.tokens) == (TICKET, 5)
+    assert (bytes(got_ids), bytes(got_states)) == (ids, states)
+
+
+def test_damaged_data_messages() -> None:
+    ids, states = payload(5)
+    frames = wire.data_frames(TICKET, LAYOUT, ids, states)
+    flipped = bytearray(states)
+    flipped[17] ^= 1
+    for bad, reason in (
+        ([frames[0], ids, bytes(flipped)], "checksum"),
+        ([frames[0], ids[:-4], states], "frame has 16"),
+        ([frames[0], ids, states + b"\0"], "frame has 241"),
+        ([frames[0], ids], "3 frames"),
+        ([wire.encode(Refusal(TICKET, "no")), ids, states], "expected a data header"),
+    ):
+        with pytest.raises(WireError, match=reason):
+            wire.decode_data(bad, layout=LAYOUT, max_tokens=5)
+    with pytest.raises(WireError, match="layout"):
+        wire.decode_data(frames, layout=Layout((2, 3, 6), 8, "bfloat16"), max_tokens=5)
+
+
+@pytest.mark.parametrize(
+    ("address", "loopback"),
+    [
+        ("tcp://127.0.0.1:5601", True),
+        ("tcp://127.8.9.1:5601", True),
+        ("tcp://localhost:5601", True),
+        ("tcp://[::1]:5601", True),
+        ("ipc:///tmp/x", True),
+        ("tcp://*:5601", False),
+        ("tcp://0.0.0.0:5601", False),
+        ("tcp://10.0.0.1:5601", False),
+        ("tcp://eth0:5601", False),
+        ("tcp://127.0.0.1.example.com:5601", False),
+    ],
+)
+def test_loopback(address: str, loopback: bool) -> None:
+    assert wire.is_loopback(address) is loopback
+    if not loopback:
+        with pytest.raises(WireError, match="CURVE"):
+            wire.check_address(address, insecure=False)
+        wire.check_address(address, insecure=True)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:5601", "udp://127.0.0.1:1", "tcp://", "", "inproc://x"])
+def test_addresses_of_no_known_form(address: str) -> None:
+    with pytest.raises(WireError, match="must look like"):
+        wire.is_loopback(address)
+
+
+@pytest.fixture
+def context() -> Iterator["zmq.Context[zmq.Socket[bytes]]"]:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    yield context
+    context.destroy(linger=0)
+
+
+def hello(socket: "zmq.Socket[bytes]", receiver: str) -> HelloReply:
+    socket.send(wire.encode(Hello("run-1", receiver)))
+    assert socket.poll(10_000), "no hello reply"
+    reply = wire.decode(socket.recv(), max_tokens=0)
+    assert isinstance(reply, HelloReply)
+    return reply
+
+
+def test_publisher_sends_in_order_to_the_receiver_named(context: "zmq.Context[zmq.Socket[bytes]]") -> None:
+    publisher = Publisher("tcp://127.0.0.1:*", LAYOUT, "model-1")
+    sockets = {name: wire.connect_dealer(context, publisher.endpoint, name, max_message_bytes=1 << 20) for name in "ab"}
+    for name, socket in sockets.items():
+        assert hello(socket, name) == HelloReply(LAYOUT, "model-1", publisher.server_id)
+    sent = [payload(1 + sample % 7) for sample in range(200)]
+    for sample, (ids, states) in enumerate(sent):
+        publisher.send(Ticket("run-1", "ab"[sample % 2], 0, sample, 0), ids, states)
+    for sample, (ids, states) in enumerate(sent):
+        socket = sockets["ab"[sample % 2]]
+        assert socket.poll(10_000), f"sample {sample} did not arrive"
+        header, got_ids, got_states = wire.decode_data(socket.recv_multipart(), layout=LAYOUT, max_tokens=7)
+        assert header.ticket.sample == sample
+        assert (bytes(got_ids), bytes(got_states)) == (ids, states)
+    publisher.refuse(Ticket("run-1", "a", 0, 7, 2), "x" * 9999)
+    refusal = wire.decode(sockets["a"].recv(), max_tokens=0)
+    assert refusal == Refusal(Ticket("run-1", "a", 0, 7, 2), "x" * wire.MAX_REASON_CHARS)
+    publisher.close()
+    assert publisher.counters.sent == 201
+    assert publisher._held_bytes == 0
+
+
+def test_publisher_refuses_what_it_cannot_hold(context: "zmq.Context[zmq.Socket[bytes]]") -> None:
+    ids, states = payload(5)
+    publisher = Publisher("tcp://127.0.0.1:*", LAYOUT, "m", max_bytes=len(ids) + len(states) - 1)
+    socket = wire.connect_dealer(context, publisher.endpoint, "rx", max_message_bytes=1 << 20)
+    hello(socket, "rx")
+    assert publisher.send(Ticket("run-1", "rx", 0, 1, 0), ids, states) is False
+    refusal = wire.decode(socket.recv(), max_tokens=0)
+    assert isinstance(refusal, Refusal)
+    assert "unsent bytes" in refusal.reason
+    with pytest.raises(WireError, match="bytes of states"):
+        publisher.send(TICKET, ids, states[:-1])
+    publisher.close()
+
+
+def test_publisher_drops_for_an_absent_receiver_and_answers_others(
+    context: "zmq.Context[zmq.Socket[bytes]]", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dflash_scale.stream.publisher.AWAY_S", 0.3)
+    publisher = Publisher("tcp://127.0.0.1:*", LAYOUT, "m")
+    publisher.send(TICKET, *payload(5))
+    socket = wire.connect_dealer(context, publisher.endpoint, "rx", max_message_bytes=1 << 20)
+    hello(socket, "rx")
+    socket.send(b"rubbish")
+    deadline = time.monotonic() + 10
+    while publisher.counters.dropped == 0 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert (publisher.counters.dropped, publisher.counters.invalid) == (1, 1)
+    assert publisher._held_bytes == 0
+    hello(socket, "rx")
+    publisher.close()
+
+
+def test_publisher_waits_for_a_receiver_that_connects_late(context: "zmq.Context[zmq.Socket[bytes]]") -> None:
+    publisher = Publisher("tcp://127.0.0.1:*", LAYOUT, "m")
+    publisher.send(TICKET, *payload(5))
+    time.sleep(0.2)
+    socket = wire.connect_dealer(context, publisher.endpoint, TICKET.receiver, max_message_bytes=1 << 20)
+    assert socket.poll(10_000)
+    assert wire.decode_data(socket.recv_multipart(), layout=LAYOUT, max_tokens=5)[0].ticket == TICKET
+    publisher.close()
+
+
+def test_a_new_receiver_takes_its_name_over(context: "zmq.Context[zmq.Socket[bytes]]") -> None:
+    publisher = Publisher("tcp://127.0.0.1:*", LAYOUT, "m")
+    first = wire.connect_dealer(context, publisher.endpoint, "rx", max_message_bytes=1 << 20)
+    hello(first, "rx")
+    second = wire.connect_dealer(context, publisher.endpoint, "rx", max_message_bytes=1 << 20)
+    hello(second, "rx")
+    publisher.send(Ticket("run-1", "rx", 0, 1, 0), *payload(5))
+    assert second.poll(10_000)
+    publisher.close()
+
+
+def test_frames_beyond_the_bound_are_not_read(context: "zmq.Context[zmq.Socket[bytes]]") -> None:
+    publisher = Publisher("tcp://127.0.0.1:*", Layout((1, 2), 1024, "float32"), "m")
+    socket = wire.connect_dealer(context, publisher.endpoint, "rx", max_message_bytes=8192)
+    hello(socket, "rx")
+    publisher.send(Ticket("run-1", "rx", 0, 1, 0), *payload(5, publisher.layout))
+    assert not socket.poll(500), "a message of 40 KiB came through a bound of 8 KiB"
+    publisher.close()
+
+
+def test_publisher_refuses_open_addresses_and_taken_ports() -> None:
+    with pytest.raises(WireError, match="loopback"):
+        Publisher("tcp://0.0.0.0:*", LAYOUT, "m")
+    publisher = Publisher("tcp://127.0.0.1:*", LAYOUT, "m")
+    with pytest.raises(zmq.ZMQError, match="in use"):
+        Publisher(publisher.endpoint, LAYOUT, "m")
+    publisher.close()
+
+
+def test_imports_nothing_heavy() -> None:
+    """The vLLM server's environment has neither DeepSpeed nor our kernels; wire needs not even torch."""
+    program = (
+        "import sys, dflash_scale, dflash_scale.stream, dflash_scale.stream.wire, dflash_scale.stream.publisher\n"
+        "print(*sorted({name.split('.')[0] for name in sys.modules}))\n"
+        "print(*sorted(name for name in sys.modules if name.startswith('dflash_scale')))\n"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
+    packages, ours = (set(line.split()) for line in done.stdout.splitlines())
+    assert not packages & {"torch", "numpy", "deepspeed", "transformers", "vllm", "datasets", "pydantic"}
+    assert ours == {"dflash_scale", "dflash_scale.stream", "dflash_scale.stream.wire", "dflash_scale.stream.publisher"}
