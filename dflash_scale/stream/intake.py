@@ -1,0 +1,376 @@
+"""The receiver's loop: rows that may be fetched become requests, and what the servers send becomes records in rings.
+
+One thread owns the fleet, the sockets and the rings. Payloads go from ZeroMQ's message straight into the ring's slot;
+no other copy is made. A message that does not match its header, the run's layout, an outstanding request or the data
+set's token ids is counted, logged at most once a minute and dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import time
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from dflash_scale.packer import Samples
+from dflash_scale.stream import wire
+from dflash_scale.stream.calls import Calls, Event, HealthAnswered
+from dflash_scale.stream.fleet import Fleet
+from dflash_scale.stream.jobs import Action, Job, Key, Limits, Probe, Quarantined, Send
+from dflash_scale.stream.ring import COMMITTED, QUARANTINED
+from dflash_scale.stream.window import Want, Window
+from dflash_scale.stream.wire import Layout, Ticket, WireError
+
+log = logging.getLogger(__name__)
+
+STEP_MS: Final = 10  # the reader's progress is seen by looking at it: this is how often
+MESSAGES_PER_TURN: Final = 8  # from one server, before the others have theirs
+QUARANTINED_KEPT: Final = 1000  # named in the status; all are counted
+LOG_EVERY_S: Final = 60.0
+
+
+class LayoutMismatch(ValueError):
+    """A server sends something else than what the run trains on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who receives, and what. `receiver` is the routing id, different for every receiver process."""
+
+    run_id: str
+    receiver: str
+    layout: Layout
+
+
+@dataclass(slots=True)
+class Greeting:
+    """A probe under way: it has succeeded when both ports have answered."""
+
+    probe: Probe
+    health: bool = False
+    reply: wire.HelloReply | None = None
+
+
+class Dropped:
+    """Counts messages that are thrown away, and says so at most once a minute per reason."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._said: dict[str, tuple[float, int]] = {}
+
+    def __call__(self, reason: str, detail: str, server: str) -> None:
+        self.counts[reason] += 1
+        when, count = self._said.get(reason, (-LOG_EVERY_S, 0))
+        if time.monotonic() - when >= LOG_EVERY_S:
+            self._said[reason] = time.monotonic(), self.counts[reason]
+            log.warning(
+                "dropped %d message(s), %s; the last from %s: %s", self.counts[reason] - count, reason, server, detail
+            )
+
+
+class Intake:
+    """Feeds the rings of one node until every row is delivered.
+
+    Args:
+        servers: (http, zmq) addresses.
+        limits: bounds of the fleet.
+        identity: who receives, and what.
+        windows: one per local rank.
+        samples: the data set; its token ids are sent, and compared with what comes back.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[tuple[str, str]],
+        limits: Limits,
+        identity: Identity,
+        windows: Sequence[Window],
+        samples: Samples,
+    ) -> None:
+        self._identity, self._windows, self._samples = identity, list(windows), samples
+        self.fleet = Fleet([http for http, _ in servers], limits, time.monotonic())
+        self.dropped = Dropped()
+        self.quarantined: list[dict[str, Any]] = []
+        self.counts: Counter[str] = Counter()  # committed, committed_bytes, quarantined
+        self.blocked_on = "servers"
+        self.blocked_s: defaultdict[str, float] = defaultdict(float)
+        self._wanted: dict[Key, tuple[Want, Window]] = {}
+        self._attached = False
+        self._clock = time.monotonic()
+        self._max_tokens = int(samples.lengths.max())
+        self._greetings: dict[int, Greeting] = {}
+        self._server_ids: dict[int, str] = {}
+        self._models: dict[int, str] = {}
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._calls = Calls(
+            [http for http, _ in servers], limits.requests_per_server, limits.request_timeout_s + 1, self._report
+        )
+        self._context = zmq.Context()
+        largest = self._max_tokens * identity.layout.bytes_per_token
+        self._sockets = [
+            wire.connect_dealer(self._context, address, identity.receiver, max_message_bytes=largest)
+            for _, address in servers
+        ]
+        self._monitors = [socket.get_monitor_socket(zmq.EVENT_DISCONNECTED) for socket in self._sockets]
+        self._poller = zmq.Poller()
+        for socket in [*self._sockets, *self._monitors, self._wake]:
+            self._poller.register(socket, zmq.POLLIN)
+
+    def close(self) -> None:
+        self._calls.close()
+        for socket in self._sockets:
+            socket.disable_monitor()
+        self._context.destroy(linger=0)
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to do: every sample is in its ring, or its rank has left."""
+        return self._attached and all(window.complete or window.reader_gone for window in self._windows)
+
+    def status(self) -> dict[str, Any]:
+        """The changing part of the status file."""
+        return {
+            "issued": self.fleet.issued,
+            "retried": self.fleet.retried,
+            "committed": self.counts["committed"],
+            "committed_bytes": self.counts["committed_bytes"],
+            "quarantined": self.counts["quarantined"],
+            "quarantined_samples": self.quarantined,
+            "dropped": dict(self.dropped.counts),
+            "outstanding_bytes": self.fleet.outstanding_bytes,
+            "blocked_on": self.blocked_on,
+            "blocked_s": {what: round(seconds, 3) for what, seconds in self.blocked_s.items()},
+            "servers": [server.snapshot() for server in self.fleet.servers],
+        }
+
+    def step(self) -> None:
+        """One turn of the loop, at most about STEP_MS long when nothing happens.
+
+        Raises:
+            NoServerError: no server has been healthy for too long.
+            LayoutMismatch: before the first request: a server sends something else than what the run wants.
+        """
+        now = time.monotonic()
+        self._tend_rings()
+        for action in self.fleet.poll(now):
+            self._act(action)
+        self._account(now)
+        for ready, _ in self._poller.poll(STEP_MS):
+            if ready == self._wake:
+                os.eventfd_read(self._wake)
+            elif ready in self._monitors:
+                recv_monitor_message(ready)
+                self.fleet.disconnected(self._monitors.index(ready), time.monotonic())
+            else:
+                self._receive(self._sockets.index(ready))
+        while not self._events.empty():
+            self._happened(self._events.get())
+
+    def _report(self, event: Event) -> None:
+        """Called from the HTTP threads."""
+        self._events.put(event)
+        os.eventfd_write(self._wake, 1)
+
+    def _tend_rings(self) -> None:
+        for window in self._windows:
+            window.ring.beat()
+            if window.reader_gone:
+                continue
+            for want in window.take():
+                self._wanted[want.key] = (want, window)
+                self.fleet.add(want.key, want.tokens, want.nbytes)
+        if not self._attached and all(window.ring.peer_attached() for window in self._windows):
+            self._attached = True
+            for window in self._windows:  # both sides hold the memory now; without a name nothing can be left behind
+                window.ring.unlink()
+
+    def _account(self, now: float) -> None:
+        """Keeps what the stream waited for: whoever asks which half is the bottleneck finds it here."""
+        self.blocked_s[self.blocked_on] += now - self._clock
+        self._clock = now
+        if not self._attached:
+            self.blocked_on = "readers"  # a rank that has not opened its ring yet
+        elif self.fleet.waiting:
+            self.blocked_on = self.fleet.blocked
+        elif len(self.fleet):
+            self.blocked_on = "servers"
+        else:
+            self.blocked_on = "ring" if any(window.waits_for_ring for window in self._windows) else "trainer"
+
+    # Actions of the fleet, and what becomes of them.
+
+    def _act(self, action: Action) -> None:
+        match action:
+            case Send():
+                self._send(action)
+            case Probe():
+                self._greetings[action.server] = Greeting(action)
+                self._calls.health(action, self.fleet.probe_timeout_s)
+                hello = wire.encode(wire.Hello(self._identity.run_id, self._identity.receiver))
+                try:
+                    self._sockets[action.server].send(hello, zmq.NOBLOCK)
+                except zmq.Again:
+                    log.debug("hellos to %s wait already", self.fleet.servers[action.server].address)
+            case Quarantined():
+                self._quarantine(action)
+
+    def _send(self, send: Send) -> None:
+        epoch, sample = send.key
+        ticket = Ticket(self._identity.run_id, self._identity.receiver, epoch, sample, send.attempt)
+        body = {
+            "model": self._models[send.server],
+            "prompt": self._samples.tokens(sample).tolist(),
+            "max_tokens": 1,
+            "temperature": 0,
+            "kv_transfer_params": {"dflash": ticket.to_params()},
+        }
+        self._calls.post(send, body)
+
+    def _quarantine(self, action: Quarantined) -> None:
+        want, window = self._wanted.pop(action.key)
+        if self._reserve(window, 0) is None:
+            return
+        epoch, sample = action.key
+        window.ring.commit(sample=sample, epoch=epoch, status=QUARANTINED, tokens=0)
+        window.committed(want, 0)
+        self.counts["quarantined"] += 1
+        if len(self.quarantined) < QUARANTINED_KEPT:
+            self.quarantined.append({"epoch": epoch, "sample": sample, "reason": action.reason})
+
+    def _happened(self, event: Event) -> None:
+        if isinstance(event, HealthAnswered):
+            greeting = self._greetings.get(event.probe.server)
+            if greeting is None or greeting.probe != event.probe:
+                return
+            if event.problem:
+                self.fleet.probe_done(event.probe, event.problem, time.monotonic())
+            else:
+                greeting.health = True
+                self._greeted(greeting)
+        else:
+            self.fleet.http_done(event.sent, event.fault, event.reason, time.monotonic())
+
+    def _greeted(self, greeting: Greeting) -> None:
+        if not greeting.health or greeting.reply is None:
+            return
+        server, reply = greeting.probe.server, greeting.reply
+        del self._greetings[server]
+        mismatch = self._mismatch(server, reply.layout)
+        if mismatch and not self.fleet.issued:
+            raise LayoutMismatch(mismatch)
+        restarted = self._server_ids.get(server, reply.server_id) != reply.server_id
+        self._server_ids[server], self._models[server] = reply.server_id, reply.model
+        self.fleet.probe_done(greeting.probe, mismatch, time.monotonic(), restarted)
+
+    def _mismatch(self, server: int, got: Layout) -> str:
+        want = self._identity.layout
+        if got == want:
+            return ""
+        return (
+            f"server {self.fleet.servers[server].address} sends layers {list(got.layer_ids)} of {got.hidden_size} "
+            f"{got.dtype}, this run wants layers {list(want.layer_ids)} of {want.hidden_size} {want.dtype}; start the "
+            "server with the run's verifier and layer ids, or change verifier.model, .layer_ids and .dtype"
+        )
+
+    # Messages of the servers.
+
+    def _receive(self, server: int) -> None:
+        socket = self._sockets[server]
+        for _ in range(MESSAGES_PER_TURN):
+            try:
+                frame = socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                self._message(server, wire.decode(frame, max_tokens=self._max_tokens))
+            except WireError as error:
+                self._drop(server, "malformed", str(error))
+            while socket.getsockopt(zmq.RCVMORE):
+                socket.recv(copy=False)
+
+    def _drop(self, server: int, reason: str, detail: str) -> None:
+        self.dropped(reason, detail, self.fleet.servers[server].address)
+
+    def _message(self, server: int, message: wire.Message) -> None:
+        match message:
+            case wire.HelloReply():
+                greeting = self._greetings.get(server)
+                if greeting is not None:
+                    greeting.reply = message
+                    self._greeted(greeting)
+            case wire.Refusal(ticket, reason):
+                self.fleet.rejected(server, _key(ticket), ticket.attempt, f"refused: {reason}", time.monotonic())
+            case wire.Header(ticket):
+                job = self._job(server, ticket)
+                if job is None:
+                    self._drop(server, "not outstanding", f"{_key(ticket)} attempt {ticket.attempt}")
+                    return
+                problem = self._deliver(server, job, message)
+                if problem is not None:
+                    reason, detail = problem
+                    self._drop(server, reason, f"{job} attempt {ticket.attempt}: {detail}")
+                    self.fleet.rejected(server, job.key, ticket.attempt, f"{reason}: {detail}", time.monotonic())
+            case _:
+                self._drop(server, "malformed", f"a server does not send {type(message).__name__}")
+
+    def _job(self, server: int, ticket: Ticket) -> Job | None:
+        if (ticket.run_id, ticket.receiver) != (self._identity.run_id, self._identity.receiver):
+            return None
+        return self.fleet.claim(server, _key(ticket), ticket.attempt)
+
+    def _deliver(self, server: int, job: Job, header: wire.Header) -> tuple[str, str] | None:
+        """Moves a message's payload into the ring; gives (reason, detail) when it is not what was asked for."""
+        socket = self._sockets[server]
+        if header.layout != self._identity.layout:
+            return "wrong layout", self._mismatch(server, header.layout)
+        if header.tokens != job.tokens:
+            return "wrong tokens", f"{header.tokens} tokens came, {job.tokens} were asked for"
+        if not socket.getsockopt(zmq.RCVMORE):
+            return "malformed", "the token ids are missing"
+        token_ids = socket.recv()
+        if token_ids != self._samples.tokens(job.key[1]).astype("<i4").tobytes():
+            return "wrong tokens", "the token ids are not those of the sample"
+        if not socket.getsockopt(zmq.RCVMORE):
+            return "malformed", "the hidden states are missing"
+        want, window = self._wanted[job.key]
+        slot = self._reserve(window, job.nbytes)
+        if slot is None:  # the rank has left: nobody wants it any more
+            del self._wanted[job.key]
+            self.fleet.delivered(job, header.ticket.attempt)
+            return None
+        received = socket.recv_into(slot)
+        if received != job.nbytes or socket.getsockopt(zmq.RCVMORE):
+            window.ring.abandon()
+            return "malformed", f"a frame of {received} bytes of hidden states came, {job.nbytes} were announced"
+        try:
+            wire.check_payload(header, token_ids, slot)
+        except WireError as error:
+            window.ring.abandon()
+            return "corrupt", str(error)
+        window.ring.commit(sample=job.key[1], epoch=job.key[0], status=COMMITTED, tokens=job.tokens)
+        window.committed(want, job.nbytes)
+        del self._wanted[job.key]
+        self.fleet.delivered(job, header.ticket.attempt)
+        self.counts["committed"] += 1
+        self.counts["committed_bytes"] += job.nbytes
+        return None
+
+    def _reserve(self, window: Window, nbytes: int) -> memoryview | None:
+        """A slot; the window keeps room for it. None when nobody reads this ring any more."""
+        while (slot := window.ring.reserve(nbytes)) is None:
+            if window.reader_gone:
+                return None
+            time.sleep(0.001)
+        return slot
+
+
+def _key(ticket: Ticket) -> Key:
+    return ticket.epoch, ticket.sample

@@ -1,0 +1,322 @@
+"""The receiver: one process per node that asks the fleet for samples and fills the rings of the node's ranks.
+
+    python -m dflash_scale.stream.receiver --spec FILE
+
+The first rank of a node starts it (`Stream.start`) and it ends with that rank: on SIGTERM, when the rank dies (the
+kernel's parent-death signal, and a look at the parent's pid once a second), or when every sample is delivered. When it
+fails, its traceback is on stderr, its exit status is not 0, and every rank sees a dead writer in its ring.
+
+Once a second it writes a status file (JSON, replaced atomically) for progress and reports:
+state "starting" | "running" | "complete" | "stopped" · rings [names] · issued, retried, committed, committed_bytes,
+quarantined (counts of samples) · quarantined_samples [{epoch, sample, reason}], the first 1000 · dropped {reason:
+count} of messages · outstanding_bytes · blocked_on, and blocked_s {what: seconds}: "readers" (a rank has not opened its
+ring), "no server" (none is healthy), "credit", "requests" (all slots in use), "servers" (all is requested), "ring"
+(full), "trainer" (look-ahead used up) · servers [{http, healthy, reason, outstanding_bytes, open_requests, samples,
+tokens, bytes, errors, deaths}].
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from dflash_scale.config import Config, parse_config
+from dflash_scale.stream.ring import Ring, own_ring_name, reclaim, ring_name
+from dflash_scale.stream.wire import Layout
+
+log = logging.getLogger(__name__)
+
+START_TIMEOUT_S: Final = 120.0  # until the rings are there: an interpreter's start and the allocation of their pages
+STOP_TIMEOUT_S: Final = 10.0
+STATUS_EVERY_S: Final = 1.0
+RING_SLACK: Final = 4096  # bytes: record headers, so that two samples of half of stream.ring_bytes fit
+PR_SET_PDEATHSIG: Final = 1  # prctl(2)
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiverSpec:
+    """What a receiver process is told: one JSON file.
+
+    ranks: global ranks of this node, in the order of their local ranks · first_step: optimizer step (from 1) whose rows
+    come first · layout: what the run trains on · status: path of the status file.
+    """
+
+    run_id: str
+    config: dict[str, Any]
+    world_size: int
+    ranks: tuple[int, ...]
+    first_step: int
+    parent_pid: int
+    layout: Layout
+    status: str
+
+    def dump(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def parse(cls, text: str) -> ReceiverSpec:
+        fields = json.loads(text)
+        fields["ranks"], fields["layout"] = tuple(fields["ranks"]), Layout.from_params(fields["layout"])
+        return cls(**fields)
+
+
+@dataclass(frozen=True, slots=True)
+class Receiver:
+    """A started receiver process and the names of its rings, one per rank of the spec."""
+
+    process: subprocess.Popen[bytes]
+    ring_names: tuple[str, ...]
+    spec: ReceiverSpec
+
+    def check(self) -> None:
+        """Raises RuntimeError if the process ended in failure."""
+        code = self.process.poll()
+        if code not in (None, 0):
+            raise RuntimeError(f"the receiver ended with status {code}; its own message on stderr says why")
+
+    def close(self) -> None:
+        """Ends the process if it still runs, and removes what it could not remove itself."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        try:
+            self.process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        reclaim(f"dflash-{self.spec.run_id}-{self.process.pid}-")
+
+
+def spawn_receiver(spec: ReceiverSpec) -> Receiver:
+    """Starts the receiver of a node; to be called by the main thread of the process that `spec.parent_pid` names.
+
+    Returns at once: the rings can be opened (with a timeout) under the names of the result.
+    """
+    reclaim()  # what earlier runs on this machine left behind when they were killed
+    status = Path(spec.status)
+    status.parent.mkdir(parents=True, exist_ok=True)
+    path = status.with_suffix(".spec.json")
+    path.write_text(spec.dump(), encoding="utf-8")
+    process = subprocess.Popen([sys.executable, "-m", "dflash_scale.stream.receiver", "--spec", str(path)])
+    names = tuple(ring_name(spec.run_id, process.pid, local) for local in range(len(spec.ranks)))
+    return Receiver(process, names, spec)
+
+
+@dataclass(slots=True)
+class Stream:
+    """A rank's side of the stream: its ring and, on the first rank of a node, the receiver."""
+
+    ring: Ring
+    status_path: Path
+    receiver: Receiver | None
+
+    @classmethod
+    def start(cls, config: Config, layout: Layout, *, first_step: int, run_id: str) -> Stream:
+        """Starts (first rank of a node) or awaits (the others) the receiver and opens this rank's ring.
+
+        The rank's place is read from the launcher's RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_SIZE.
+
+        Raises:
+            RuntimeError: the receiver did not come up.
+        """
+        env = os.environ
+        rank, world_size = int(env.get("RANK", "0")), int(env.get("WORLD_SIZE", "1"))
+        local_rank, local_size = int(env.get("LOCAL_RANK", "0")), int(env.get("LOCAL_SIZE", "1"))
+        first = rank - local_rank  # launchers number the ranks of a node one after the other
+        status = Path(config.train.output_dir) / "stream" / f"{run_id}-rank{first}.json"
+        receiver = None
+        if local_rank == 0:
+            ranks = tuple(range(first, first + local_size))
+            content = config.model_dump(mode="json")
+            receiver = spawn_receiver(
+                ReceiverSpec(run_id, content, world_size, ranks, first_step, os.getpid(), layout, str(status))
+            )
+        name = receiver.ring_names[0] if receiver else await_ring_name(status, local_rank)
+        return cls(open_ring(name, receiver), status, receiver)
+
+    def status(self) -> dict[str, Any]:
+        """The newest status of this node's receiver; empty before the first."""
+        return read_status(self.status_path)
+
+    def check(self) -> None:
+        """Raises RuntimeError if the receiver failed; a rank without it learns that from its ring."""
+        if self.receiver is not None:
+            self.receiver.check()
+
+    def close(self) -> None:
+        """Leaves the ring and ends the receiver. Call it when nothing reads the ring any more."""
+        self.ring.close()
+        if self.receiver is not None:
+            self.receiver.close()
+
+
+def open_ring(name: str, receiver: Receiver | None) -> Ring:
+    """Waits for the receiver's ring, and no longer than the receiver lives."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while True:
+        try:
+            return Ring.open(name, timeout=0.2)
+        except FileNotFoundError:
+            if receiver is not None and receiver.process.poll() is not None:
+                code = receiver.process.returncode
+                raise RuntimeError(
+                    f"the receiver ended with status {code} before its rings were there; its message on stderr says why"
+                ) from None
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the receiver made no ring {name} within {START_TIMEOUT_S:g} s") from None
+
+
+def await_ring_name(status: Path, local_rank: int) -> str:
+    """The name of a rank's ring, from the status file of the receiver that another rank starts."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not (found := read_status(status)):
+        if time.monotonic() > deadline:
+            raise RuntimeError(
+                f"the first rank of this node wrote no {status} within {START_TIMEOUT_S:g} s; "
+                "its log says why, and train.output_dir must be the same folder for all ranks of a node"
+            )
+        time.sleep(0.05)
+    return str(found["rings"][local_rank])
+
+
+def read_status(path: Path) -> dict[str, Any]:
+    """A status file's content; empty if there is none yet."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    return content
+
+
+# The process.
+
+
+class Stop:
+    """Whether it is time to go: a signal came, or the parent is gone."""
+
+    def __init__(self, parent_pid: int) -> None:
+        self.reason = ""
+        self._parent_pid = parent_pid
+        signal.signal(signal.SIGTERM, self._signalled)
+        signal.signal(signal.SIGINT, self._signalled)
+        # The kernel signals when the parent's thread ends; the look at the pid is for a parent that was gone already.
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+    def _signalled(self, number: int, frame: object) -> None:
+        self.reason = self.reason or signal.Signals(number).name
+
+    def look(self) -> bool:
+        if not self.reason and os.getppid() != self._parent_pid:
+            self.reason = f"the training process {self._parent_pid} is gone"
+        return bool(self.reason)
+
+
+def write_status(path: str, content: dict[str, Any]) -> None:
+    aside = f"{path}.{os.getpid()}"
+    with open(aside, "w", encoding="utf-8") as file:
+        json.dump(content, file)
+    os.replace(aside, path)
+
+
+def serve(spec: ReceiverSpec, config: Config, rings: Sequence[Ring], stop: Stop) -> str:
+    """Feeds the rings until everything is delivered or `stop` says so. Returns the final state."""
+    names = [ring.name for ring in rings]
+    write_status(spec.status, {"state": "starting", "pid": os.getpid(), "rings": names})
+    intake = make_intake(spec, config, rings)
+    try:
+        next_status, state = 0.0, "running"
+        while state == "running":
+            intake.step()
+            if time.monotonic() >= next_status or intake.complete or stop.reason:
+                state = "complete" if intake.complete else "stopped" if stop.look() else "running"
+                status = {"state": state, "pid": os.getpid(), "rings": names, **intake.status()}
+                write_status(spec.status, status)
+                next_status = time.monotonic() + STATUS_EVERY_S
+        return state
+    finally:
+        intake.close()
+
+
+def make_intake(spec: ReceiverSpec, config: Config, rings: Sequence[Ring]) -> Any:
+    """The loop with all that it works on, from the spec: the same schedule that the ranks compute."""
+    from dflash_scale.packer import RowSchedule, Samples, ScheduleSpec
+    from dflash_scale.prompts import load_prepared  # imports datasets, seconds: after the rings are there
+    from dflash_scale.stream.intake import Identity, Intake
+    from dflash_scale.stream.jobs import Limits
+    from dflash_scale.stream.window import Window
+
+    stream, train = config.stream, config.train
+    prepared = load_prepared(config.data.path)
+    samples = Samples(prepared.train, prepared.validation)
+    schedule = RowSchedule(
+        samples,
+        ScheduleSpec(
+            row_tokens=config.data.row_tokens,
+            rows_per_step=train.rows_per_step,
+            world_size=spec.world_size,
+            seed=train.seed,
+            epochs=train.epochs,
+            max_steps=train.max_steps,
+            validate_every=train.validate_every,
+        ),
+    )
+    windows = [
+        Window(
+            ring,
+            schedule.rows(rank, spec.first_step),
+            samples.lengths,
+            spec.layout.bytes_per_token,
+            stream.lookahead_rows,
+        )
+        for rank, ring in zip(spec.ranks, rings, strict=True)
+    ]
+    limits = Limits(
+        credit_bytes=stream.credit_bytes,
+        server_credit_bytes=stream.server_credit_bytes,
+        requests_per_server=stream.requests_per_server,
+        request_timeout_s=stream.request_timeout_s,
+        attempts=stream.attempts,
+        probe_s=stream.probe_s,
+        no_server_timeout_s=stream.no_server_timeout_s,
+    )
+    identity = Identity(spec.run_id, f"{spec.run_id}:{spec.ranks[0]}:{os.getpid()}", spec.layout)
+    servers = [(server.http, server.zmq) for server in stream.servers]
+    return Intake(servers, limits, identity, windows, samples)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Fills the rings of one node; started by the training process.")
+    parser.add_argument("--spec", required=True, type=Path, help="JSON of a ReceiverSpec")
+    spec = ReceiverSpec.parse(parser.parse_args().spec.read_text(encoding="utf-8"))
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s receiver %(levelname)s %(message)s", stream=sys.stderr)
+    stop = Stop(spec.parent_pid)
+    rings: list[Ring] = []
+    try:
+        config = parse_config(spec.config, "the receiver's spec")
+        ring_bytes = config.stream.ring_bytes + RING_SLACK
+        for local in range(len(spec.ranks)):
+            rings.append(Ring.create(own_ring_name(spec.run_id, local), ring_bytes))
+        state = serve(spec, config, rings, stop)
+        log.info("%s%s", state, f" by {stop.reason}" if stop.reason else "")
+        return 0
+    except Exception:  # the edge of the process
+        log.exception("the receiver cannot go on")
+        return 1
+    finally:
+        for ring in rings:
+            ring.unlink()
+            ring.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""What may be fetched for one rank: its next rows, as far as its look-ahead and its ring reach."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from dflash_scale.packer import Row
+from dflash_scale.stream.jobs import Key
+from dflash_scale.stream.ring import Ring, record_span
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """A sample that may be requested now."""
+
+    key: Key
+    tokens: int
+    nbytes: int
+
+
+class Window:
+    """The rows of one rank from the reader's mark on, cut down to what the ring is sure to take.
+
+    The spans of all samples that were let through and that the reader has not released are at most the capacity less
+    one largest record. A skip record at the end of the ring is smaller than the record behind it, so `reserve` finds
+    room for everything that was let through, in whatever order it arrives.
+
+    Args:
+        ring: the writer's end.
+        rows: the rank's rows in the order it consumes them.
+        lengths: (samples,) tokens of every sample.
+        bytes_per_token: of hidden states.
+        lookahead: rows behind the reader's mark that may be fetched.
+    """
+
+    def __init__(
+        self, ring: Ring, rows: Iterator[Row], lengths: npt.NDArray[np.int32], bytes_per_token: int, lookahead: int
+    ) -> None:
+        self.ring = ring
+        self._rows, self._lengths, self._bytes_per_token, self._lookahead = rows, lengths, bytes_per_token, lookahead
+        largest = record_span(int(lengths.max()) * bytes_per_token)
+        if 2 * largest > ring.capacity:
+            raise ValueError(
+                f"the longest sample has {int(lengths.max())} tokens and takes {largest} bytes of a ring of "
+                f"{ring.capacity}; raise stream.ring_bytes to at least {2 * largest}"
+            )
+        self._limit = ring.capacity - largest
+        self._waiting: deque[Want] = deque()
+        self._opened = 0  # rows
+        self._more = True
+        self._promised = 0  # bytes let through and not committed
+        self._committed: deque[int] = deque()  # spans in the ring that the reader has not released
+        self._held = 0  # their sum
+        self._released = 0
+
+    def take(self) -> list[Want]:
+        """The samples that may be requested from now on, each once, in the order of the rows."""
+        self._account()
+        while self._more and self._opened < self.ring.reader_mark + self._lookahead:
+            row = next(self._rows, None)
+            if row is None:
+                self._more = False
+                break
+            self._opened += 1
+            for place in row.places:
+                nbytes = int(self._lengths[place.sample]) * self._bytes_per_token
+                self._waiting.append(Want((row.epoch, place.sample), int(self._lengths[place.sample]), nbytes))
+        taken = []
+        while self._waiting:
+            span = record_span(self._waiting[0].nbytes)
+            if self._promised + self._held + span > self._limit:
+                break
+            self._promised += span
+            taken.append(self._waiting.popleft())
+        return taken
+
+    def committed(self, want: Want, nbytes: int) -> None:
+        """A sample that was let through is in the ring, with `nbytes` of payload (none if it is quarantined)."""
+        self._promised -= record_span(want.nbytes)
+        self._committed.append(record_span(nbytes))
+        self._held += self._committed[-1]
+
+    def _account(self) -> None:
+        for _ in range(self.ring.released - self._released):
+            self._held -= self._committed.popleft()
+            self._released += 1
+
+    @property
+    def waits_for_ring(self) -> bool:
+        """Whether there is a sample in reach of the look-ahead that the ring has no room for."""
+        return bool(self._waiting)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every sample of every row is in the ring."""
+        return not self._more and not self._waiting and not self._promised
+
+    @property
+    def reader_gone(self) -> bool:
+        """Whether the rank had attached and has left."""
+        return self.ring.peer_attached() and not self.ring.peer_alive()
