@@ -66,9 +66,7 @@ def drafter_spec(
         layer_types=list(kinds),
         tie_word_embeddings=False,
     )
-    return DrafterSpec(
-        layers, layer_ids, verifier.hidden_size, section.block_size, mask_token_id, section.causal_block
-    )
+    return DrafterSpec(layers, layer_ids, verifier.hidden_size, section.block_size, mask_token_id, section.causal_block)
 
 
 class RMSNorm(nn.Module):
@@ -128,7 +126,7 @@ class Attention(nn.Module):
         k_ctx, v_ctx = self.keys_values(context, rope.context)
         k_blk, v_blk = self.keys_values(x, rope.block)
         out = anchor_attention(q, k_ctx, v_ctx, k_blk, v_blk, plan, backend=self.backend)
-        return self.o_proj(out.reshape(len(x), -1))
+        return self.o_proj(out.flatten(1))
 
 
 class MLP(nn.Module):

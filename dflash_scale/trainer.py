@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import deepspeed
 import numpy as np
 import torch
 from deepspeed import DeepSpeedEngine
@@ -24,7 +25,7 @@ from torch import distributed as dist
 from dflash_scale.assembler import RowBatch
 from dflash_scale.checkpoint import Checkpoints, Position
 from dflash_scale.config import Config
-from dflash_scale.drafter import DrafterSpec, block_inputs
+from dflash_scale.drafter import Drafter, DrafterSpec, block_inputs
 from dflash_scale.loss import BlockSums, LossSpec, drafter_loss, normaliser
 from dflash_scale.metrics import JsonLines, Metrics, block_metrics
 from dflash_scale.packer import AnchorSpec, RowPlan, RowSchedule, Samples, plan_row
@@ -56,6 +57,24 @@ def engine_config(config: Config, world_size: int) -> dict[str, Any]:
         derived["bf16"] = {"enabled": True}
         derived["data_types"] = {"grad_accum_dtype": "fp32"}
     return {"steps_per_print": 2**31 - 1, **config.deepspeed, **derived}
+
+
+def make_engine(config: Config, drafter: Drafter, total_steps: int) -> DeepSpeedEngine:
+    """Hands the drafter to DeepSpeed, which owns weights, gradients and optimizer from here on."""
+    train = config.train
+    matrices = [p for p in drafter.parameters() if p.dim() == 2]
+    norms = [p for p in drafter.parameters() if p.dim() == 1]  # weight decay would pull them from 1 to 0
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": train.weight_decay}, {"params": norms, "weight_decay": 0.0}],
+        lr=train.lr,
+        betas=train.betas,
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: lr_factor(step, total_steps, train.warmup_ratio, train.min_lr_ratio)
+    )
+    settings = engine_config(config, dist.get_world_size())
+    engine, *_ = deepspeed.initialize(model=drafter, optimizer=optimizer, lr_scheduler=scheduler, config=settings)
+    return engine
 
 
 def agree(local: list[float], group: dist.ProcessGroup) -> list[float]:

@@ -58,7 +58,7 @@ def start_ranks(config: Config) -> tuple[torch.device, dist.ProcessGroup]:
 
     from dflash_scale.trainer import follow_launcher
 
-    local_rank, local_world = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_rank, local_world = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_SIZE", "1"))
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -73,7 +73,6 @@ def start_ranks(config: Config) -> tuple[torch.device, dist.ProcessGroup]:
 def run(config: Config, *, resume: bool) -> int:
     """The whole run of one rank. Returns 0 when the schedule is complete, 143 when SIGTERM ended it early."""
     device, control = start_ranks(config)
-    import deepspeed
     from transformers import AutoTokenizer
 
     from dflash_scale.assembler import AssemblerSpec, RowAssembler
@@ -82,7 +81,7 @@ def run(config: Config, *, resume: bool) -> int:
     from dflash_scale.packer import AnchorSpec, RowSchedule, Samples, ScheduleSpec
     from dflash_scale.stream.receiver import Stream
     from dflash_scale.stream.wire import Layout
-    from dflash_scale.trainer import Parts, Trainer, engine_config, lr_factor
+    from dflash_scale.trainer import Parts, Trainer, make_engine
     from dflash_scale.verifier import load_verifier_head, mask_token_id
 
     rank, world, train = dist.get_rank(), dist.get_world_size(), config.train
@@ -119,20 +118,7 @@ def run(config: Config, *, resume: bool) -> int:
     drafter = Drafter(spec, config.drafter.attention_backend)
     drafter.initialise(train.seed)
 
-    # DeepSpeed owns weights, gradients and optimizer from here on.
-    matrices = [p for p in drafter.parameters() if p.dim() == 2]
-    norms = [p for p in drafter.parameters() if p.dim() == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": train.weight_decay}, {"params": norms, "weight_decay": 0.0}],
-        lr=train.lr,
-        betas=train.betas,
-    )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: lr_factor(step, schedule.total_steps, train.warmup_ratio, train.min_lr_ratio)
-    )
-    engine, *_ = deepspeed.initialize(
-        model=drafter, optimizer=optimizer, lr_scheduler=scheduler, config=engine_config(config, world)
-    )
+    engine = make_engine(config, drafter, schedule.total_steps)
 
     checkpoints = Checkpoints(output / "checkpoints", train.keep_checkpoints)
     if rank == 0:

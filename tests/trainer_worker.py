@@ -1,0 +1,121 @@
+"""One rank of a run whose hidden states come from a formula instead of servers; started by tests/test_trainer.py.
+
+    deepspeed --num_accelerators W tests/trainer_worker.py CONFIG OUT [--resume]
+
+Everything but the source is the real thing: schedule, anchors, drafter, loss, DeepSpeed engine, checkpoints.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import deepspeed
+import numpy as np
+import torch
+from deepspeed import DeepSpeedEngine
+from deepspeed.utils import safe_get_full_grad
+from safetensors.torch import save_file
+from torch import distributed as dist
+
+from dflash_scale.assembler import RowBatch
+from dflash_scale.checkpoint import Checkpoints, Position
+from dflash_scale.config import load_config
+from dflash_scale.drafter import Drafter, drafter_spec
+from dflash_scale.packer import AnchorSpec, Row, RowSchedule, Samples, ScheduleSpec, plan_row
+from dflash_scale.trainer import Parts, Trainer, make_engine
+from dflash_scale.verifier import VerifierHead, VerifierShape
+
+HIDDEN, TAPS, VOCAB = 32, 2, 64
+
+
+class Formula:
+    """A split whose lengths, tokens and masks follow from the sample's number."""
+
+    def __init__(self, count: int, first: int) -> None:
+        rng = np.random.default_rng(first)
+        self.lengths, self._first = rng.integers(8, 16, count).astype(np.int32), first
+
+    def tokens(self, index: int) -> np.ndarray:
+        rng = np.random.default_rng((7, self._first + index))
+        return rng.integers(0, VOCAB - 1, self.lengths[index]).astype(np.int32)
+
+    def loss_mask(self, index: int) -> np.ndarray:
+        return np.arange(self.lengths[index]) >= 2
+
+
+def batches(rows: Iterator[Row], samples: Samples, anchors: AnchorSpec) -> Iterator[RowBatch]:
+    for row in rows:
+        plan = plan_row(row, samples, anchors)
+        states = torch.zeros(len(plan.tokens), TAPS + 1, HIDDEN)
+        for place in row.places:
+            generator = torch.Generator().manual_seed(place.sample)
+            shape = (place.length, TAPS + 1, HIDDEN)
+            states[place.start : place.start + place.length] = torch.randn(shape, generator=generator)
+        yield RowBatch(plan, states, ())
+
+
+def record_gradients(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
+    """The full reduced gradients of the last optimizer step, taken just before the step; a dict that fills itself."""
+    seen: dict[str, torch.Tensor] = {}
+    step = engine.step
+
+    def recording_step() -> None:
+        if engine.is_gradient_accumulation_boundary():
+            for name, parameter in engine.module.named_parameters():
+                whole = parameter.grad if engine.zero_optimization_stage() == 0 else safe_get_full_grad(parameter)
+                seen[f"gradient.{name}"] = whole.detach().float().clone()
+        step()
+
+    engine.step = recording_step
+    return seen
+
+
+def main() -> None:
+    arguments = [a for a in sys.argv[1:] if not a.startswith("--")]
+    config, out, resume = load_config(arguments[0]), Path(arguments[1]), "--resume" in sys.argv
+    torch.set_num_threads(1)
+    deepspeed.init_distributed(dist_backend="gloo")
+    control, rank, world = dist.new_group(backend="gloo"), dist.get_rank(), dist.get_world_size()
+    samples = Samples(Formula(12, 0), Formula(4, 100))
+    train = config.train
+    schedule = RowSchedule(
+        samples,
+        ScheduleSpec(
+            config.data.row_tokens,
+            train.rows_per_step,
+            world,
+            train.seed,
+            train.epochs,
+            train.max_steps,
+            train.validate_every,
+        ),
+    )
+    shape = VerifierShape(
+        "qwen3", HIDDEN, 4, 4, 2, 8, 48, VOCAB, 64, 1e-6, {"rope_type": "default", "rope_theta": 1e4}, False, "float32"
+    )
+    spec = drafter_spec(config.drafter, shape, (1, 3), VOCAB - 1)
+    drafter = Drafter(spec, config.drafter.attention_backend)
+    drafter.initialise(train.seed)
+    generator = torch.Generator().manual_seed(1)
+    matrices = [torch.randn(VOCAB, HIDDEN, generator=generator) for _ in range(2)]
+    head = VerifierHead(matrices[0], torch.nn.RMSNorm(HIDDEN), matrices[1])
+    engine = make_engine(config, drafter, schedule.total_steps)
+    checkpoints = Checkpoints(out / "checkpoints", train.keep_checkpoints)
+    position = Position(
+        0, 0.0, train.rows_per_step, config.data.row_tokens, config.drafter.block_size, train.seed, "formula"
+    )
+    if resume:
+        position = checkpoints.load(engine, position)
+    anchors = AnchorSpec(config.drafter.block_size, config.data.anchors_per_document, train.seed)
+    source = batches(schedule.rows(rank, position.step + 1), samples, anchors)
+    parts = Parts(config, spec, head, samples, schedule, engine, source, checkpoints, control, position, out)
+    state = record_gradients(engine)
+    Trainer(parts).run()
+    for name, parameter in engine.module.named_parameters():
+        state[f"weight.{name}"] = parameter.detach().float().clone()
+    if rank == 0:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, out / "state.safetensors")
+
+
+if __name__ == "__main__":
+    main()
