@@ -93,6 +93,11 @@ class Prepared:
     validation: Split
     manifest: dict[str, Any]
 
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits over all samples in their order: a run may only be resumed on the data it began with."""
+        return str(self.manifest["fingerprint"])
+
 
 def load_prepared(path: str | Path) -> Prepared:
     """Opens a prepared folder; raises ValueError if it is none."""
@@ -199,6 +204,7 @@ class _Writer:
         )
         self._tokens: Counter[str] = Counter(dict.fromkeys(["train", "validation", "supervised"], 0))
         self._longest = 0
+        self._digest = hashlib.blake2b(digest_size=8)
         self._bad: list[str] = []
         self._usable: Counter[str] = Counter()
 
@@ -216,6 +222,8 @@ class _Writer:
             self._counts["untrainable"] += 1
             return
         split = "validation" if self._held_out(sample.tokens) else "train"
+        for part in (split.encode(), sample.tokens.tobytes(), sample.loss_mask.tobytes()):
+            self._digest.update(len(part).to_bytes(8, "little") + part)
         self._writers[split].write({"input_ids": sample.tokens, "loss_mask": sample.loss_mask.view(np.int8)})
         self._usable[file] += 1
         self._counts[split] += 1
@@ -255,6 +263,7 @@ class _Writer:
             "counts": dict(self._counts),
             "tokens": dict(self._tokens),
             "longest": self._longest,
+            "fingerprint": self._digest.hexdigest(),
             "bad_lines": self._bad,
         }
         (self._folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

@@ -142,6 +142,23 @@ def test_wrong_arguments(model: str, tmp_path: Path, change: dict, text: str) ->
         prepare(given.pop("sources"), model, tmp_path / "out", **given)
 
 
+def test_the_fingerprint_changes_with_the_samples_and_their_sides(model: str, tmp_path: Path) -> None:
+    lines = [chat(f"q{i}", "answer") for i in range(20)]
+
+    def fingerprint(name: str, lines: list[str], **options: float) -> str:
+        prepare([write(tmp_path / f"{name}.jsonl", *lines)], model, tmp_path / name, **options)
+        return load_prepared(tmp_path / name).fingerprint
+
+    first = fingerprint("a", lines, validation_fraction=0.5)
+    assert first == fingerprint("b", lines, validation_fraction=0.5)
+    others = [
+        fingerprint("c", lines[::-1], validation_fraction=0.5),
+        fingerprint("d", lines[:-1], validation_fraction=0.5),
+        fingerprint("e", lines, validation_fraction=0.1),
+    ]
+    assert len({first, *others}) == 4
+
+
 def test_an_existing_folder_is_not_overwritten(model: str, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match="out exists, wanted a new folder"):

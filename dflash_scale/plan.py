@@ -1,0 +1,305 @@
+"""`--plan`: what a run resolves to, without a GPU, a server or the network.
+
+Counts and bytes of the stream are exact. Memory of a GPU is an estimate from the shapes, by the formulas that stand in
+the lines of `activation_bytes` and `loss_bytes`; it leaves out what CUDA, NCCL and the allocator take.
+
+T tokens in a packed row · A anchors in it · S block size · L verifier layers tapped · H hidden size · Hq/Hkv heads ·
+D head dim · V drafter vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from dflash_scale.config import Config, resolve
+from dflash_scale.drafter import Drafter, DrafterSpec, drafter_spec
+from dflash_scale.packer import Place, RowSchedule, Samples, ScheduleSpec
+from dflash_scale.prompts import Prepared, load_prepared
+from dflash_scale.stream.wire import Layout
+from dflash_scale.verifier import VerifierShape, tapped_layers, verifier_shape
+
+GPUS_PER_NODE = 8  # what "per node" means in the printout
+ROW_BUFFERS_BESIDES_LOOKAHEAD = 2  # one row ready, one in use (assembler.py)
+ASSUMED_DOCUMENT = 3072  # tokens, where there is no data set yet: the paper's length (arXiv 2602.06036)
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes on one GPU."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    frozen: int
+    activations: int
+    loss: int
+    row: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.frozen + self.activations + self.loss + self.row
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The resolved run; `print_plan` writes it out. Bytes, tokens and counts."""
+
+    config: Config
+    shape: VerifierShape
+    spec: DrafterSpec
+    layout: Layout
+    world_size: int
+    micro_steps: int
+    trainable: int  # parameters
+    frozen: int  # parameters of the verifier's ends
+    most_anchors: int  # of one row, at most
+    anchors: int  # that memory is estimated for
+    data: Prepared | None
+    schedule: RowSchedule | None
+    memory: Memory
+
+
+def make_plan(config: Config, world_size: int) -> Plan:
+    """Resolves a run; raises ValueError for what cannot be run on `world_size` ranks."""
+    shape = verifier_shape(config.verifier.model)
+    layer_ids = tapped_layers(config.verifier.layer_ids, shape.layers)
+    layout = Layout((*layer_ids, shape.layers), shape.hidden_size, shape.stream_dtype(config.verifier.dtype))
+    data = load_prepared(config.data.path) if Path(config.data.path).exists() else None
+    longest = int(data.manifest["longest"]) if data is not None else None
+    shares = resolve(config, world_size, token_bytes=layout.bytes_per_token, longest_sample=longest)
+    spec = drafter_spec(config.drafter, shape, layer_ids, config.drafter.mask_token_id or 0)
+    with torch.device("meta"):
+        trainable = sum(parameter.numel() for parameter in Drafter(spec).parameters())
+    frozen = shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2) + shape.hidden_size
+    schedule = schedule_of(config, data, world_size) if data is not None else None
+    most = most_anchors(config, schedule)
+    per_document, tokens = config.data.anchors_per_document, config.data.row_tokens
+    anchors = most if schedule is not None else min(most, max(1, per_document * tokens // ASSUMED_DOCUMENT))
+    return Plan(
+        config=config,
+        shape=shape,
+        spec=spec,
+        layout=layout,
+        world_size=world_size,
+        micro_steps=shares.micro_steps,
+        trainable=trainable,
+        frozen=frozen,
+        most_anchors=most,
+        anchors=anchors,
+        data=data,
+        schedule=schedule,
+        memory=gpu_memory(config, spec, layout, Sizes(world_size, trainable, frozen, shape.vocab_size, anchors)),
+    )
+
+
+def schedule_of(config: Config, data: Prepared, world_size: int) -> RowSchedule:
+    """The run's schedule, the same that the ranks will follow."""
+    train = config.train
+    return RowSchedule(
+        Samples(data.train, data.validation),
+        ScheduleSpec(
+            config.data.row_tokens,
+            train.rows_per_step,
+            world_size,
+            train.seed,
+            train.epochs,
+            train.max_steps,
+            train.validate_every,
+        ),
+    )
+
+
+def most_anchors(config: Config, schedule: RowSchedule | None) -> int:
+    """An upper bound of A: over the rows of the schedule, else for documents so short that every token is an anchor."""
+    if schedule is None:
+        return config.data.row_tokens - 1
+    steps = range(1, min(schedule.steps_per_epoch, schedule.total_steps) + 1)
+    rows = [
+        row for step in steps for rank in range(schedule.spec.world_size) for row in schedule.train_rows(rank, step)
+    ]
+    return max(sum(_anchors(place, config.data.anchors_per_document) for place in row.places) for row in rows)
+
+
+def _anchors(place: Place, per_document: int) -> int:
+    return min(per_document, place.length - 1)  # the last token has no successor to predict
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What memory depends on besides the configuration: ranks, parameters, V and A."""
+
+    world_size: int
+    trainable: int
+    frozen: int
+    vocabulary: int
+    anchors: int
+
+
+def gpu_memory(config: Config, spec: DrafterSpec, layout: Layout, sizes: Sizes) -> Memory:
+    """What one GPU holds. ZeRO divides the optimizer from stage 1, gradients from 2, parameters from 3."""
+    stage, world, number = config.zero_stage, sizes.world_size, 2 if config.train.precision == "bf16" else 4
+    master = 4 if number == 2 else 0  # with fp32 the parameters are their own master copy
+    slots = sizes.anchors * spec.block_size
+    return Memory(
+        parameters=number * sizes.trainable // (world if stage >= 3 else 1),
+        gradients=4 * sizes.trainable // (world if stage >= 2 else 1),
+        optimizer=(master + 8) * sizes.trainable // (world if stage >= 1 else 1),
+        frozen=number * sizes.frozen,
+        activations=activation_bytes(spec, slots, config.data.row_tokens, number),
+        loss=loss_bytes(config, spec, slots, sizes.vocabulary),
+        row=config.data.row_tokens * layout.bytes_per_token,
+    )
+
+
+def activation_bytes(spec: DrafterSpec, slots: int, tokens: int, number: int) -> int:
+    """What autograd keeps of one row from forward to backward, in bytes.
+
+    With b = `number` bytes of the compute dtype, a slot keeps per layer
+      2 (4 + b) H           the two norms' fp32 inputs and their outputs
+      + (4 + 4b) Hq D       q_proj in fp32 for q_norm, both factors of RoPE, q itself, the attention's output
+      + (4 + 4b) Hkv D      the same of k, and v
+      + 4b I                gate, its SiLU, up, their product;
+    and once (4 + b) H for the final norm and b H for its embedding. A context token keeps (4 + 4b) Hkv D per layer
+    and once b L H + (4 + b) H for fc and hidden_norm.
+    """
+    layers = spec.layers
+    hidden, inner, b = layers.hidden_size, layers.intermediate_size, number
+    head_dim, kv_heads = layers.head_dim, cast(int, layers.num_key_value_heads)
+    queries, keys = layers.num_attention_heads * head_dim, kv_heads * head_dim
+    slot_layer = 2 * (4 + b) * hidden + (4 + 4 * b) * (queries + keys) + 4 * b * inner
+    slot = layers.num_hidden_layers * slot_layer + (4 + 2 * b) * hidden
+    context = layers.num_hidden_layers * (4 + 4 * b) * keys
+    context += b * len(spec.layer_ids) * spec.context_size + (4 + b) * hidden
+    return slots * slot + tokens * context
+
+
+def loss_bytes(config: Config, spec: DrafterSpec, slots: int, vocabulary: int) -> int:
+    """One chunk's fp32 logits, as much again while they are exponentiated, their gradient in the compute dtype, and
+    the gradient of the hidden states of all slots."""
+    number = 2 if config.train.precision == "bf16" else 4
+    chunk = min(config.loss.chunk_slots, slots)
+    return chunk * vocabulary * (8 + number) + slots * spec.layers.hidden_size * number
+
+
+def size(count: float) -> str:
+    """Bytes for people: 402.7 MB."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def print_plan(config: Config, world_size: int) -> str:
+    """The resolved run as text; raises ValueError for what cannot be run."""
+    plan = make_plan(config, world_size)
+    sections = {
+        f"Run on {world_size} ranks": _processes(plan),
+        "Verifier and drafter": _models(plan),
+        "Stream": _stream(plan),
+        "Schedule": _schedule(plan),
+        "Memory of one GPU (estimate)": _memory(plan),
+    }
+    width = max(len(name) for lines in sections.values() for name, _ in lines)
+    return "\n\n".join(
+        "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in lines)])
+        for title, lines in sections.items()
+    )
+
+
+Lines = list[tuple[str, str]]
+
+
+def _processes(plan: Plan) -> Lines:
+    nodes = -(-plan.world_size // GPUS_PER_NODE)
+    return [
+        ("training ranks", f"{plan.world_size}, one per GPU, up to {GPUS_PER_NODE} per node"),
+        ("receivers", f"{nodes}, one per node"),
+        *(
+            (f"server {index}", f"{server.http}, hidden states from {server.zmq}")
+            for index, server in enumerate(plan.config.stream.servers)
+        ),
+        ("ZeRO stage", str(plan.config.zero_stage)),
+        ("output", plan.config.train.output_dir),
+    ]
+
+
+def _models(plan: Plan) -> Lines:
+    layers, shape = plan.spec.layers, plan.shape
+    attention = f"{layers.num_attention_heads} query and {layers.num_key_value_heads} key heads of {layers.head_dim}"
+    return [
+        (
+            "verifier",
+            f"{plan.config.verifier.model} ({shape.model_type}, {shape.layers} layers of {shape.hidden_size})",
+        ),
+        ("tapped layers", f"{list(plan.spec.layer_ids)} and {shape.layers} (k = residual after k layers)"),
+        ("drafter", f"{layers.num_hidden_layers} layers of {layers.hidden_size}, MLP {layers.intermediate_size}"),
+        ("attention", f"{attention}; blocks {'causal' if plan.spec.causal_block else 'bidirectional'}"),
+        ("block size", f"{plan.spec.block_size}: the anchor and {plan.spec.block_size - 1} drafts"),
+        ("trainable parameters", f"{plan.trainable:,}"),
+        ("frozen parameters", f"{plan.frozen:,} (the verifier's embedding, final norm and head)"),
+    ]
+
+
+def _stream(plan: Plan) -> Lines:
+    config, per_token = plan.config, plan.layout.bytes_per_token
+    ranks = min(plan.world_size, GPUS_PER_NODE)
+    row = config.data.row_tokens * per_token
+    buffers = config.stream.lookahead_rows + ROW_BUFFERS_BESIDES_LOOKAHEAD
+    return [
+        ("hidden states", f"{per_token:,} bytes per token, {plan.layout.dtype}"),
+        ("one row", f"{config.data.row_tokens} tokens, {size(row)}"),
+        ("ring of a rank", size(config.stream.ring_bytes)),
+        ("shared memory per node", f"{size(ranks * config.stream.ring_bytes)} ({ranks} rings)"),
+        ("pinned memory per node", f"{size(ranks * buffers * row)} ({ranks} ranks × {buffers} row buffers)"),
+        (
+            "credit",
+            f"{size(config.stream.credit_bytes)} in flight to a receiver, {size(config.stream.server_credit_bytes)} "
+            "from one server",
+        ),
+    ]
+
+
+def _schedule(plan: Plan) -> Lines:
+    config, rows = plan.config, plan.config.train.rows_per_step
+    known = "in the data set's rows" if plan.data is not None else "if all documents are short"
+    lines = [
+        ("optimizer step", f"{rows} rows = {plan.world_size} ranks × {plan.micro_steps} micro-steps"),
+        ("tokens per step", f"{rows * config.data.row_tokens:,} at most"),
+        ("anchors per row", f"{plan.most_anchors:,} at most, {known}; {config.data.anchors_per_document} per document"),
+        ("anchors per step", f"{rows * plan.most_anchors:,} at most"),
+    ]
+    if plan.data is None or plan.schedule is None:
+        return [*lines, ("steps per epoch", f"unknown until prepared ({config.data.path} does not exist)")]
+    schedule = plan.schedule
+    held_out = len(plan.data.validation)
+    return [
+        *lines,
+        ("samples", f"{len(plan.data.train):,} to train on, {held_out:,} held out"),
+        ("steps per epoch", f"{schedule.steps_per_epoch:,}"),
+        ("steps", f"{schedule.total_steps:,}"),
+    ]
+
+
+def _memory(plan: Plan) -> Lines:
+    memory, stage, world = plan.memory, plan.config.zero_stage, plan.world_size
+    slots = plan.anchors * plan.spec.block_size
+    rows = "the fullest row" if plan.data is not None else f"a row of {ASSUMED_DOCUMENT}-token documents"
+
+    def share(first_stage: int) -> str:
+        return f" (1/{world} of all, ZeRO {stage})" if stage >= first_stage else ""
+
+    return [
+        ("parameters", size(memory.parameters) + share(3)),
+        ("gradients, fp32", size(memory.gradients) + share(2)),
+        ("optimizer", size(memory.optimizer) + share(1)),
+        ("frozen weights", size(memory.frozen)),
+        ("activations", f"{size(memory.activations)} at {slots:,} slots ({plan.anchors:,} anchors, {rows})"),
+        ("loss", f"{size(memory.loss)} for chunks of {plan.config.loss.chunk_slots} slots"),
+        ("one row's hidden states", size(memory.row)),
+        ("sum", size(memory.total)),
+    ]

@@ -1,0 +1,166 @@
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen3Config
+
+from dflash_scale.config import Config, load_config, parse_config
+from dflash_scale.drafter import Drafter, DrafterSpec
+from dflash_scale.plan import activation_bytes, make_plan, print_plan, size
+from dflash_scale.prompts import prepare
+from tests.test_conversations import chat, save_tokenizer
+
+ROOT = Path(__file__).parents[1]
+
+
+def qwen3_8b(stage: int = 2, **sections: dict[str, Any]) -> Config:
+    base: dict[str, Any] = {"verifier": {"model": "Qwen/Qwen3-8B"}, "data": {"path": "/nowhere"}}
+    return parse_config({**base, "deepspeed": {"zero_optimization": {"stage": stage}}, **sections})
+
+
+def test_qwen3_8b_on_8_gpus() -> None:
+    plan = make_plan(qwen3_8b(), 8)
+    # 5 layers: q, k, v, o, gate, up, down, two norms of H, two of D; fc over 5 taps, hidden_norm, norm.
+    hidden, inner, queries, keys, depth = 4096, 12288, 32 * 128, 8 * 128, 5
+    layer = 2 * hidden * queries + 2 * hidden * keys + 3 * hidden * inner + 2 * hidden + 2 * 128
+    assert plan.trainable == depth * layer + 5 * hidden * hidden + 2 * hidden
+    assert plan.frozen == 2 * 151936 * hidden + hidden
+    assert plan.layout.bytes_per_token == 6 * hidden * 2
+    assert plan.layout.layer_ids == (2, 10, 18, 26, 34, 36)
+    assert plan.micro_steps == 1
+
+
+@pytest.mark.parametrize(("stage", "shares"), [(0, (1, 1, 1)), (1, (1, 1, 8)), (2, (1, 8, 8)), (3, (8, 8, 8))])
+def test_zero_divides_what_its_stage_says(stage: int, shares: tuple[int, int, int]) -> None:
+    plan = make_plan(qwen3_8b(stage), 8)
+    memory, number = plan.memory, plan.trainable
+    whole = (2 * number, 4 * number, 12 * number)  # bf16, fp32 accumulation, fp32 master and two moments
+    assert (memory.parameters, memory.gradients, memory.optimizer) == tuple(
+        total // share for total, share in zip(whole, shares, strict=True)
+    )
+
+
+def test_fp32_has_no_second_master_copy() -> None:
+    plan = make_plan(qwen3_8b(0, train={"precision": "fp32"}), 8)
+    assert (plan.memory.parameters, plan.memory.optimizer) == (4 * plan.trainable, 8 * plan.trainable)
+
+
+def test_the_printout_says_all_of_it() -> None:
+    text = print_plan(qwen3_8b(), 8)
+    for expected in (
+        "training ranks           8, one per GPU",
+        "receivers                1, one per node",
+        "server 0                 http://127.0.0.1:8001, hidden states from tcp://127.0.0.1:5601",
+        "[2, 10, 18, 26, 34] and 36",
+        "49,152 bytes per token, bfloat16",
+        "shared memory per node   8.6 GB (8 rings)",
+        "pinned memory per node   19.3 GB (8 ranks × 6 row buffers)",
+        "trainable parameters     1,048,626,432",
+        "optimizer step           8 rows = 8 ranks × 1 micro-steps",
+        "tokens per step          65,536 at most",
+        "steps per epoch          unknown until prepared (/nowhere does not exist)",
+        "(1/8 of all, ZeRO 2)",
+    ):
+        assert expected in text, expected
+
+
+def test_two_nodes_have_two_receivers() -> None:
+    text = print_plan(qwen3_8b(train={"rows_per_step": 16}), 16)
+    assert "receivers                2, one per node" in text
+    assert "8.6 GB (8 rings)" in text
+
+
+def test_a_world_that_does_not_divide_the_rows_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"train\.rows_per_step: got 8 with 3 ranks"):
+        print_plan(qwen3_8b(), 3)
+
+
+def test_a_ring_too_small_for_two_rows_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"stream\.ring_bytes: got 800000000, wanted at least 805306368"):
+        print_plan(qwen3_8b(stream={"ring_bytes": 800_000_000}), 8)
+
+
+def test_a_prepared_data_set_gives_steps_and_anchors(tmp_path: Path) -> None:
+    model = save_tokenizer(tmp_path / "tokenizer")
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(chat(f"q{i:02}", "x" * 40) + "\n" for i in range(50)))
+    prepare([source], model, tmp_path / "data", validation_fraction=0.0)
+    data = {"path": str(tmp_path / "data"), "row_tokens": 200, "anchors_per_document": 10}
+    plan = make_plan(qwen3_8b(data=data, train={"rows_per_step": 4, "epochs": 2}), 2)
+    assert plan.data is not None and plan.schedule is not None
+    length = int(plan.data.train.lengths[0])
+    per_row = 200 // length
+    assert plan.most_anchors == plan.anchors == 10 * per_row
+    assert plan.schedule.steps_per_epoch == math.ceil(math.ceil(50 / per_row) / 4)
+    text = print_plan(plan.config, 2)
+    assert f"steps per epoch          {plan.schedule.steps_per_epoch}" in text
+    assert "samples                  50 to train on, 0 held out" in text
+
+
+@pytest.mark.parametrize(("dtype", "number"), [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_the_activation_formula_is_what_autograd_keeps(dtype: torch.dtype, number: int) -> None:
+    """Counts the storages saved for backward; on the CPU the norm is not fused and keeps a little more."""
+    layers = Qwen3Config(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    )
+    spec = DrafterSpec(layers, (1, 2), 64, 8, 5)
+    drafter = Drafter(spec, "cpu").to(dtype)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in drafter.parameters()}
+    tokens, anchors = 512, 64
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    at = torch.arange(tokens, dtype=torch.int32)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        drafter(
+            torch.randn(anchors * 8, 64, dtype=dtype),
+            torch.randn(tokens, 128, dtype=dtype),
+            at,
+            at[::8].contiguous(),
+            torch.zeros_like(at),
+        )
+    measured = sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in weights)
+    estimate = activation_bytes(spec, anchors * 8, tokens, number)
+    assert 0.98 <= measured / estimate <= 1.2, f"{dtype}: kept {measured}, estimated {estimate}"
+
+
+def test_sizes_are_decimal() -> None:
+    assert [size(n) for n in (0, 999, 1000, 402_653_184, 19_327_352_832)] == [
+        "0 B",
+        "999 B",
+        "1.0 kB",
+        "402.7 MB",
+        "19.3 GB",
+    ]
+
+
+def test_the_launcher_prints_a_plan_once_without_gpu_or_network() -> None:
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "1"]
+    command += [str(ROOT / "launch" / "train.py"), "--config", str(ROOT / "configs" / "zero2_dflash.json"), "--plan"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("Run on 8 ranks") == 1
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_shipped_configs_can_be_planned(stage: int) -> None:
+    config = load_config(ROOT / "configs" / f"zero{stage}_dflash.json")
+    assert json.loads(config.dump())["deepspeed"]["zero_optimization"]["stage"] == stage
+    assert f"ZeRO stage               {stage}" in print_plan(config, 8)
