@@ -18,6 +18,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,8 @@ def find_tools() -> Tools:
     return Tools(cxx, ninja, torch, nvcc)
 
 
+# Folders of csrc that make _kernels.so.
+OP_FOLDERS = ("attention", "loss")
 # tile_isa.cpp is compiled once for each of these; the library picks one when it is loaded (csrc/attention/cpu.cpp).
 ISA_FLAGS = {
     "baseline": "",
@@ -179,7 +182,7 @@ def ring_edges(tools: Tools) -> list[str]:
 def kernel_edges(tools: Tools) -> list[str]:
     text, objects = [], []
     isas = ISA_FLAGS if platform.machine() == "x86_64" else {"baseline": ""}
-    for folder in ("attention", "loss"):
+    for folder in OP_FOLDERS:
         for suffix, rule in ((".cpp", "cxx_op"), *([(".cu", "cuda")] if tools.nvcc else [])):
             for path in sources(folder, suffix):
                 for isa, flags in isas.items() if path.stem.endswith("_isa") else [("", "")]:
@@ -192,7 +195,8 @@ def kernel_edges(tools: Tools) -> list[str]:
 
 def check_ptxas() -> None:
     """Prints each kernel's registers; a spill or a serialised wgmma (C7512) fails the build: it is a silent 2-10x."""
-    for log in sorted(BUILD.glob("*/*.cu.o.log")):
+    logs = [BUILD / folder / f"{path.name}.o.log" for folder in OP_FOLDERS for path in sources(folder, ".cu")]
+    for log in logs:
         text = log.read_text()
         for kernel, arch, rest in re.findall(r"entry function '(\w+)' for '(\w+)'(.*?)(?=Compiling|\Z)", text, re.S):
             registers = re.search(r"Used (\d+) registers", rest)
@@ -289,8 +293,9 @@ setup(
     # Only named here, so that setuptools makes a platform wheel and calls build_ext: ninja knows the sources.
     ext_modules=[Extension("dflash_scale._kernels", sources=[])],
     cmdclass={"build_ext": NinjaBuild},
-    # Only the headers are needed: an environment that has torch must not download another into the isolated build.
-    setup_requires=[] if package_dir("torch") else ["torch>=2.10"],
+    # Only the headers are needed: an environment that has torch must not download another into the isolated build. pip
+    # asks for build requirements by egg_info; at any other time find_tools says what is missing in one sentence.
+    setup_requires=["torch>=2.10"] if "egg_info" in sys.argv and package_dir("torch") is None else [],
     install_requires=REQUIRES,
     extras_require={"dev": ["pytest", "hypothesis", "ruff", "mypy", "clang-format"]},
     entry_points={"console_scripts": ["dflash-scale = dflash_scale.cli:main"]},

@@ -7,12 +7,37 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <atomic>
+#include <cstdlib>
+#include <string_view>
 #include <vector>
 
 #include "attention/group.h"
 
 namespace dflash {
 namespace {
+
+// The widest instruction set that this CPU has, or less where ATEN_CPU_CAPABILITY says so: torch's own variable, so
+// that one setting holds for torch and for us.
+template <typename Acc>
+TileRoutines<Acc> choose_routines() {
+#if defined(__x86_64__)
+  const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string_view limit = variable != nullptr ? variable : "avx512";
+  // The same features as the flags that setup.py compiles tile_isa.cpp with.
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  if (avx512 && limit != "avx2" && limit != "default") return avx512::routines<Acc>();
+  if (avx2 && limit != "default") return avx2::routines<Acc>();
+#endif
+  return baseline::routines<Acc>();
+}
+
+template <typename Acc>
+const TileRoutines<Acc>& tile_routines() {
+  static const TileRoutines<Acc> chosen = choose_routines<Acc>();
+  return chosen;
+}
 
 // Threads take units one by one, heaviest first: units differ by orders of magnitude.
 template <typename Run>
@@ -52,7 +77,7 @@ void forward_group(const AttentionShape& s, const AttentionInputs<T>& in, const 
     for (int d = 0; d < s.head_dim; ++d) qt[int64_t(d) * g.columns + c] = load(in.q[offset + d]) * scale;
   });
 
-  const TileRoutines<Acc> routines = tile_routines<Acc>();
+  const TileRoutines<Acc>& routines = tile_routines<Acc>();
   const ForwardGroup<Acc> state{s.head_dim, g.dp, g.columns, qt, ot, peak, total, scores, rescaling};
   for_each_tile(s, g, in, span, bounds, k, v, [&](const Tile<Acc>& t, bool, int64_t) { routines.forward(state, t); });
 
@@ -115,7 +140,7 @@ template <typename T, typename Acc>
 void backward_unit(const AttentionShape& s, const BackwardInputs<T, Acc>& in, const Gradients<T>& out,
                    const Span& unit) {
   const GroupShape g(s);
-  const TileRoutines<Acc> routines = tile_routines<Acc>();
+  const TileRoutines<Acc>& routines = tile_routines<Acc>();
   const int64_t base = s.starts[unit.first], keys = s.ends[unit.last - 1] - base;
   BackwardScratch<Acc> x(s, g, keys);
   const BackwardGroup<Acc> state{s.head_dim, g.dp,  g.columns, x.qt,  x.q,      x.dot,
@@ -145,21 +170,6 @@ void backward_unit(const AttentionShape& s, const BackwardInputs<T, Acc>& in, co
 }
 
 }  // namespace
-
-template <typename Acc>
-TileRoutines<Acc> tile_routines() {
-#if defined(__x86_64__)
-  // The same tests as the flags that setup.py compiles tile_isa.cpp with.
-  static const TileRoutines<Acc> best =
-      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
-          ? avx512::routines<Acc>()
-      : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? avx2::routines<Acc>()
-                                                                        : baseline::routines<Acc>();
-  return best;
-#else
-  return baseline::routines<Acc>();
-#endif
-}
 
 template <typename T, typename Acc>
 void attention_forward_cpu(const AttentionShape& s, const AttentionInputs<T>& in,

@@ -65,16 +65,13 @@ struct BackwardGroup {
   Acc* dscores;      // (kKeys, C)
 };
 
-// One instruction set's routines; the best one that this CPU has is chosen once.
+// One instruction set's routines; cpu.cpp chooses the best one that this CPU has, once.
 template <typename Acc>
 struct TileRoutines {
   void (*forward)(const ForwardGroup<Acc>&, const Tile<Acc>&);
   // Adds to dk and dv, (n, DP).
   void (*backward)(const BackwardGroup<Acc>&, const Tile<Acc>&, Acc* dk, Acc* dv);
 };
-
-template <typename Acc>
-TileRoutines<Acc> tile_routines();
 
 // One per build of tile_isa.cpp (setup.py compiles it once per instruction set).
 namespace baseline {
