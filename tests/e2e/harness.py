@@ -1,0 +1,203 @@
+"""A whole run in small: a tiny verifier, a data set, embedded servers, and the real launcher."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from conftest import free_port
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from dflash_scale.prompts import load_prepared, prepare
+from dflash_scale.stream.ring import reclaim
+
+REPO = Path(__file__).resolve().parents[2]
+VOCAB, LAYERS, TAPS = 128, 4, (1, 2)
+
+
+def tiny_verifier(folder: Path) -> Path:
+    """A random Qwen3 verifier with a word-level tokenizer."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB - 2)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", mask_token="<mask>").save_pretrained(folder)
+    return folder
+
+
+def random_data(folder: Path, verifier: Path, conversations: int) -> Path:
+    """Random conversations, prepared; lengths differ."""
+    rng = np.random.default_rng(1)
+    lines = []
+    for _ in range(conversations):
+        prompt, answer = rng.integers(1, VOCAB - 3, rng.integers(3, 9)), rng.integers(1, VOCAB - 3, rng.integers(8, 40))
+        lines.append(json.dumps({"prompt_ids": prompt.tolist(), "answer_ids": answer.tolist()}))
+    source = folder / "conversations.jsonl"
+    source.write_text("\n".join(lines))
+    prepare([source], str(verifier), folder / "data", validation_fraction=0.05)
+    return folder / "data"
+
+
+def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
+        time.sleep(0.05)
+
+
+@dataclass
+class Embedded:
+    """One embedded server, started and ended by its pid."""
+
+    verifier: Path
+    http: int = field(default_factory=free_port)
+    zmq: int = field(default_factory=free_port)
+    process: "subprocess.Popen[bytes] | None" = None
+
+    def start(self) -> None:
+        taps = ",".join(map(str, TAPS))
+        command = [sys.executable, "-m", "dflash_scale.stream.embedded", "--model", str(self.verifier)]
+        command += ["--http", f"127.0.0.1:{self.http}", "--zmq", f"tcp://127.0.0.1:{self.zmq}", "--layer-ids", taps]
+        self.process = subprocess.Popen([*command, "--parent-pid", str(os.getpid())], cwd=REPO)
+
+    def healthy(self) -> bool:
+        assert self.process is None or self.process.poll() is None, "an embedded server ended at its start"
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.http}/health", timeout=1) as reply:
+                return bool(reply.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def kill(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+
+@dataclass
+class Run:
+    """One run of launch/train.py under the deepspeed launcher; `launch` may be called again to resume it."""
+
+    folder: Path
+    config: dict[str, Any]
+    process: "subprocess.Popen[bytes] | None" = None
+
+    def launch(self, *flags: str, ranks: int = 2) -> None:
+        self.folder.mkdir(exist_ok=True)
+        path = self.folder / "run.json"
+        path.write_text(json.dumps(self.config))
+        binaries = Path(sys.executable).parent
+        command = [str(binaries / "deepspeed"), f"--num_accelerators={ranks}", f"--master_port={free_port()}"]
+        command += [str(REPO / "launch" / "train.py"), "--config", str(path), *flags]
+        environment = {**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+        with (self.folder / "log.txt").open("ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=REPO)
+
+    def wait(self, seconds: float = 240) -> int:
+        assert self.process is not None
+        return self.process.wait(seconds)
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "log.txt").read_text(errors="replace")
+
+    def step(self) -> int:
+        """The last step in rank 0's ledger."""
+        path = self.folder / "out" / "ledger" / "rank-0.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return int(json.loads(lines[-1])["step"]) if lines else 0
+
+    def processes(self) -> list[psutil.Process]:
+        """All processes of this run: they have its folder in their command line."""
+        found = []
+        for process in psutil.process_iter(["cmdline"]):
+            words = process.info["cmdline"] or []
+            if any(str(self.folder) in word for word in words):
+                found.append(process)
+        return found
+
+    def pid_of(self, word: str, rank: int | None = None) -> int:
+        """The one process of this run with `word` in its command line (and this local rank)."""
+        matches = [
+            p
+            for p in self.processes()
+            if any(word in w for w in p.cmdline())
+            and (rank is None or f"--local_rank={rank}" in p.cmdline())
+            and not any("deepspeed" in w for w in p.cmdline())
+        ]
+        assert len(matches) == 1, (word, rank, [p.cmdline() for p in matches])
+        return matches[0].pid
+
+    def trained(self) -> dict[int, Counter[int]]:
+        """epoch -> how often each sample was trained, from the ledgers of all ranks."""
+        epochs: dict[int, Counter[int]] = {}
+        for path in sorted((self.folder / "out" / "ledger").glob("rank-*.jsonl")):
+            for line in path.read_text().splitlines():
+                entry = json.loads(line)
+                epochs.setdefault(entry["epoch"], Counter()).update(entry["samples"])
+        return epochs
+
+    def assert_nothing_left(self, seconds: float = 90) -> None:
+        """No process of the run, and no shared memory once the next start has reclaimed what a kill left."""
+        wait_for(lambda: not self.processes(), seconds, f"end of {[p.cmdline() for p in self.processes()]}")
+        reclaim()
+        assert not [name for name in os.listdir("/dev/shm") if name.startswith("dflash-")]
+
+    def assert_every_sample_once_an_epoch(self) -> None:
+        samples = len(load_prepared(self.config["data"]["path"]).train)
+        wanted = {epoch: Counter(range(samples)) for epoch in range(self.config["train"]["epochs"])}
+        assert self.trained() == wanted
+
+
+def run_config(verifier: Path, data: Path, servers: list[Embedded], folder: Path, **train: Any) -> dict[str, Any]:
+    """Two taps, small rows, two ranks, ZeRO-2 on the CPU."""
+    return {
+        "verifier": {"model": str(verifier), "layer_ids": list(TAPS)},
+        "drafter": {"layers": 1, "block_size": 4},
+        "data": {"path": str(data), "row_tokens": 128, "anchors_per_document": 8},
+        "stream": {
+            "servers": [
+                {"http": f"http://127.0.0.1:{s.http}", "zmq": f"tcp://127.0.0.1:{s.zmq}"} for s in servers
+            ],
+            "ring_bytes": 1 << 20,
+            "credit_bytes": 1 << 20,
+            "server_credit_bytes": 1 << 19,
+            "request_timeout_s": 20.0,
+            "probe_s": 0.5,
+            "no_server_timeout_s": 60.0,
+        },
+        "train": {
+            "output_dir": str(folder / "out"),
+            "epochs": 3,
+            "rows_per_step": 2,
+            "precision": "fp32",
+            "checkpoint_every": 10,
+            "validate_every": 40,
+            "log_every": 5,
+            **train,
+        },
+        "deepspeed": {"zero_optimization": {"stage": 2}},
+    }
