@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dflash_scale.stream.calls import fault_of, judge
 from dflash_scale.stream.fleet import FAILURES_IN_A_ROW, Fleet, NoServerError
-from dflash_scale.stream.jobs import Action, Fault, Key, Limits, Probe, Quarantined, Send
+from dflash_scale.stream.jobs import Action, Fault, Key, Limits, Lost, Probe, Quarantined, Send
 
 LIMITS = Limits(
     credit_bytes=1000,
@@ -248,10 +248,29 @@ def test_a_restart_between_two_probes_is_seen_by_the_server_id() -> None:
     (send,) = bench.sends()
     bench.answer(send)
     bench.fleet.disconnected(0, bench.now)
-    bench.fleet.probe_done(bench.probe(), "", bench.now, restarted=True)
+    bench.fleet.probe_done(bench.probe(), "", bench.now, Lost.RESTARTED)
     (again,) = bench.sends()
     assert (again.key, again.attempt) == (send.key, 1)
     assert bench.fleet.servers[0].errors == 0
+
+
+def test_a_broken_connection_costs_no_attempt_but_not_for_ever() -> None:
+    bench = Bench(1)
+    bench.add(1)
+    for _ in range(LIMITS.attempts):
+        (send,) = bench.sends()
+        bench.answer(send)
+        bench.fleet.disconnected(0, bench.now)
+        bench.fleet.probe_done(bench.probe(later=LIMITS.probe_s), "", bench.now, Lost.CONNECTION)
+        assert bench.fleet.servers[0].errors == 0
+    ended = []
+    for _ in range(LIMITS.attempts):
+        (send,) = bench.sends()
+        bench.answer(send)
+        bench.fleet.disconnected(0, bench.now)
+        bench.fleet.probe_done(bench.probe(later=LIMITS.probe_s), "", bench.now, Lost.CONNECTION)
+        ended = bench.poll() if bench.fleet.servers[0].errors == LIMITS.attempts else []
+    assert [type(action) for action in ended] == [Quarantined]
 
 
 def test_different_failures_in_a_row_take_the_server_out() -> None:
@@ -344,8 +363,9 @@ def test_every_sample_ends_exactly_once_whatever_happens(seed: int, servers: int
             else:
                 delivered.append(action.key)
         if probes and draw.random() < 0.7:
+            lost = Lost.NOTHING if calm else draw.choice([Lost.NOTHING, Lost.NOTHING, Lost.CONNECTION, Lost.RESTARTED])
             problem = "" if calm or draw.random() < 0.6 else "scripted"
-            bench.fleet.probe_done(probes.pop(), problem, bench.now, restarted=not calm and draw.random() < 0.1)
+            bench.fleet.probe_done(probes.pop(), problem, bench.now, lost)
         if calm and open_sends:
             send = open_sends.pop(0)
             bench.answer(send)

@@ -37,6 +37,7 @@ from dflash_scale.stream.jobs import (
     Job,
     Key,
     Limits,
+    Lost,
     Probe,
     Quarantined,
     Send,
@@ -148,9 +149,9 @@ class Fleet:
         if state.healthy and not state.in_doubt:
             state.in_doubt, state.next_probe = True, now
 
-    def probe_done(self, probe: Probe, problem: str, now: float, restarted: bool = False) -> None:
-        """A probe ended. `problem` is empty when the server answered on both ports; `restarted` when it is not the
-        process that was greeted last, so that nothing asked of it before will come."""
+    def probe_done(self, probe: Probe, problem: str, now: float, lost: Lost = Lost.NOTHING) -> None:
+        """A probe ended. `problem` is empty when the server answered on both ports; `lost` says whether what was asked
+        of it before the probe can still come."""
         server = self.servers[probe.server]
         if probe.serial != server.probe_serial or server.probe_deadline == math.inf:
             return  # the answer to a probe that was given up
@@ -158,14 +159,13 @@ class Fleet:
         if problem:
             self._down(probe.server, problem, now)
             return
-        if restarted and server.healthy:
+        if server.healthy and lost is Lost.RESTARTED:
             self._down(probe.server, "it was restarted", now)
+        elif server.healthy and lost is Lost.CONNECTION:
+            self._ask_again(probe.server, now)
         self._up(probe.server, now)
         for attempt in [a for a in self._attempts.values() if a.server == probe.server and a.doubt]:
-            if (
-                attempt.job.key,
-                attempt.number,
-            ) in self._attempts:  # the ones before it may have ended the server
+            if (attempt.job.key, attempt.number) in self._attempts:  # the ones before it may have ended the server
                 self._failed(attempt, attempt.doubt, now)
 
     # What to do.
@@ -333,6 +333,18 @@ class Fleet:
             log.info("server %s is unhealthy: %s; %d samples %s", server.address, server.reason, lost, where)
         elif server.reason != old_reason:
             log.info("server %s is not healthy yet: %s", server.address, server.reason)
+
+    def _ask_again(self, index: int, now: float) -> None:
+        """The server lives, but what it sent while the connection was broken is lost. That does not count, unless it
+        happens to the same sample again and again: then the sample may be what breaks the connection."""
+        mine = [attempt for attempt in self._attempts.values() if attempt.server == index]
+        for attempt in mine:
+            attempt.job.breaks += 1
+            if attempt.job.breaks > self.limits.attempts:
+                attempt.doubt = "the data connection broke"
+        lost = self._requeue(attempt for attempt in mine if attempt.job.breaks <= self.limits.attempts)
+        address = self.servers[index].address
+        log.info("server %s: the data connection broke; %d samples are asked for again", address, lost)
 
     def _requeue(self, attempts: Iterable[Attempt]) -> int:
         """Takes lost attempts back without counting them; their samples are the next to be requested, in order."""

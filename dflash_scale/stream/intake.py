@@ -7,6 +7,7 @@ set's token ids is counted, logged at most once a minute and dropped.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -23,7 +24,7 @@ from dflash_scale.packer import Samples
 from dflash_scale.stream import wire
 from dflash_scale.stream.calls import Calls, Event, HealthAnswered
 from dflash_scale.stream.fleet import Fleet
-from dflash_scale.stream.jobs import Action, Job, Key, Limits, Probe, Quarantined, Send
+from dflash_scale.stream.jobs import Action, Job, Key, Limits, Lost, Probe, Quarantined, Send
 from dflash_scale.stream.ring import COMMITTED, QUARANTINED
 from dflash_scale.stream.window import Want, Window
 from dflash_scale.stream.wire import Layout, Ticket, WireError
@@ -115,9 +116,11 @@ class Intake:
         )
         self._context = zmq.Context()
         largest = self._max_tokens * identity.layout.bytes_per_token
+        self._addresses = [address for _, address in servers]
+        self._broken: set[int] = set()  # servers whose data connection broke since their last greeting
         self._sockets = [
             wire.connect_dealer(self._context, address, identity.receiver, max_message_bytes=largest)
-            for _, address in servers
+            for address in self._addresses
         ]
         self._monitors = [socket.get_monitor_socket(zmq.EVENT_DISCONNECTED) for socket in self._sockets]
         self._poller = zmq.Poller()
@@ -168,7 +171,7 @@ class Intake:
                 os.eventfd_read(self._wake)
             elif ready in self._monitors:
                 recv_monitor_message(ready)
-                self.fleet.disconnected(self._monitors.index(ready), time.monotonic())
+                self._disconnected(self._monitors.index(ready))
             else:
                 self._receive(self._sockets.index(ready))
         while not self._events.empty():
@@ -213,6 +216,8 @@ class Intake:
                 self._send(action)
             case Probe():
                 self._greetings[action.server] = Greeting(action)
+                if not self.fleet.servers[action.server].healthy:
+                    self._reconnect(action.server)
                 self._calls.health(action, self.fleet.probe_timeout_s)
                 hello = wire.encode(wire.Hello(self._identity.run_id, self._identity.receiver))
                 try:
@@ -221,6 +226,17 @@ class Intake:
                     log.debug("hellos to %s wait already", self.fleet.servers[action.server].address)
             case Quarantined():
                 self._quarantine(action)
+
+    def _disconnected(self, server: int) -> None:
+        self._broken.add(server)
+        self._reconnect(server)
+        self.fleet.disconnected(server, time.monotonic())
+
+    def _reconnect(self, server: int) -> None:
+        """ZeroMQ reconnects after most failures by itself, but not after a message above MAXMSGSIZE."""
+        with contextlib.suppress(zmq.ZMQError):  # it has given the endpoint up already
+            self._sockets[server].disconnect(self._addresses[server])
+        self._sockets[server].connect(self._addresses[server])
 
     def _send(self, send: Send) -> None:
         epoch, sample = send.key
@@ -266,9 +282,12 @@ class Intake:
         mismatch = self._mismatch(server, reply.layout)
         if mismatch and not self.fleet.issued:
             raise LayoutMismatch(mismatch)
-        restarted = self._server_ids.get(server, reply.server_id) != reply.server_id
+        lost = Lost.CONNECTION if server in self._broken else Lost.NOTHING
+        if self._server_ids.get(server, reply.server_id) != reply.server_id:
+            lost = Lost.RESTARTED
+        self._broken.discard(server)
         self._server_ids[server], self._models[server] = reply.server_id, reply.model
-        self.fleet.probe_done(greeting.probe, mismatch, time.monotonic(), restarted)
+        self.fleet.probe_done(greeting.probe, mismatch, time.monotonic(), lost)
 
     def _mismatch(self, server: int, got: Layout) -> str:
         want = self._identity.layout
@@ -347,9 +366,9 @@ class Intake:
             self.fleet.delivered(job, header.ticket.attempt)
             return None
         received = socket.recv_into(slot)
-        if received != job.nbytes or socket.getsockopt(zmq.RCVMORE):
+        if socket.getsockopt(zmq.RCVMORE) or received != job.nbytes:
             window.ring.abandon()
-            return "malformed", f"a frame of {received} bytes of hidden states came, {job.nbytes} were announced"
+            return "malformed", f"{job.nbytes} bytes in one frame were announced, {received} or more frames came"
         try:
             wire.check_payload(header, token_ids, slot)
         except WireError as error:

@@ -18,6 +18,14 @@ class Fault(Enum):
     DOUBT = "doubt"  # a probe decides
 
 
+class Lost(Enum):
+    """What a server that answers a probe has forgotten of what it was asked before."""
+
+    NOTHING = "nothing"
+    CONNECTION = "connection"  # the data connection broke: what was on its way is lost
+    RESTARTED = "restarted"  # it is another process
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Section `stream` of the configuration; bytes are hidden states in flight."""
@@ -71,6 +79,7 @@ class Job:
     failures: list[str] = field(default_factory=list)
     failed_on: set[int] = field(default_factory=set)
     held_since: float = math.inf  # attempts used up, but on one server only
+    breaks: int = 0  # connections that broke while it was on its way
     live: int = 0  # attempts that may still deliver
 
     def __str__(self) -> str:

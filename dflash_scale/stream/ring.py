@@ -100,6 +100,12 @@ class Ring:
                     raise
             time.sleep(0.01)
 
+    def __enter__(self) -> Ring:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     # The writer's side.
 
     def reserve(self, nbytes: int) -> memoryview | None:

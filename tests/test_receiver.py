@@ -1,0 +1,374 @@
+"""The receiver as a real process, between scripted fake servers (tests/fake_verifier.py) and rings read here."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from fake_verifier import LAYOUT, states
+
+from dflash_scale.config import Config, parse_config
+from dflash_scale.packer import Row, RowSchedule, Samples, ScheduleSpec
+from dflash_scale.prompts import FEATURES, FORMAT, load_prepared
+from dflash_scale.stream.intake import Dropped
+from dflash_scale.stream.jobs import Key
+from dflash_scale.stream.receiver import Receiver, ReceiverSpec, Stream, read_status, spawn_receiver
+from dflash_scale.stream.ring import COMMITTED, QUARANTINED, PeerDied, Ring
+
+SAMPLES, VALIDATION, LONGEST = 60, 6, 40
+RUN = f"receivertest{os.getpid()}"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class FakeServer:
+    """A fake verifier process on ports of its own; it can be killed and started again."""
+
+    script: dict[int, list[str]] = field(default_factory=dict)
+    arguments: tuple[str, ...] = ()
+    http: int = field(default_factory=free_port)
+    zmq: int = field(default_factory=free_port)
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> "FakeServer":
+        here = Path(__file__).with_name("fake_verifier.py")
+        command = [sys.executable, str(here), "--http", str(self.http), "--zmq", str(self.zmq)]
+        self.process = subprocess.Popen([*command, "--script", json.dumps(self.script), *self.arguments])
+        return self
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+    @property
+    def addresses(self) -> dict[str, str]:
+        return {"http": f"http://127.0.0.1:{self.http}", "zmq": f"tcp://127.0.0.1:{self.zmq}"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    draw = np.random.default_rng(0)
+    for name, count in (("train", SAMPLES), ("validation", VALIDATION)):
+        ids = [draw.integers(0, 1000, draw.integers(5, LONGEST + 1)).tolist() for _ in range(count)]
+        masks = [[1] * len(tokens) for tokens in ids]
+        split = datasets.Dataset.from_dict({"input_ids": ids, "loss_mask": masks}, features=FEATURES)
+        split.save_to_disk(str(folder / name))
+    (folder / "manifest.json").write_text(json.dumps({"format": FORMAT}))
+    return folder
+
+
+class Run:
+    """A run's configuration, its servers and its receiver; everything is ended by `close`."""
+
+    def __init__(self, data: Path, folder: Path, servers: list[FakeServer], **stream: Any) -> None:
+        self.servers, self.folder = servers, folder
+        self.receiver: Receiver | None = None
+        section = {
+            "servers": [server.addresses for server in servers],
+            "ring_bytes": 8 * LONGEST * LAYOUT.bytes_per_token,
+            "credit_bytes": 1 << 20,
+            "server_credit_bytes": 1 << 19,
+            "requests_per_server": 8,
+            "lookahead_rows": 3,
+            "request_timeout_s": 2.0,
+            "attempts": 3,
+            "probe_s": 0.3,
+            "no_server_timeout_s": 20.0,
+            **stream,
+        }
+        content = {
+            "verifier": {"model": "fake"},
+            "data": {"path": str(data), "row_tokens": 96},
+            "stream": section,
+            "train": {"rows_per_step": 2, "epochs": 2, "validate_every": 10, "output_dir": str(folder)},
+        }
+        self.config: Config = parse_config(content)
+        prepared = load_prepared(data)
+        self.samples = Samples(prepared.train, prepared.validation)
+
+    def rows(self, world: int, rank: int, first_step: int = 1) -> list[Row]:
+        train = self.config.train
+        spec = ScheduleSpec(96, train.rows_per_step, world, train.seed, train.epochs, None, train.validate_every)
+        return list(RowSchedule(self.samples, spec).rows(rank, first_step))
+
+    def spawn(self, world: int = 1, first_step: int = 1) -> Receiver:
+        content, status = self.config.model_dump(mode="json"), str(self.folder / "status.json")
+        ranks = tuple(range(world))
+        self.receiver = spawn_receiver(
+            ReceiverSpec(RUN, content, world, ranks, first_step, os.getpid(), LAYOUT, status)
+        )
+        return self.receiver
+
+    def status(self) -> dict[str, Any]:
+        return read_status(self.folder / "status.json")
+
+    def close(self) -> None:
+        for server in self.servers:
+            server.kill()
+        if self.receiver is not None:
+            self.receiver.close()
+
+
+@pytest.fixture
+def make_run(data: Path, tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    runs: list[Run] = []
+
+    def make(servers: list[FakeServer], **stream: Any) -> Run:
+        runs.append(Run(data, tmp_path, servers, **stream))
+        return runs[-1]
+
+    yield make
+    for run in runs:
+        run.close()
+    assert [path for path in Path("/dev/shm").iterdir() if RUN in path.name] == []
+
+
+Each = Callable[[int], None]
+
+
+def ignore(count: int) -> None:
+    pass
+
+
+def consume(ring: Ring, rows: list[Row], samples: Samples, lookahead: int, each: Each = ignore) -> dict[Key, int]:
+    """Reads a ring as a rank does, checks every byte against the data set, and gives each sample's status."""
+    missing = [{(row.epoch, place.sample) for place in row.places} for row in rows]
+    got: dict[Key, int] = {}
+    mark = 0
+    while True:
+        while mark < len(rows) and not missing[mark]:
+            mark += 1
+        ring.reader_mark = mark
+        if mark == len(rows):
+            return got
+        record = ring.next_record(timeout=30)
+        assert record is not None, f"nothing for 30 s at row {mark} of {len(rows)}"
+        key = (record.epoch, record.sample)
+        assert key not in got, f"{key} came twice"
+        home = [index for index in range(mark, min(mark + lookahead, len(rows))) if key in missing[index]]
+        assert home, f"{key} lies in no row of the window {mark}..{mark + lookahead}"
+        missing[home[0]].remove(key)
+        got[key] = record.status
+        if record.status == COMMITTED:
+            token_ids = samples.tokens(record.sample).astype("<i4").tobytes()
+            assert record.tokens * 4 == len(token_ids)
+            assert bytes(record.payload) == states(token_ids), f"{key} has other bytes"
+        else:
+            assert len(record.payload) == 0
+        ring.release()
+        each(len(got))
+
+
+def read_all(ring: Ring) -> None:
+    while ring.next_record(timeout=10) is not None:
+        ring.release()
+
+
+def expected(rows: list[Row]) -> set[Key]:
+    return {(row.epoch, place.sample) for row in rows for place in row.places}
+
+
+def drain(run: Run, receiver: Receiver, rank: int = 0, world: int = 1, each: Each = ignore) -> Counter[int]:
+    """Consumes one rank's whole schedule; gives how many samples had which status."""
+    ring = Ring.open(receiver.ring_names[rank], timeout=60)
+    rows = run.rows(world, rank)
+    got = consume(ring, rows, run.samples, run.config.stream.lookahead_rows, each)
+    assert set(got) == expected(rows)
+    ring.close()
+    return Counter(got.values())
+
+
+BAD = ("corrupt", "truncated", "layout", "tokens", "extra-frame", "garbage", "twice", "stranger", "silent", "refuse")
+
+
+def test_everything_is_delivered_once_through_a_hostile_wire(make_run: Callable[..., Run]) -> None:
+    words = (*BAD, "http400", "http500")
+    first = FakeServer({sample: [word] for sample, word in enumerate(words)}).start()
+    second = FakeServer({sample + 20: [word, word] for sample, word in enumerate(words)}).start()
+    run = make_run([first, second])
+    receiver = run.spawn()
+    totals = drain(run, receiver)
+    assert totals == {COMMITTED: len(expected(run.rows(1, 0)))}
+    assert receiver.process.wait(10) == 0
+    status = run.status()
+    assert status["state"] == "complete"
+    assert status["committed"] == totals[COMMITTED]
+    assert status["quarantined"] == 0
+    assert status["outstanding_bytes"] <= 1 << 20
+    for reason in ("corrupt", "wrong layout", "wrong tokens", "malformed", "not outstanding"):
+        assert status["dropped"].get(reason), f"{reason} in {status['dropped']}"
+    assert sum(server["samples"] for server in status["servers"]) == totals[COMMITTED]
+
+
+def test_two_ranks_get_their_own_rows(make_run: Callable[..., Run]) -> None:
+    run = make_run([FakeServer().start()])
+    receiver = run.spawn(world=2)
+    totals: dict[int, Counter[int]] = {}
+    other = threading.Thread(target=lambda: totals.update({1: drain(run, receiver, 1, 2)}))
+    other.start()
+    totals[0] = drain(run, receiver, 0, 2)
+    other.join(60)
+    assert sum(count[COMMITTED] for count in totals.values()) == len(expected(run.rows(1, 0)))
+    assert receiver.process.wait(10) == 0
+
+
+def test_a_sample_that_fails_everywhere_is_quarantined_and_the_run_goes_on(make_run: Callable[..., Run]) -> None:
+    script = {3: ["http400", "corrupt", "refuse"] * 4}
+    run = make_run([FakeServer(script).start(), FakeServer(script).start()])
+    totals = drain(run, run.spawn())
+    assert totals[QUARANTINED] == 2, "once per epoch"
+    assert run.receiver is not None
+    assert run.receiver.process.wait(10) == 0
+    status = run.status()
+    assert status["quarantined"] == 2
+    named = status["quarantined_samples"]
+    assert [entry["sample"] for entry in named] == [3, 3]
+    assert "HTTP 400" in named[0]["reason"]
+    for server in run.servers:
+        assert server.addresses["http"] in named[0]["reason"]
+
+
+def test_killed_and_hung_servers_cost_nothing(make_run: Callable[..., Run], capfd: pytest.CaptureFixture[str]) -> None:
+    """attempts=1: a single counted failure would quarantine."""
+    dying, hanging, steady = FakeServer({9: ["die"], 30: ["die"]}), FakeServer({11: ["hang"]}), FakeServer()
+    run = make_run([server.start() for server in (dying, hanging, steady)], attempts=1, request_timeout_s=1.5)
+    kills = {20: steady, 50: dying, 90: steady}
+
+    def each(count: int) -> None:
+        if count in kills:
+            kills[count].kill()
+            kills[count].start()
+        if count % 10 == 0 and dying.process is not None and dying.process.poll() is not None:
+            dying.script = {}
+            dying.start()
+
+    totals = drain(run, run.spawn(), each=each)
+    assert totals == {COMMITTED: len(expected(run.rows(1, 0)))}
+    assert run.receiver is not None
+    assert run.receiver.process.wait(10) == 0
+    status = run.status()
+    assert status["quarantined"] == 0
+    assert sum(server["deaths"] for server in status["servers"]) >= 2
+    stderr = capfd.readouterr().err
+    assert "is unhealthy:" in stderr
+    assert "is healthy again after" in stderr
+
+
+def test_no_server_ends_the_run_and_the_rank_sees_it(
+    make_run: Callable[..., Run], capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run([FakeServer()], no_server_timeout_s=1.0)
+    receiver = run.spawn()
+    with (
+        Ring.open(receiver.ring_names[0], timeout=60) as ring,
+        pytest.raises(PeerDied, match="its own message on stderr"),
+    ):
+        ring.next_record(timeout=60)
+    assert receiver.process.wait(10) == 1
+    with pytest.raises(RuntimeError, match="ended with status 1"):
+        receiver.check()
+    assert "no server has been healthy for 1 s" in capfd.readouterr().err
+
+
+def test_another_layout_is_an_error_that_names_both(
+    make_run: Callable[..., Run], capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run([FakeServer().start(), FakeServer(arguments=("--wrong-layout",)).start()])
+    receiver = run.spawn()
+    assert receiver.process.wait(60) == 1
+    stderr = capfd.readouterr().err
+    assert f"{run.servers[1].addresses['http']} sends layers [1, 3, 4] of 16 bfloat16" in stderr
+    assert "this run wants layers [1, 2, 4] of 16 bfloat16" in stderr
+
+
+def test_sigterm_is_a_clean_end(make_run: Callable[..., Run]) -> None:
+    run = make_run([FakeServer().start()])
+    receiver = run.spawn()
+    with Ring.open(receiver.ring_names[0], timeout=60) as ring:
+        assert ring.next_record(timeout=30) is not None
+        receiver.process.send_signal(signal.SIGTERM)
+        assert receiver.process.wait(10) == 0
+        assert run.status()["state"] == "stopped"
+        with pytest.raises(PeerDied):
+            read_all(ring)
+
+
+PARENT = """
+import os, sys, time
+from dflash_scale.stream.receiver import ReceiverSpec, spawn_receiver
+spec = ReceiverSpec.parse(open(sys.argv[1]).read())
+object.__setattr__(spec, "parent_pid", os.getpid())
+receiver = spawn_receiver(spec)
+print(receiver.process.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_the_receiver_dies_with_its_parent_and_leaves_nothing(make_run: Callable[..., Run], tmp_path: Path) -> None:
+    run = make_run([FakeServer().start()])
+    content, status = run.config.model_dump(mode="json"), str(tmp_path / "status.json")
+    path = tmp_path / "given.json"
+    path.write_text(ReceiverSpec(RUN, content, 1, (0,), 1, 0, LAYOUT, status).dump())
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(path)], stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    deadline = time.monotonic() + 60
+    while read_status(Path(status)).get("state") != "running":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text():
+        assert time.monotonic() < deadline, "the receiver outlives its parent"
+        time.sleep(0.05)
+
+
+def test_a_killed_receiver_leaves_no_segment_once_its_readers_are_attached(make_run: Callable[..., Run]) -> None:
+    run = make_run([FakeServer().start()])
+    receiver = run.spawn()
+    with Ring.open(receiver.ring_names[0], timeout=60) as ring:
+        assert ring.next_record(timeout=30) is not None
+        assert not Path(f"/dev/shm{receiver.ring_names[0]}").exists()
+        receiver.process.kill()
+        with pytest.raises(PeerDied):
+            read_all(ring)
+
+
+def test_a_rank_starts_its_stream_with_one_call(make_run: Callable[..., Run]) -> None:
+    run = make_run([FakeServer().start()])
+    stream = Stream.start(run.config, LAYOUT, first_step=3, run_id=RUN)
+    rows = run.rows(1, 0, first_step=3)
+    got = consume(stream.ring, rows, run.samples, run.config.stream.lookahead_rows)
+    assert set(got) == expected(rows)
+    stream.check()
+    stream.close()
+    assert stream.status()["servers"][0]["healthy"]
+    assert stream.receiver is not None
+    assert stream.receiver.process.returncode == 0
+
+
+def test_dropped_messages_are_logged_once_a_minute(caplog: pytest.LogCaptureFixture) -> None:
+    dropped = Dropped()
+    for number in range(5):
+        dropped("corrupt", f"message {number}", "http://s0")
+    assert dropped.counts["corrupt"] == 5
+    assert len(caplog.records) == 1
