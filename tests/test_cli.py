@@ -1,0 +1,130 @@
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dflash_scale import cli, doctor
+from dflash_scale.prompts import load_prepared
+from tests.test_conversations import chat, save_tokenizer
+
+ROOT = Path(__file__).parents[1]
+TRAIN = str(ROOT / "launch" / "train.py")
+
+
+def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "dflash_scale.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+
+
+def test_train_goes_through_the_launcher_with_this_interpreter() -> None:
+    given = ["--num_gpus", "2", "--config", "c.json", "--set", "train.lr=1e-3", "--resume", "--master_port=29501"]
+    assert cli.program("train", given) == [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        *("--num_gpus", "2", "--master_port", "29501"),
+        TRAIN,
+        *("--config", "c.json", "--set", "train.lr=1e-3", "--resume"),
+    ]
+
+
+def test_the_launcher_would_take_these_arguments() -> None:
+    runner = pytest.importorskip("deepspeed.launcher.runner")
+    given = ["--hostfile", "h", "--include", "a:0", "--num_nodes", "1", "--master_addr", "x", "--config", "c.json"]
+    command = cli.program("train", given)
+    parsed = runner.parse_args(command[command.index("deepspeed.launcher.runner") + 1 :])
+    assert (parsed.user_script, parsed.user_args) == (TRAIN, ["--config", "c.json"])
+    assert (parsed.hostfile, parsed.include, parsed.num_nodes, parsed.master_addr) == ("h", "a:0", 1, "x")
+
+
+def test_a_plan_needs_no_launcher() -> None:
+    assert cli.program("train", ["--config", "c", "--plan"]) == [sys.executable, TRAIN, "--config", "c", "--plan"]
+    done = run_cli("train", "--config", str(ROOT / "configs" / "zero2_dflash.json"), "--plan")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Run on 8 ranks")
+
+
+def test_serve_starts_vllm_or_the_embedded_server() -> None:
+    script = str(ROOT / "launch" / "serve_vllm.py")
+    assert cli.program("serve", ["m", "--port", "1"]) == [sys.executable, script, "m", "--port", "1"]
+    embedded = [sys.executable, "-m", "dflash_scale.stream.embedded", "--model", "m"]
+    assert cli.program("serve", ["--embedded", "--model", "m"]) == embedded
+
+
+def test_a_missing_launch_folder_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(cli.SCRIPTS, "demo", tmp_path / "main.py")
+    with pytest.raises(ValueError, match="wanted the launch/ folder of a checkout"):
+        cli.program("demo", [])
+
+
+def test_prepare_writes_a_data_set_and_says_what_became_of_it(tmp_path: Path) -> None:
+    model = save_tokenizer(tmp_path / "tokenizer")
+    source = tmp_path / "in.jsonl"
+    source.write_text(chat("q", "answer") + "\n{bad\n")
+    options = ("--workers", "1", "--validation-fraction", "0")
+    done = run_cli("prepare", str(source), "--model", model, "--out", str(tmp_path / "out"), *options)
+    assert done.returncode == 0, done.stderr
+    assert "1 samples to train on" in done.stdout and "of 2 lines 1 bad" in done.stdout
+    assert f"skipped {source}:2: not valid JSON" in done.stderr
+    assert len(load_prepared(tmp_path / "out").train) == 1
+
+
+@pytest.mark.parametrize("command", ["export", "evaluate"])
+def test_commands_of_other_modules_get_their_arguments(command: str) -> None:
+    done = run_cli(command, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "--verifier" in done.stdout
+
+
+def test_a_users_mistake_is_one_line_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status = cli.main(["prepare", str(tmp_path / "absent.jsonl"), "--model", "x", "--out", str(tmp_path / "out")])
+    error = capsys.readouterr().err
+    assert status == 2
+    assert error.startswith("dflash-scale prepare: ") and "absent.jsonl, wanted a JSONL file" in error
+    assert "Traceback" not in error
+
+
+def test_an_unknown_command_names_the_known() -> None:
+    done = run_cli("tarin")
+    assert done.returncode == 2
+    assert all(command in done.stderr for command in cli.COMMANDS)
+
+
+def test_doctor_is_content_here(capsys: pytest.CaptureFixture[str]) -> None:
+    status = doctor.main(["--shm-bytes", "1"])
+    text = capsys.readouterr().out
+    assert status == 0, text
+    assert "This machine can train." in text
+    for name in ("torch", "deepspeed", "_ring", "_kernels, CPU part", "_kernels, CUDA part", "nvcc", "vLLM", "ninja"):
+        assert name in text
+
+
+def test_doctor_gives_status_1_and_a_remedy_for_what_is_required(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(doctor.PACKAGES, "torch", ((99, 0), "everything"))
+    monkeypatch.setitem(doctor.PACKAGES, "no-such-package", ((1, 2), "a test"))
+    assert doctor.main(["--shm-bytes", str(1 << 60)]) == 1
+    text = capsys.readouterr().out
+    assert "-> pip install -U 'torch>=99.0'" in text
+    assert "MISSING  no-such-package" in text and "-> pip install 'no-such-package>=1.2'" in text
+    assert "--shm-size" in text
+    assert "This machine cannot train: 3 required thing(s) missing." in text
+
+
+def test_doctor_does_not_require_vllm_here() -> None:
+    check = doctor.vllm("/no/such/python")
+    assert (check.ok, check.required, check.found) == (False, False, "not in /no/such/python")
+
+
+def test_doctor_reads_versions_without_importing(tmp_path: Path) -> None:
+    fake = tmp_path / "python"
+    fake.write_text(f"#!{shutil.which('sh')}\necho 0.32.0\n")
+    fake.chmod(0o755)
+    assert doctor.vllm(str(fake)).found == f"0.32.0 in {fake}"
+    assert doctor.version_tuple("2.13.0+cpu") == (2, 13, 0)
+    assert doctor.version_tuple("2.14.0a1") == (2, 14)
