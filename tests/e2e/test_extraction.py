@@ -1,0 +1,218 @@
+"""A real vLLM, started by launch/serve_vllm.py, sends the same hidden states as Transformers.
+
+DFLASH_SCALE_VLLM_PYTHON names the interpreter that has vLLM; the default is .venv-vllm/bin/python in the repository.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zmq
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from dflash_scale.stream import wire
+from dflash_scale.stream.embedded import TappedVerifier
+
+pytestmark = pytest.mark.e2e
+
+ROOT = Path(__file__).parents[2]
+VLLM_PYTHON = os.environ.get("DFLASH_SCALE_VLLM_PYTHON", str(ROOT / ".venv-vllm" / "bin" / "python"))
+VOCABULARY, TAPS, LAYERS, MAX_LENGTH = 160, (0, 2, 3), 4, 256
+LENGTHS = (1, 2, 31, 32, 33, 63, 64, 65, 100, 130, 200, 255)  # cache blocks have 32 tokens, a prefill chunk 64
+START_S = 420.0  # 30 s on an idle machine, minutes where other servers start beside it
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    model: Path
+    http: str
+    zmq: str
+    process: "subprocess.Popen[bytes]"
+    log: Path
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def write_model(folder: Path) -> None:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=MAX_LENGTH,
+        dtype="float32",
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    words = {f"w{i}": i for i in range(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w1").save_pretrained(folder)
+
+
+def get(url: str) -> tuple[int, bytes]:
+    with urllib.request.urlopen(url, timeout=30) as reply:
+        return reply.status, reply.read()
+
+
+def healthy(url: str) -> bool:
+    try:
+        return get(url + "/health")[0] == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    assert Path(VLLM_PYTHON).exists(), f"no vLLM interpreter at {VLLM_PYTHON}: set DFLASH_SCALE_VLLM_PYTHON"
+    folder = tmp_path_factory.mktemp("vllm")
+    model, log = folder / "model", folder / "log"
+    write_model(model)
+    http, address = free_port(), f"tcp://127.0.0.1:{free_port()}"
+    command = [sys.executable, str(ROOT / "launch" / "serve_vllm.py"), str(model), "--port", str(http)]
+    command += ["--zmq", address, "--layer-ids", ",".join(map(str, TAPS)), "--python", VLLM_PYTHON, "--"]
+    command += ["--dtype", "float32", "--max-model-len", str(MAX_LENGTH), "--max-num-seqs", "8"]
+    command += ["--block-size", "32", "--max-num-batched-tokens", "64"]
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=out, start_new_session=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+        )
+    server = Server(model, f"http://127.0.0.1:{http}", address, process, log)
+    try:
+        deadline = time.monotonic() + START_S
+        while not healthy(server.http):
+            assert process.poll() is None, f"vLLM ended while starting:\n{log.read_text()[-6000:]}"
+            assert time.monotonic() < deadline, f"vLLM did not start in {START_S} s:\n{log.read_text()[-6000:]}"
+            time.sleep(1)
+        yield server
+        process.terminate()
+        process.wait(60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # the session that start_new_session made
+            process.wait()
+
+
+@pytest.fixture
+def receiver(server: Server) -> Iterator["zmq.Socket[bytes]"]:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    dealer = wire.connect_dealer(context, server.zmq, "rx-1", max_message_bytes=1 << 24)
+    yield dealer
+    dealer.close(0)
+    context.term()
+
+
+def post(server: Server, token_ids: list[int], params: Any) -> tuple[int, dict[str, Any]]:
+    content = {"model": str(server.model), "prompt": token_ids, "max_tokens": 1, "temperature": 0}
+    body = json.dumps({**content, "kv_transfer_params": params}).encode()
+    request = urllib.request.Request(server.http + "/v1/completions", body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=120) as reply:
+            return reply.status, json.loads(reply.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, VOCABULARY, (length,), generator=generator).tolist()
+
+
+def params(sample: int, receiver: str = "rx-1", attempt: int = 0) -> dict[str, Any]:
+    return {"dflash": wire.Ticket("run-1", receiver, 0, sample, attempt).to_params()}
+
+
+def test_hello(server: Server, receiver: "zmq.Socket[bytes]") -> None:
+    receiver.send(wire.encode(wire.Hello("run-1", "rx-1")))
+    assert receiver.poll(20_000), "no hello reply"
+    reply = wire.decode(receiver.recv(), max_tokens=0)
+    assert isinstance(reply, wire.HelloReply)
+    assert reply.layout == wire.Layout((*TAPS, LAYERS), 64, "float32")
+    assert reply.model == str(server.model)
+
+
+def test_hidden_states_equal_transformers(server: Server, receiver: "zmq.Socket[bytes]") -> None:
+    """Concurrent requests, prompts longer than a cache block and than a prefill chunk, each sent twice."""
+    verifier = TappedVerifier(str(server.model), TAPS, "float32")
+    prompts = {sample: prompt(LENGTHS[sample % len(LENGTHS)], seed=sample) for sample in range(2 * len(LENGTHS))}
+    with ThreadPoolExecutor(8) as pool:
+        replies = list(pool.map(lambda item: post(server, item[1], params(item[0])), prompts.items()))
+    assert [status for status, _ in replies] == [200] * len(prompts), replies
+    seen = set()
+    for _ in prompts:
+        assert receiver.poll(60_000), f"only {sorted(seen)} arrived:\n{server.log.read_text()[-3000:]}"
+        frames = receiver.recv_multipart()
+        header, ids, raw = wire.decode_data(frames, layout=verifier.layout, max_tokens=MAX_LENGTH)
+        sample = header.ticket.sample
+        seen.add(sample)
+        assert memoryview(ids).cast("i").tolist() == prompts[sample]
+        got = torch.frombuffer(bytearray(raw), dtype=torch.float32).view(header.tokens, len(TAPS) + 1, 64)
+        want, _ = verifier.run(prompts[sample], 1, ignore_eos=True)
+        error = ((got - want).norm(dim=-1) / want.norm(dim=-1)).max().item()  # the worst token of the worst layer
+        assert error < 1e-3, f"sample {sample} of {header.tokens} tokens: relative error {error}"
+    assert seen == set(prompts)
+    assert not receiver.poll(200), "something arrived twice"
+
+
+def test_bad_tickets_and_absent_receivers_disturb_nobody(server: Server, receiver: "zmq.Socket[bytes]") -> None:
+    status, reply = post(server, prompt(9, 1), {"dflash": {"run_id": "r"}})
+    assert status == 200
+    assert "ticket" in reply["kv_transfer_params"]["dflash_error"]
+    assert post(server, prompt(9, 1), params(1, receiver="nobody"))[0] == 200
+    assert post(server, prompt(9, 1), None)[0] == 200
+    assert post(server, prompt(40, 2), params(7, attempt=3))[0] == 200
+    assert receiver.poll(60_000)
+    header = wire.decode(receiver.recv_multipart()[0], max_tokens=MAX_LENGTH)
+    assert isinstance(header, wire.Header)
+    assert header.ticket == wire.Ticket("run-1", "rx-1", 0, 7, 3)
+
+
+def test_the_server_is_well_afterwards(server: Server) -> None:
+    assert get(server.http + "/health")[0] == 200
+    deadline = time.monotonic() + 30
+    while True:  # blocks are held until the copy is reported, so their count must come back to nothing
+        metrics = get(server.http + "/metrics")[1].decode()
+        used = [line for line in metrics.splitlines() if line.startswith("vllm:kv_cache_usage_perc")]
+        assert used, "no vllm:kv_cache_usage_perc in /metrics"
+        if all(float(line.split()[-1]) == 0.0 for line in used):
+            break
+        assert time.monotonic() < deadline, f"cache blocks are still held: {used}"
+        time.sleep(0.5)
+    assert "vllm:prompt_tokens_total" in metrics
+
+
+def test_the_connector_imports_little_of_ours() -> None:
+    program = (
+        "import sys, dflash_scale.stream.connector\n"
+        "print(*sorted(name for name in sys.modules if name.startswith('dflash_scale')))\n"
+        "print('deepspeed' in sys.modules)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [VLLM_PYTHON, "-c", program], env=environment, capture_output=True, text=True, check=True, timeout=300
+    )
+    modules, deepspeed = done.stdout.splitlines()[-2:]
+    stream = "dflash_scale.stream"
+    assert modules.split() == ["dflash_scale", stream, f"{stream}.connector", f"{stream}.publisher", f"{stream}.wire"]
+    assert deepspeed == "False"

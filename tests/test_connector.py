@@ -1,0 +1,242 @@
+"""The KV connector's own logic, with stand-ins for the five names that it takes from vLLM.
+
+The real vLLM runs it in tests/e2e/test_extraction.py. L layers tapped · H hidden size · B cache blocks · P block size.
+"""
+
+import ast
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import zmq
+
+from dflash_scale.stream import wire
+
+SOURCE = Path(__file__).parents[1] / "dflash_scale" / "stream" / "connector.py"
+BLOCKS, LAYERS, BLOCK_SIZE, HIDDEN = 9, 3, 4, 8
+TICKET = wire.Ticket("run-1", "rx", 0, 5, 0)
+
+
+class Base:
+    """What the connector uses of KVConnectorBase_V1."""
+
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+        self._vllm_config, self._kv_cache_config = vllm_config, kv_cache_config
+        self._kv_transfer_config = vllm_config.kv_transfer_config
+        self._connector_metadata: Any = None
+
+
+@pytest.fixture
+def connector(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    names = {
+        "vllm": {},
+        "vllm.distributed": {},
+        "vllm.distributed.kv_transfer": {},
+        "vllm.distributed.kv_transfer.kv_connector": {},
+        "vllm.distributed.kv_transfer.kv_connector.v1": {},
+        "vllm.distributed.kv_transfer.kv_connector.v1.base": {
+            "KVConnectorBase_V1": Base,
+            "KVConnectorMetadata": object,
+            "KVConnectorRole": object,
+            "SupportsHMA": type("SupportsHMA", (), {}),
+        },
+        "vllm.distributed.parallel_state": {"get_tensor_model_parallel_rank": lambda: 0},
+        "vllm.platforms": {"current_platform": SimpleNamespace(is_cuda_alike=lambda: False)},
+    }
+    for name, content in names.items():
+        module = ModuleType(name)
+        module.__dict__.update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    sys.modules.pop("dflash_scale.stream.connector", None)
+    yield importlib.import_module("dflash_scale.stream.connector")
+    sys.modules.pop("dflash_scale.stream.connector", None)
+
+
+def vllm_config(**changes: Any) -> Any:
+    extra = changes.pop("extra", {"zmq": "tcp://127.0.0.1:*"})
+    draft = SimpleNamespace(hf_config=SimpleNamespace(eagle_aux_hidden_state_layer_ids=[1, 3, 6]))
+    parallel = {"pipeline_parallel_size": 1, "data_parallel_size": 1, **changes.pop("parallel", {})}
+    return SimpleNamespace(
+        kv_transfer_config=SimpleNamespace(kv_connector_extra_config=extra),
+        parallel_config=SimpleNamespace(**parallel),
+        cache_config=SimpleNamespace(enable_prefix_caching=changes.pop("prefix_caching", False)),
+        speculative_config=SimpleNamespace(draft_model_config=draft),
+        model_config=SimpleNamespace(
+            get_hidden_size=lambda: HIDDEN,
+            get_total_num_hidden_layers=lambda: changes.get("layers", 6),
+            served_model_name="model-1",
+            model="model-1",
+        ),
+    )
+
+
+def cache_config(*groups: list[str]) -> Any:
+    spec = SimpleNamespace(block_size=BLOCK_SIZE)
+    groups = groups or (["model.layers.0"], ["cache_only_layers.6"])
+    return SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec, layer_names=g) for g in groups])
+
+
+def request(tokens: int, params: Any, **changes: Any) -> Any:
+    fields = {
+        "request_id": f"request-{tokens}",
+        "kv_transfer_params": params,
+        "status": SimpleNamespace(name="FINISHED_LENGTH_CAPPED"),
+        "prompt_token_ids": list(range(100, 100 + tokens)),
+        "num_computed_tokens": tokens,
+    }
+    return SimpleNamespace(**{**fields, **changes})
+
+
+def cache_tensor() -> torch.Tensor:
+    shape = (BLOCKS, LAYERS, BLOCK_SIZE, HIDDEN)
+    return torch.arange(BLOCKS * LAYERS * BLOCK_SIZE * HIDDEN, dtype=torch.float32).view(shape)
+
+
+def build(connector: ModuleType, **changes: Any) -> Any:
+    return connector.HiddenStatesConnector(vllm_config(**changes), None, cache_config())
+
+
+def test_a_finished_request_reaches_its_receiver(connector: ModuleType) -> None:
+    """The blocks are out of order and the last one is not full: token t is row t % P of block ids[t // P]."""
+    scheduler, worker = build(connector), build(connector)
+    cache = cache_tensor()
+    worker.register_kv_caches({"model.layers.0": torch.empty(0), "cache_only_layers.6": cache})
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    socket = wire.connect_dealer(context, worker._publisher.endpoint, "rx", max_message_bytes=1 << 20)
+    try:
+        blocks = [7, 2, 5]
+        keep, reply = scheduler.request_finished_all_groups(
+            request(10, {"dflash": TICKET.to_params()}), ([0, 0, 0], blocks)
+        )
+        assert (keep, reply) == (True, None)
+        worker._connector_metadata = scheduler.build_connector_meta(None)
+        assert scheduler.build_connector_meta(None).requests == []
+        assert worker.get_finished({"request-10"}) == ({"request-10"}, None)
+        cache.zero_()  # the blocks may be reused from here on
+        worker._connector_metadata = None
+        assert worker.get_finished(set()) == (None, None)
+        layout = wire.Layout((1, 3, 6), HIDDEN, "float32")
+        assert socket.poll(10_000), "nothing arrived"
+        header, ids, raw = wire.decode_data(socket.recv_multipart(), layout=layout, max_tokens=10)
+        assert header.ticket == TICKET
+        assert memoryview(ids).cast("i").tolist() == list(range(100, 110))
+        got = torch.frombuffer(bytearray(raw), dtype=torch.float32).view(10, LAYERS, HIDDEN)
+        whole = cache_tensor()
+        for token in range(10):
+            assert torch.equal(got[token], whole[blocks[token // BLOCK_SIZE], :, token % BLOCK_SIZE]), f"token {token}"
+    finally:
+        worker.shutdown()
+        socket.close(0)
+        context.term()
+
+
+def test_requests_without_a_ticket_are_left_alone(connector: ModuleType) -> None:
+    scheduler = build(connector)
+    for params in (None, {}, {"other": 1}):
+        assert scheduler.request_finished_all_groups(request(4, params), ([0], [1])) == (False, None)
+    assert scheduler.build_connector_meta(None).requests == []
+
+
+def test_a_bad_ticket_is_told_to_the_client_and_ends_nothing(connector: ModuleType) -> None:
+    scheduler = build(connector)
+    for params in ({"dflash": None}, {"dflash": {"run_id": "r"}}, {"dflash": {**TICKET.to_params(), "sample": "5"}}):
+        keep, reply = scheduler.request_finished_all_groups(request(4, params), ([0], [1]))
+        assert keep is False
+        assert reply["dflash_error"]
+    assert scheduler.build_connector_meta(None).requests == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"status": SimpleNamespace(name="FINISHED_ABORTED")}, "FINISHED_ABORTED"),
+        ({"prompt_token_ids": None}, "embeddings"),
+        ({"num_computed_tokens": 3}, "3 of 4 tokens"),
+    ],
+)
+def test_incomplete_requests_are_refused(connector: ModuleType, changes: dict[str, Any], reason: str) -> None:
+    scheduler = build(connector)
+    params = {"dflash": TICKET.to_params()}
+    keep, reply = scheduler.request_finished_all_groups(request(4, params, **changes), ([0], [1]))
+    assert keep is False, "nothing will be copied, so the blocks must not be held"
+    assert reason in reply["dflash_error"]
+    (finished,) = scheduler.build_connector_meta(None).requests
+    assert (finished.ticket, finished.block_ids) == (TICKET, ())
+    assert reason in finished.refusal
+
+
+def test_requests_that_never_ran_have_no_blocks(connector: ModuleType) -> None:
+    scheduler = build(connector)
+    keep, reply = scheduler.request_finished_all_groups(request(4, {"dflash": TICKET.to_params()}), ())
+    assert keep is False
+    assert "0 cache blocks" in reply["dflash_error"]
+
+
+def test_other_tensor_parallel_ranks_send_nothing(connector: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connector, "get_tensor_model_parallel_rank", lambda: 1)
+    worker = build(connector)
+    worker.register_kv_caches({})
+    assert worker.get_finished({"x"}) == (None, None)
+    assert worker.get_finished_count() == 1
+    worker.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"parallel": {"pipeline_parallel_size": 2}}, "pipeline parallelism"),
+        ({"parallel": {"data_parallel_size": 2}}, "one server per replica"),
+        ({"prefix_caching": True}, "no-enable-prefix-caching"),
+        ({"extra": {}}, "needs zmq"),
+        ({"extra": {"zmq": "tcp://127.0.0.1:*", "unsafe": 1}}, "needs zmq"),
+    ],
+)
+def test_configurations_that_cannot_work(connector: ModuleType, changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        build(connector, **changes)
+
+
+@pytest.mark.parametrize("groups", [(["model.layers.0"],), (["cache_only_layers.6", "cache_only_layers.7"],)])
+def test_caches_without_one_extraction_layer(connector: ModuleType, groups: tuple[list[str], ...]) -> None:
+    with pytest.raises(ValueError, match="extract_hidden_states"):
+        connector.HiddenStatesConnector(vllm_config(), None, cache_config(*groups))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (BLOCKS, BLOCK_SIZE, LAYERS, HIDDEN),
+        (2, BLOCKS, LAYERS, BLOCK_SIZE, HIDDEN),
+        (BLOCKS, LAYERS, BLOCK_SIZE, 2 * HIDDEN),
+    ],
+)
+def test_unknown_cache_layouts(connector: ModuleType, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="unknown way"):
+        build(connector).register_kv_caches({"cache_only_layers.6": torch.empty(shape)})
+
+
+def test_the_last_id_is_the_verifiers_last_layer(connector: ModuleType) -> None:
+    with pytest.raises(ValueError, match="last layer id"):
+        build(connector, layers=8).register_kv_caches({"cache_only_layers.6": cache_tensor()})
+
+
+def test_open_addresses_end_the_start(connector: ModuleType) -> None:
+    with pytest.raises(wire.WireError, match="loopback"):
+        build(connector, extra={"zmq": "tcp://*:5601"}).register_kv_caches({"cache_only_layers.6": cache_tensor()})
+
+
+def test_imports_of_ours_are_wire_and_publisher() -> None:
+    imported = set()
+    for node in ast.walk(ast.parse(SOURCE.read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported |= {f"{node.module}.{alias.name}" for alias in node.names}
+    ours = {name for name in imported if name.startswith("dflash_scale")}
+    assert ours == {"dflash_scale.stream.wire", "dflash_scale.stream.publisher.Publisher"}
+    assert {name.split(".")[0] for name in imported - ours} == {"logging", "dataclasses", "typing", "torch", "vllm"}
