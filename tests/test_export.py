@@ -1,0 +1,190 @@
+"""The exported folder: the drafter that comes back, its logits from the notes' text alone, and what vLLM reads."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from dflash_scale.drafter import Drafter, DrafterSpec, block_inputs
+from dflash_scale.export import export_drafter, load_drafter, load_spec, main
+
+HEADS, KV_HEADS, HEAD_DIM, HIDDEN, VOCABULARY, EPS, THETA = 4, 2, 16, 48, 96, 1e-5, 5000.0
+
+
+@pytest.fixture
+def verifier(tmp_path: Path) -> Path:
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        max_position_embeddings=256,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path / "verifier")
+    return tmp_path / "verifier"
+
+
+def make_spec(causal: bool = False, window: int | None = None) -> DrafterSpec:
+    layers = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        max_position_embeddings=256,
+        rms_norm_eps=EPS,
+        rope_parameters={"rope_type": "default", "rope_theta": THETA},
+        use_sliding_window=window is not None,
+        sliding_window=window,
+        layer_types=["full_attention", "full_attention" if window is None else "sliding_attention"],
+    )
+    return DrafterSpec(layers, (1, 2), HIDDEN, 5, 95, causal)
+
+
+def make_drafter(spec: DrafterSpec) -> Drafter:
+    drafter = Drafter(spec)
+    drafter.initialise(3)
+    with torch.no_grad():  # norms of ones would hide a norm that is left out or exchanged
+        for parameter in drafter.parameters():
+            if parameter.dim() == 1:
+                parameter.uniform_(0.5, 1.5)
+    return drafter
+
+
+def norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * weight
+
+
+def turn(x: Tensor, position: int) -> Tensor:
+    """RoPE of one position's heads (heads, D), pair (i, i + D/2) turned by position / theta**(2i/D)."""
+    half = HEAD_DIM // 2
+    out = torch.empty_like(x)
+    for i in range(half):
+        angle = position * THETA ** (-2 * i / HEAD_DIM)
+        c, s = math.cos(angle), math.sin(angle)
+        out[:, i] = x[:, i] * c - x[:, i + half] * s
+        out[:, i + half] = x[:, i + half] * c + x[:, i] * s
+    return out
+
+
+def plain_logits(
+    w: dict[str, Tensor], spec: DrafterSpec, ends: tuple[Tensor, Tensor], states: Tensor, anchor: int, token: int
+) -> Tensor:
+    """One block of one document, key by key, from notes on the semantics. states (n, L*H) of the document alone."""
+    embedding, head = ends
+    context = norm(states[:anchor] @ w["fc.weight"].T, w["hidden_norm.weight"])
+    x = embedding[[token] + [spec.mask_token_id] * (spec.block_size - 1)]
+    for layer in range(2):
+        p, window = f"layers.{layer}.", spec.window(layer)
+
+        def project(rows: Tensor, name: str, heads: int, p: str = p) -> Tensor:
+            return (rows @ w[f"{p}self_attn.{name}_proj.weight"].T).view(-1, heads, HEAD_DIM)
+
+        inside = norm(x, w[f"{p}input_layernorm.weight"])
+        both = torch.cat([context, inside])  # position of row i is i: the block starts where the context ends
+        k = norm(project(both, "k", KV_HEADS), w[f"{p}self_attn.k_norm.weight"])
+        k, v = torch.stack([turn(row, i) for i, row in enumerate(k)]), project(both, "v", KV_HEADS)
+        q = norm(project(inside, "q", HEADS), w[f"{p}self_attn.q_norm.weight"])
+        out = torch.zeros(spec.block_size, HEADS, HEAD_DIM)
+        for slot in range(spec.block_size):
+            here = anchor + slot
+            seen = [
+                i
+                for i in range(anchor + spec.block_size)
+                if (window is None or here - i < window) and not (spec.causal_block and i > here)
+            ]
+            query = turn(q[slot], here)
+            for h in range(HEADS):
+                g = h // (HEADS // KV_HEADS)
+                out[slot, h] = F.softmax(k[seen, g] @ query[h] / math.sqrt(HEAD_DIM), 0) @ v[seen, g]
+        x = x + out.flatten(1) @ w[f"{p}self_attn.o_proj.weight"].T
+        inside = norm(x, w[f"{p}post_attention_layernorm.weight"])
+        gate, up = (inside @ w[f"{p}mlp.{name}_proj.weight"].T for name in ("gate", "up"))
+        x = x + (gate * torch.sigmoid(gate) * up) @ w[f"{p}mlp.down_proj.weight"].T
+    return norm(x, w["norm.weight"]) @ head.T
+
+
+@pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (False, 6), (True, 6)])
+def test_exported_logits_are_those_of_the_text(tmp_path: Path, verifier: Path, causal: bool, window: int) -> None:
+    spec = make_spec(causal, window)
+    folder = export_drafter(make_drafter(spec).state_dict(), spec, str(verifier), tmp_path / "drafter")
+    drafter = load_drafter(folder)
+    torch.manual_seed(0)
+    lengths, own = (7, 19, 11), 1  # the document in the middle is looked at
+    start, anchors_inside = lengths[0], (0, 4, 9, 18)
+    states = torch.randn(sum(lengths), 2 * HIDDEN)
+    embedding, head = torch.randn(VOCABULARY, HIDDEN), torch.randn(VOCABULARY, HIDDEN)
+    tokens = torch.randint(0, 90, (sum(lengths),))
+    doc_ids = torch.repeat_interleave(torch.arange(3, dtype=torch.int32), torch.tensor(lengths))
+    positions = torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths])
+    anchors = torch.tensor([2, *(start + a for a in anchors_inside), start + lengths[own] + 3], dtype=torch.int32)
+    with torch.no_grad():
+        slots = block_inputs(embedding, tokens[anchors], spec)
+        got = (drafter(slots, states, positions, anchors, doc_ids) @ head.T).view(len(anchors), 5, VOCABULARY)
+        weights, alone = load_file(folder / "model.safetensors"), states[start : start + lengths[own]]
+        for row, anchor in enumerate(anchors_inside, start=1):
+            token = int(tokens[start + anchor])
+            wanted = plain_logits(weights, spec, (embedding, head), alone, anchor, token)
+            error = (got[row] - wanted).norm() / wanted.norm()
+            assert error < 1e-4, f"anchor {anchor}: relative error {error:.2e} of {tuple(wanted.shape)}"
+
+
+def test_config_says_what_vllm_reads(tmp_path: Path, verifier: Path) -> None:
+    for causal in (False, True):
+        spec = make_spec(causal)
+        folder = export_drafter(make_drafter(spec).state_dict(), spec, str(verifier), tmp_path / "drafter")
+        content = json.loads((folder / "config.json").read_text())
+        assert content["speculators_model_type"] == content["speculators_config"]["algorithm"] == "dflash"
+        assert content["sliding_window_non_causal"] is (not causal)
+        assert content["aux_hidden_state_layer_ids"] == [1, 2]
+        assert content["draft_vocab_size"] == content["transformer_layer_config"]["vocab_size"] == VOCABULARY
+        method = content["speculators_config"]["proposal_methods"][0]
+        assert method["speculative_tokens"] == content["block_size"] - 1 == 4
+        named = content["speculators_config"]["verifier"]
+        assert named == {"name_or_path": str(verifier), "architectures": ["Qwen3ForCausalLM"]}
+        layers = content["transformer_layer_config"]
+        assert layers["num_hidden_layers"] == len(layers["layer_types"]) == 2
+        assert layers["rope_parameters"] == {"rope_type": "default", "rope_theta": THETA}
+    names = set(load_file(folder / "model.safetensors"))
+    assert {"fc.weight", "hidden_norm.weight", "norm.weight", "layers.1.self_attn.q_norm.weight"} < names
+    assert not any("embed" in name or "lm_head" in name for name in names)
+    assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
+
+
+def test_definition_comes_back(tmp_path: Path, verifier: Path) -> None:
+    spec = make_spec(causal=True, window=6)
+    drafter = make_drafter(spec)
+    folder = export_drafter(drafter.state_dict(), spec, str(verifier), tmp_path / "drafter")
+    loaded = load_spec(folder)
+    assert replace(loaded, layers=spec.layers) == spec
+    for name in ("hidden_size", "head_dim", "rms_norm_eps", "rope_parameters", "layer_types", "sliding_window"):
+        assert getattr(loaded.layers, name) == getattr(spec.layers, name), name
+    for name, tensor in load_drafter(folder).state_dict().items():
+        assert torch.equal(tensor, drafter.state_dict()[name]), name
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path, verifier: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = make_spec()
+    state = make_drafter(spec).state_dict()
+    with pytest.raises(ValueError, match=r"got fc.weight of shape \(48, 96\), wanted \(48, 144\)"):
+        export_drafter(state, replace(spec, layer_ids=(1, 2, 3)), str(verifier), tmp_path / "drafter")
+    with pytest.raises(ValueError, match="lm_head"):
+        export_drafter(state | {"lm_head.weight": torch.zeros(1)}, spec, str(verifier), tmp_path / "drafter")
+    with pytest.raises(ValueError, match="holds something else"):
+        export_drafter(state, spec, str(verifier), verifier)
+    with pytest.raises(ValueError, match="no exported drafter"):
+        load_drafter(verifier)
+    assert main([str(tmp_path / "nowhere"), str(tmp_path / "drafter")]) == 2
+    assert "step folder" in capsys.readouterr().err
