@@ -67,6 +67,7 @@ class Encoder:
         self._specials = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
         template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
         self._marked = bool(GENERATION_MARK.search(template))
+        self._may_think = "enable_thinking" in template
 
     def encode(self, line: str) -> Encoded:
         """Encodes one line; raises BadLine with the reason."""
@@ -133,6 +134,12 @@ class Encoder:
             raise BadLine(
                 f"message {index}: the template renders the turns before it differently than in the whole conversation"
             )
+        if self._may_think and index:
+            # An empty thinking part is written by the template, never sampled: it belongs to the prompt.
+            silent = self._apply(
+                messages[:index], tools, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+            prompt = silent if text.startswith(silent) and len(silent) > len(prompt) else prompt
         start = len(prompt)
         through = self._apply(messages[: index + 1], tools, tokenize=False)
         if text.startswith(through) and len(through) > start:
@@ -145,12 +152,12 @@ class Encoder:
 
     def _end_of_answer(self, message: dict[str, Any], index: int, text: str, start: int) -> int:
         """Where a turn ends that the template renders otherwise once it is not the last (it drops the thinking)."""
+        ends = [at + len(token) for token in self._specials if (at := text.find(token, start)) >= 0]
+        stop = min(ends, default=start)
         answer = str(message.get("content") or "").rsplit("</think>", 1)[-1].strip()
-        stop = start + len(answer)
-        if not answer or text[start:stop] != answer:
-            raise BadLine(f"message {index}: the template does not render the answer where its turn starts")
-        end = next((token for token in self._specials if text.startswith(token, stop)), "")
-        return stop + len(end)
+        if stop == start or answer not in text[start:stop]:
+            raise BadLine(f"message {index}: the template does not render the answer between its turn's start and end")
+        return stop
 
 
 def messages_of(content: dict[str, Any]) -> list[dict[str, Any]]:

@@ -25,7 +25,8 @@ THINKING = (
     "{% if loop.last and '</think>' not in m.content %}<think>\n\n</think>\n\n{{ m.content }}"
     "{% elif loop.last %}{{ m.content }}{% else %}{{ m.content.split('</think>')[-1].strip() }}{% endif %}"
     "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
 SHOUTING = "{% for m in messages %}[{{ m.role }}|{{ messages | length }}]{{ m.content | upper }}{% endfor %}"
 
@@ -80,7 +81,24 @@ def test_sharegpt_is_the_same_conversation() -> None:
 
 def test_a_template_that_drops_old_thinking_still_gives_every_answer() -> None:
     line = chat("a?", "<think>\nhm\n</think>\n\nfirst", "b?", "second")
-    assert supervised(line, THINKING) == "first<|im_end|><think>\n\n</think>\n\nsecond<|im_end|>"
+    assert supervised(line, THINKING) == "first<|im_end|>second<|im_end|>"
+
+
+def test_thinking_that_was_sampled_is_supervised_and_an_empty_one_of_the_template_is_not() -> None:
+    said = "<think>\nhm\n</think>\n\nanswer"
+    assert supervised(chat("a?", said), THINKING) == f"{said}<|im_end|>"
+    assert supervised(chat("a?", "answer"), THINKING) == "answer<|im_end|>"
+
+
+def test_white_space_around_an_old_answer_does_no_harm() -> None:
+    line = chat("a?", "<think>\nhm\n</think>\n\n first \n", "b?", "second")
+    assert supervised(line, THINKING) == "first<|im_end|>second<|im_end|>"
+
+
+def test_an_end_token_inside_an_answer_is_refused() -> None:
+    line = chat("a?", "<think>x</think>fir<|im_end|>st", "b?", "second")
+    with pytest.raises(BadLine, match="message 1: the template does not render the answer between"):
+        supervised(line, THINKING)
 
 
 def test_an_answer_equal_to_the_question_is_not_confused_with_it() -> None:

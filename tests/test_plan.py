@@ -98,6 +98,8 @@ def test_a_prepared_data_set_gives_steps_and_anchors(tmp_path: Path) -> None:
     per_row = 200 // length
     assert plan.most_anchors == plan.anchors == 10 * per_row
     assert plan.schedule.steps_per_epoch == math.ceil(math.ceil(50 / per_row) / 4)
+    more = data | {"anchors_per_document": 1000}  # more than there are: all but the last token of each
+    assert make_plan(qwen3_8b(data=more), 2).most_anchors == per_row * (length - 1)
     text = print_plan(plan.config, 2)
     assert f"steps per epoch          {plan.schedule.steps_per_epoch}" in text
     assert "samples                  50 to train on, 0 held out" in text
