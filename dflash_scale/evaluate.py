@@ -274,8 +274,8 @@ def evaluate(spec: EvaluateSpec) -> Evaluation:
     prompts = read_prompts(spec.prompts, spec.count)
     drafter = load_drafter(spec.drafter).to(spec.device)
     size, limit = drafter.spec.block_size, spec.max_new_tokens
-    model = AutoModelForCausalLM.from_pretrained(spec.verifier, dtype=torch.float32).to(spec.device).eval()
-    verifier = GreedyVerifier(model, drafter.spec.layer_ids)
+    model: Any = AutoModelForCausalLM.from_pretrained(spec.verifier, dtype=torch.float32)
+    verifier = GreedyVerifier(model.to(spec.device).eval(), drafter.spec.layer_ids)
     fresh = untrained_drafter(drafter.spec, spec.seed).to(spec.device)
     traces, baseline, greedy = [], [], []
     for prompt in tqdm(prompts, unit="prompt", desc="Transformers"):

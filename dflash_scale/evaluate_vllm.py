@@ -125,7 +125,9 @@ def parse_counters(text: str, slots: int) -> Acceptance:
             totals[name] += int(float(value))
         elif name == "num_accepted_tokens_per_pos" and (at := POSITION.search(labels)):
             per_position[int(at[1])] += int(float(value))
-    return Acceptance(*totals.values(), tuple(per_position))
+    return Acceptance(
+        totals["num_drafts"], totals["num_draft_tokens"], totals["num_accepted_tokens"], tuple(per_position)
+    )
 
 
 def settled_counters(address: str, slots: int) -> Acceptance:

@@ -123,7 +123,7 @@ def export_drafter(
     check_state(state, spec)
     if out_dir.exists() and not _is_export(out_dir):
         raise ValueError(f"export: got {out_dir}, which holds something else, wanted a new folder; name another one")
-    if len(set(spec.layers.layer_types)) > 1:
+    if len(set(spec.layers.layer_types or ())) > 1:
         log.warning("full and sliding layers together: serve with VLLM_USE_V2_MODEL_RUNNER=1")
     aside = out_dir.with_name(f"{out_dir.name}.partial-{os.getpid()}")
     aside.mkdir(parents=True)
