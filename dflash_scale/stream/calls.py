@@ -114,6 +114,8 @@ class Calls:
                 connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
                 response = connection.getresponse()
                 text = response.read(MAX_ANSWER_BYTES)
+                if response.length and len(text) < MAX_ANSWER_BYTES:
+                    raise http.client.IncompleteRead(text, response.length)
                 if not response.isclosed():  # more than we read: the connection cannot be used again
                     connection.close()
                 return Posted(call.sent, *judge(response.status, text))

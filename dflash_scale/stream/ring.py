@@ -63,7 +63,11 @@ def record_span(payload_bytes: int) -> int:
 
 
 def reclaim(prefix: str = "dflash-") -> list[str]:
-    """Unlinks the segments whose owner process is gone; gives their names."""
+    """Unlinks the segments whose owner process is gone; gives their names.
+
+    A container that shares /dev/shm, but not the pid namespace, looks gone: its rings lose their names, which only
+    matters until its readers are attached.
+    """
     return _ring.reclaim(prefix)
 
 

@@ -1,0 +1,263 @@
+"""How many bytes per second go from two server processes into a training rank, and how that compares.
+
+    python benchmarks/bench_stream.py [--sample-mib 16] [--samples 96] [--json FILE]
+
+stream   two sender processes (the real HTTP face and Publisher, hidden states made once), ZeroMQ over TCP, the real
+         receiver loop in a process of its own (header checks, token ids, checksum, ring), read here: every byte is
+         copied out of the ring into a buffer
+files    two writer processes save the same payloads as safetensors in /dev/shm and rename them; they are loaded here,
+         copied into the same buffer and deleted; at most as many files exist as the stream has samples in flight.
+         It has no request, no checksum and no polling delay in it
+memcpy   one copy of a payload from memory to memory, in one thread: the upper bound of anything that copies once
+xxh3     the checksum alone, in one thread: the stream computes it twice, at both ends
+
+All of it runs on one machine, so the processes share its cores; the number of cores stands in the result.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+import zmq
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from dflash_scale.packer import Place, Row, Samples
+from dflash_scale.stream.embedded_http import CompletionServer, Reply, Request
+from dflash_scale.stream.intake import Identity, Intake
+from dflash_scale.stream.jobs import Limits
+from dflash_scale.stream.publisher import Publisher
+from dflash_scale.stream.ring import PeerDied, Ring, own_ring_name, record_span
+from dflash_scale.stream.window import Window
+from dflash_scale.stream.wire import Layout
+
+LAYOUT: Final = Layout((2, 9, 17, 25, 33, 36), 4096, "bfloat16")  # an 8B verifier: 48 KiB per token
+RUN: Final = f"bench{os.getpid()}"
+SENDERS: Final = 2
+WARM: Final = 8  # records before the clock starts: first touches, first connections
+IN_FLIGHT: Final = 12  # samples, both ways
+
+Bytes = npt.NDArray[np.uint8]
+spawn = get_context("spawn")
+
+
+@dataclass(frozen=True)
+class Size:
+    tokens: int
+    samples: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.tokens * LAYOUT.bytes_per_token
+
+
+class OneLength:
+    """A split of equal samples; the token ids name the sample."""
+
+    def __init__(self, size: Size, count: int) -> None:
+        self._size = size
+        self.lengths = np.full(count, size.tokens, np.int32)
+
+    def tokens(self, index: int) -> npt.NDArray[np.int32]:
+        return np.full(self._size.tokens, index, np.int32)
+
+    def loss_mask(self, index: int) -> npt.NDArray[np.bool_]:
+        return np.ones(self._size.tokens, bool)
+
+
+def payload(size: Size) -> Bytes:
+    return np.random.default_rng(0).integers(0, 256, size.nbytes, np.uint8)
+
+
+def send(size: Size, pipe: Connection) -> None:
+    """A server without a model."""
+    states = payload(size).data
+    publisher = Publisher("tcp://127.0.0.1:0", LAYOUT, "bench")
+
+    def submit(request: Request) -> "Future[Reply]":
+        assert request.ticket is not None
+        publisher.send(request.ticket, np.asarray(request.token_ids, "<i4").tobytes(), states)
+        done: Future[Reply] = Future()
+        done.set_result(Reply([0], "length"))
+        return done
+
+    server = CompletionServer("127.0.0.1:0", "bench", (1 << 20, 1 << 20), submit)
+    pipe.send((server.url, publisher.endpoint))
+    pipe.recv()
+    server.close()
+    publisher.close()
+
+
+def receive(size: Size, servers: list[tuple[str, str]], pipe: Connection) -> None:
+    """The receiver process without its command line."""
+    ring = Ring.create(own_ring_name(RUN, 0), IN_FLIGHT * record_span(size.nbytes))
+    pipe.send(ring.name)
+    samples = Samples(OneLength(size, size.samples), OneLength(size, 0))
+    rows = iter([Row("train", 0, 1 + i, 0, (Place(i, 0, size.tokens),)) for i in range(size.samples)])
+    window = Window(ring, rows, samples.lengths, LAYOUT.bytes_per_token, lookahead=IN_FLIGHT)
+    credit = IN_FLIGHT * size.nbytes
+    limits = Limits(credit, credit, 16, 30.0, 3, 1.0, 30.0)
+    intake = Intake(servers, limits, Identity(RUN, f"{RUN}:0", LAYOUT), [window], samples)
+    while not intake.complete:
+        intake.step()
+    pipe.send(intake.status())
+    pipe.recv()
+    ring.close()
+    intake.close()
+
+
+def rate(size: Size, started: float) -> float:
+    return (size.samples - WARM) * size.nbytes / (time.perf_counter() - started)
+
+
+def bench_stream(size: Size, buffer: Bytes) -> float:
+    """Bytes per second from the senders' memory into `buffer`."""
+    pipes = [spawn.Pipe() for _ in range(SENDERS + 1)]
+    processes = [spawn.Process(target=send, args=(size, theirs)) for _, theirs in pipes[:SENDERS]]
+    for process in processes:
+        process.start()
+    servers = [mine.recv() for mine, _ in pipes[:SENDERS]]
+    mine, theirs = pipes[-1]
+    processes.append(spawn.Process(target=receive, args=(size, servers, theirs)))
+    processes[-1].start()
+    started, seen = 0.0, 0
+    with Ring.open(mine.recv()) as ring:
+        while seen < size.samples:
+            record = ring.next_record(timeout=30)
+            if record is None:
+                raise PeerDied(f"nothing came for 30 s after {seen} samples")
+            np.copyto(buffer, np.frombuffer(record.payload, np.uint8))
+            ring.release()
+            seen += 1
+            ring.reader_mark = seen
+            if seen == WARM:
+                started = time.perf_counter()
+        result = rate(size, started)
+        status = mine.recv()
+        assert status["committed"] == size.samples, status
+        assert status["retried"] == 0, status
+    for end, _ in pipes:
+        end.send("stop")
+    for process in processes:
+        process.join()
+    return result
+
+
+def write_files(size: Size, folder: str, first: int, room: Any, names: Any) -> None:
+    states: dict[str, npt.NDArray[Any]] = {
+        "hidden_states": payload(size).reshape(size.tokens, -1),
+        "token_ids": np.arange(size.tokens, dtype=np.int32),
+    }
+    for sample in range(first, size.samples, SENDERS):
+        room.acquire()
+        aside, path = f"{folder}/.{sample}", f"{folder}/{sample}.safetensors"
+        save_file(states, aside)
+        os.rename(aside, path)
+        names.put(path)
+
+
+def bench_files(size: Size, buffer: Bytes) -> float:
+    """Bytes per second by way of safetensors files in shared memory."""
+    folder = tempfile.mkdtemp(prefix="dflash-bench-", dir="/dev/shm")
+    try:
+        room, names = spawn.Semaphore(IN_FLIGHT), spawn.SimpleQueue()
+        processes = [
+            spawn.Process(target=write_files, args=(size, folder, first, room, names)) for first in range(SENDERS)
+        ]
+        for process in processes:
+            process.start()
+        started = 0.0
+        for seen in range(size.samples):
+            if seen == WARM:
+                started = time.perf_counter()
+            path = names.get()
+            with safe_open(path, "numpy") as file:
+                np.copyto(buffer, file.get_tensor("hidden_states").reshape(-1))
+            os.unlink(path)
+            room.release()
+        result = rate(size, started)
+        for process in processes:
+            process.join()
+        return result
+    finally:
+        shutil.rmtree(folder)
+
+
+def repeat(size: Size, work: Callable[[], object], seconds: float = 1.0) -> float:
+    """Bytes per second of something that goes through one payload."""
+    work()
+    started, rounds = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        work()
+        rounds += 1
+    return rounds * size.nbytes / (time.perf_counter() - started)
+
+
+def cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sample-mib", type=float, default=16.0)
+    parser.add_argument("--samples", type=int, default=96)
+    parser.add_argument("--rounds", type=int, default=3, help="of both ways in turn; the best of each counts")
+    parser.add_argument("--json", type=Path, help="file for the results")
+    args = parser.parse_args()
+    size = Size(max(1, round(args.sample_mib * 2**20 / LAYOUT.bytes_per_token)), args.samples)
+    if size.samples <= 2 * WARM:
+        raise SystemExit(f"--samples: got {size.samples}, wanted more than {2 * WARM}")
+    source, buffer = payload(size), np.zeros(size.nbytes, np.uint8)
+    rates = {
+        "memcpy": [repeat(size, lambda: np.copyto(buffer, source))],
+        "xxh3": [repeat(size, lambda: xxhash.xxh3_64_intdigest(source.data))],
+        "stream": [],
+        "files": [],
+    }
+    for _ in range(args.rounds):  # in turn, so that a busy moment of the machine meets both
+        rates["stream"].append(bench_stream(size, buffer))
+        rates["files"].append(bench_files(size, buffer))
+    best = {name: max(found) for name, found in rates.items()}
+    cores = len(os.sched_getaffinity(0))
+    print(f"{size.samples} samples of {size.nbytes / 2**20:.1f} MiB, {cores} cores, {cpu_name()}")
+    print(f"{'':8}{'GB/s':>8}{'of files':>10}{'of memcpy':>11}   all rounds, GB/s")
+    for name, value in best.items():
+        rounds = " ".join(f"{found / 1e9:.2f}" for found in rates[name])
+        print(f"{name:8}{value / 1e9:8.2f}{value / best['files']:10.2f}{value / best['memcpy']:11.2f}   {rounds}")
+    if args.json:
+        result = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "cpu": cpu_name(),
+            "cores": cores,
+            "kernel": platform.release(),
+            "python": platform.python_version(),
+            "libzmq": zmq.zmq_version(),
+            "versions": {name: version(name) for name in ("pyzmq", "numpy", "safetensors", "xxhash", "msgpack")},
+            "sample_bytes": size.nbytes,
+            "samples": size.samples,
+            "bytes_per_s": {name: [round(found) for found in rates[name]] for name in rates},
+        }
+        args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

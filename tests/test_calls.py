@@ -1,0 +1,83 @@
+"""The HTTP side of the fleet against a socket that behaves as scripted."""
+
+import queue
+import socket
+import threading
+
+import pytest
+
+from dflash_scale.stream.calls import Calls, Event, HealthAnswered, Posted
+from dflash_scale.stream.jobs import Fault, Probe, Send
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
+
+
+class Script:
+    """A listening socket; each connection is served one list of answers and then closed without a word."""
+
+    def __init__(self, *connections: list[bytes]) -> None:
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        self.requests = 0
+        threading.Thread(target=self.serve, args=(connections,), daemon=True).start()
+
+    def serve(self, connections: tuple[list[bytes], ...]) -> None:
+        for answers in connections:
+            connection, _ = self.listener.accept()
+            for answer in answers:
+                received = b""
+                while not received.endswith((b"}", b"\r\n\r\n")) or (b"POST" in received and b"{" not in received):
+                    received += connection.recv(65536)
+                self.requests += 1
+                connection.sendall(answer)
+            connection.close()
+        self.listener.close()
+
+
+@pytest.fixture
+def events() -> queue.SimpleQueue[Event]:
+    return queue.SimpleQueue()
+
+
+def post(calls: Calls, events: queue.SimpleQueue[Event], attempt: int) -> Posted:
+    calls.post(Send(0, (0, 1), attempt, 0), {"prompt": [1]})
+    event = events.get(timeout=20)
+    assert isinstance(event, Posted)
+    assert event.sent.attempt == attempt
+    return event
+
+
+def test_a_connection_is_kept_and_a_closed_one_is_not_a_dead_server(events: queue.SimpleQueue[Event]) -> None:
+    script = Script([OK, OK], [OK])
+    calls = Calls([script.address], 1, 20, events.put)
+    assert [post(calls, events, attempt).fault for attempt in range(3)] == [None] * 3
+    assert script.requests == 3
+    refused = post(calls, events, 3)
+    assert refused.fault is Fault.SERVER
+    assert "connection" in refused.reason
+    calls.close()
+
+
+def test_a_server_that_breaks_off_or_keeps_silent_is_told_apart(events: queue.SimpleQueue[Event]) -> None:
+    script = Script([b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{}"], [b""], [b""])
+    calls = Calls([script.address], 1, 0.5, events.put)
+    assert post(calls, events, 0).fault is Fault.DOUBT  # in the middle of an answer
+    assert post(calls, events, 1).fault is Fault.SERVER  # closed without an answer
+    calls.close()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        calls = Calls([f"http://127.0.0.1:{silent.getsockname()[1]}"], 1, 0.3, events.put)
+        assert post(calls, events, 2).reason == "no answer in time"
+        calls.close()
+
+
+def test_health_reports_the_status_or_the_error(events: queue.SimpleQueue[Event]) -> None:
+    script = Script([OK], [b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n"])
+    calls = Calls([script.address], 1, 20, events.put)
+    problems = []
+    for serial in range(2):
+        calls.health(Probe(0, serial), 20)
+        event = events.get(timeout=20)
+        assert isinstance(event, HealthAnswered)
+        problems.append(event.problem)
+    assert problems == ["", "GET /health answered 503"]
+    calls.close()
