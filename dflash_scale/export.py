@@ -27,7 +27,8 @@ from transformers import AutoConfig, AutoTokenizer, Qwen3Config
 
 from dflash_scale.config import Config, parse_config
 from dflash_scale.drafter import Drafter, DrafterSpec, drafter_spec
-from dflash_scale.verifier import mask_token_id, tapped_layers, verifier_shape
+from dflash_scale.taps import tapped_layers
+from dflash_scale.verifier import mask_token_id, verifier_shape
 
 log = logging.getLogger(__name__)
 

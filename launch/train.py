@@ -18,7 +18,8 @@ from torch import distributed as dist
 from dflash_scale.config import Config, load_config, resolve
 from dflash_scale.plan import print_plan
 from dflash_scale.prompts import load_prepared
-from dflash_scale.verifier import tapped_layers, verifier_shape
+from dflash_scale.taps import tapped_layers
+from dflash_scale.verifier import verifier_shape
 
 log = logging.getLogger("train")
 
@@ -105,7 +106,7 @@ def run(config: Config, *, resume: bool) -> int:
     anchors = AnchorSpec(config.drafter.block_size, config.data.anchors_per_document, train.seed)
 
     # The drafter, and of the verifier what the drafter needs: embedding, norm and head.
-    shape = verifier_shape(config.verifier.model)
+    shape = verifier_shape(config.verifier.model, allow_network=True)
     layer_ids = tapped_layers(config.verifier.layer_ids, shape.layers)
     layout = Layout((*layer_ids, shape.layers), shape.hidden_size, shape.stream_dtype(config.verifier.dtype))
     resolve(config, world, token_bytes=layout.bytes_per_token, longest_sample=int(samples.lengths.max()))

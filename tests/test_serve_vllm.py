@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dflash_scale.stream.wire import WireError
-from dflash_scale.verifier import default_layer_ids
+from dflash_scale.taps import default_layer_ids
 
 SCRIPT = Path(__file__).parents[1] / "launch" / "serve_vllm.py"
 ZMQ = "tcp://127.0.0.1:5601"
@@ -66,11 +66,6 @@ def test_eager_only_on_a_cpu_and_only_by_default(model: Path) -> None:
     assert "--enforce-eager" in command(model)
     assert "--enforce-eager" not in command(model, gpu=True)
     assert "--enforce-eager" not in command(model, "--no-enforce-eager")
-
-
-@pytest.mark.parametrize("layers", range(2, 100))
-def test_default_layer_ids_are_the_trainers(layers: int) -> None:
-    assert serve_vllm.default_layer_ids(layers) == default_layer_ids(layers)
 
 
 def test_default_layer_ids_reach_the_command(model: Path) -> None:

@@ -10,10 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from dflash_scale.verifier import (
     FINAL_NORM,
-    default_layer_ids,
     load_verifier_head,
     mask_token_id,
-    tapped_layers,
     verifier_shape,
 )
 
@@ -163,26 +161,6 @@ def test_qwen3_8b_is_known_without_network() -> None:
 def test_absent_verifier_says_how_to_get_it(model: str) -> None:
     with pytest.raises(ValueError, match=r"verifier\.model: got .* wanted a folder with a config\.json"):
         verifier_shape(model)
-
-
-def test_default_layer_ids_are_the_papers() -> None:
-    assert default_layer_ids(36) == (2, 10, 18, 26, 34)
-    assert default_layer_ids(8) == (2, 3, 4, 5, 6)
-    assert default_layer_ids(6) == (2, 3, 4)
-    assert [default_layer_ids(n) for n in (2, 3, 4)] == [(1,), (1,), (2,)]
-    for layers in range(2, 130):
-        ids = default_layer_ids(layers)
-        assert list(ids) == sorted(set(ids)), layers
-        assert 1 <= ids[0] <= ids[-1] < layers
-    with pytest.raises(ValueError, match="at least 2"):
-        default_layer_ids(1)
-
-
-def test_tapped_layers_stay_inside_the_verifier() -> None:
-    assert tapped_layers(None, 36)[0] == 2
-    assert tapped_layers((0, 35), 36) == (0, 35)
-    with pytest.raises(ValueError, match=r"verifier\.layer_ids: got 36, wanted ids below 36"):
-        tapped_layers((1, 36), 36)
 
 
 class FakeTokenizer:
