@@ -226,6 +226,7 @@ def main() -> None:
     size = Size(max(1, round(args.sample_mib * 2**20 / LAYOUT.bytes_per_token)), args.samples)
     if size.samples <= 2 * WARM:
         raise SystemExit(f"--samples: got {size.samples}, wanted more than {2 * WARM}")
+    load = os.getloadavg()[0]  # above 0, the figures are those of a machine that others use as well
     source, buffer = payload(size), np.zeros(size.nbytes, np.uint8)
     rates = {
         "memcpy": [repeat(size, lambda: np.copyto(buffer, source))],
@@ -248,6 +249,7 @@ def main() -> None:
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "cpu": cpu_name(),
             "cores": cores,
+            "load_average_before": load,
             "kernel": platform.release(),
             "python": platform.python_version(),
             "libzmq": zmq.zmq_version(),

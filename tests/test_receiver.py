@@ -366,6 +366,26 @@ def test_a_rank_starts_its_stream_with_one_call(make_run: Callable[..., Run]) ->
     assert stream.receiver.process.returncode == 0
 
 
+def test_the_second_rank_finds_its_ring(make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run([FakeServer().start()])
+    for name, value in {"WORLD_SIZE": "4", "LOCAL_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    run.config = parse_config(run.config.model_dump() | {"train": {"rows_per_step": 4, "output_dir": str(run.folder)}})
+    first = Stream.start(run.config, LAYOUT, first_step=1, run_id=RUN)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    second = Stream.start(run.config, LAYOUT, first_step=1, run_id=RUN)
+    assert second.receiver is None
+    wanted = next(row for row in run.rows(4, 3) if row.places)
+    record = second.ring.next_record(timeout=60)
+    assert record is not None
+    assert (record.epoch, record.sample) in {
+        (row.epoch, place.sample) for row in run.rows(4, 3)[:3] for place in row.places
+    }, f"row {wanted} comes first"
+    second.close()
+    first.close()
+
+
 def test_dropped_messages_are_logged_once_a_minute(caplog: pytest.LogCaptureFixture) -> None:
     dropped = Dropped()
     for number in range(5):
