@@ -54,16 +54,21 @@ class AnswerSpec:
 def cut_prompts(tokenizer: PreTrainedTokenizerFast, files: list[Path], count: int, seed: int) -> npt.NDArray[np.int32]:
     """`count` different prompts of equal length, (count, n) int32, from places spread over `files`.
 
+    Each starts with a statement or a decorator: the library's long comment blocks would otherwise be most of them, and
+    a small verifier answers those by repeating one line.
+
     Raises:
         ValueError: the files have fewer places than `count`.
     """
     turns = Turns.of(tokenizer)
     encoded = encode_files(tokenizer, read_sources(files))
+    statements = {id_ for token, id_ in tokenizer.get_vocab().items() if token[0].isalpha() and token[0].isascii()}
+    statements.add(tokenizer.get_vocab()["@"])
     places = [
         (file, int(start))
         for file, ids in enumerate(encoded)
         for start in line_starts(tokenizer, ids[: max(len(ids) - CODE_TOKENS, 1)])
-        if start + CODE_TOKENS <= len(ids)
+        if start + CODE_TOKENS <= len(ids) and int(ids[start]) in statements
     ]
     cut: dict[bytes, npt.NDArray[np.int32]] = {}
     for index in np.random.default_rng(seed).permutation(len(places)):

@@ -275,7 +275,7 @@ def train_model(
         return torch.from_numpy(np.stack([next(sequences) for _ in range(spec.batch)])).long()
 
     started, step, progress, losses = time.perf_counter(), 0, 0.0, [math.log(VOCABULARY)]
-    bf16 = faster_in_bf16(model, batch())
+    bf16 = faster_in_bf16(model, batch()[:2])
     bar = tqdm(total=100, unit="%", desc="verifier", bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed} {postfix}")
     with bar:
         while progress < 1.0:
