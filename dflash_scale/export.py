@@ -1,6 +1,6 @@
 """From a training checkpoint to a folder that stock vLLM serves, in the speculators format, and back.
 
-    dflash-scale export runs/demo/checkpoints/step-000500 runs/demo/drafter
+    dflash-scale export runs/demo/train runs/demo/drafter
     vllm serve VERIFIER --speculative-config '{"method": "dflash", "model": "runs/demo/drafter", ...}'
 
 config.json is what vLLM 0.32's `transformers_utils/configs/speculators` reads; model.safetensors holds the drafter's

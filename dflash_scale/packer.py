@@ -3,7 +3,7 @@
 Samples are packed once, first fit, into rows of at most T tokens; every epoch shuffles the rows. The schedule is a pure
 function of the data set and the configuration: every rank and the receiver compute the same one, so nothing is
 negotiated while a run goes on, every rank has the same number of micro-steps, and a resumed run continues at a step
-number alone, on any world size that divides the rows of a step.
+number alone. A step holds the same rows on any number of ranks.
 
 T tokens in a packed row · A anchors in it · S block size.
 """
@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dflash_scale.anchors import VALIDATION_EPOCH, anchor_seed, plan_anchors
+from dflash_scale.config import Config
 
 OPEN_ROWS = 64  # rows that first fit looks at; bounds the packing to O(samples), at a cost below 1 % of fill
 
@@ -114,6 +115,20 @@ class ScheduleSpec:
     epochs: int
     max_steps: int | None
     validate_every: int
+
+
+def schedule_spec(config: Config, world_size: int) -> ScheduleSpec:
+    """What a run's configuration says of the schedule; ranks and receiver must both ask here."""
+    train = config.train
+    return ScheduleSpec(
+        row_tokens=config.data.row_tokens,
+        rows_per_step=train.rows_per_step,
+        world_size=world_size,
+        seed=train.seed,
+        epochs=train.epochs,
+        max_steps=train.max_steps,
+        validate_every=train.validate_every,
+    )
 
 
 class RowSchedule:

@@ -17,7 +17,7 @@ import torch
 
 from dflash_scale.config import Config, resolve
 from dflash_scale.drafter import Drafter, DrafterSpec, drafter_spec
-from dflash_scale.packer import Place, RowSchedule, Samples, ScheduleSpec
+from dflash_scale.packer import Place, RowSchedule, Samples, schedule_spec
 from dflash_scale.prompts import Prepared, load_prepared
 from dflash_scale.stream.wire import Layout
 from dflash_scale.taps import tapped_layers
@@ -79,7 +79,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
     schedule = schedule_of(config, data, world_size) if data is not None else None
     most = most_anchors(config, schedule)
     per_document, tokens = config.data.anchors_per_document, config.data.row_tokens
-    anchors = most if schedule is not None else min(most, max(1, per_document * tokens // ASSUMED_DOCUMENT))
+    anchors = most if schedule is not None else min(most, max(per_document, per_document * tokens // ASSUMED_DOCUMENT))
     return Plan(
         config=config,
         shape=shape,
@@ -99,19 +99,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
 
 def schedule_of(config: Config, data: Prepared, world_size: int) -> RowSchedule:
     """The run's schedule, the same that the ranks will follow."""
-    train = config.train
-    return RowSchedule(
-        Samples(data.train, data.validation),
-        ScheduleSpec(
-            config.data.row_tokens,
-            train.rows_per_step,
-            world_size,
-            train.seed,
-            train.epochs,
-            train.max_steps,
-            train.validate_every,
-        ),
-    )
+    return RowSchedule(Samples(data.train, data.validation), schedule_spec(config, world_size))
 
 
 def most_anchors(config: Config, schedule: RowSchedule | None) -> int:

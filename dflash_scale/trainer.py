@@ -11,7 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -37,12 +37,22 @@ log = logging.getLogger(__name__)
 
 
 def lr_factor(step: int, total: int, warmup_ratio: float, floor: float) -> float:
-    """Linear warm-up from 0, then a cosine to `floor`; `step` optimizer steps are completed."""
+    """Linear warm-up to 1, then a cosine to `floor`; `step` optimizer steps are completed."""
     warmup = max(1, round(warmup_ratio * total))
     if step < warmup:
         return (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def join_ranks(device: torch.device) -> dist.ProcessGroup:
+    """Joins the process group that the launcher's environment describes; returns a group for what stays on the CPU."""
+    if device.type == "cpu":
+        # DeepSpeed's all-reduce for CPU inference: training never calls it, its build takes half a minute, and the
+        # shared memory that it makes at once outlives a killed rank.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
+    return dist.new_group(backend="gloo")
 
 
 def engine_config(config: Config, world_size: int) -> dict[str, Any]:
@@ -135,7 +145,8 @@ class Trainer:
 
     def run(self) -> bool:
         """Trains. Returns True if the schedule was completed, False if the run was asked to stop before."""
-        signal.signal(signal.SIGTERM, self._on_sigterm)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
         saved = self.step
         stop = False
         while self.step < self.parts.schedule.total_steps:
@@ -150,11 +161,11 @@ class Trainer:
         if stop and saved != self.step:
             self._save(best=False)
         if stop:
-            log.warning("stopped by SIGTERM after step %d; continue with --resume", self.step)
+            log.warning("stopped by a signal after step %d; continue with --resume", self.step)
         self._close(complete=not stop)
         return not stop
 
-    def _on_sigterm(self, signum: int, frame: FrameType | None) -> None:
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         self.stopping = True
 
     def _train_step(self, step: int) -> bool:
@@ -281,16 +292,7 @@ class Trainer:
         return [float((own == batch.plan.block_tokens)[trained].sum()), float(trained.sum())]
 
     def _save(self, best: bool) -> None:
-        old = self.parts.position
-        position = Position(
-            step=self.step,
-            best_acceptance_length=self.best,
-            rows_per_step=old.rows_per_step,
-            row_tokens=old.row_tokens,
-            block_size=old.block_size,
-            seed=old.seed,
-            data=old.data,
-        )
+        position = replace(self.parts.position, step=self.step, best_acceptance_length=self.best)
         started = time.perf_counter()
         self.parts.checkpoints.save(self.parts.engine, position, self.parts.config.dump(), best=best)
         self._leave_out(started, self.interval.waited)

@@ -14,6 +14,7 @@ import json
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -216,11 +217,19 @@ def parse(arguments: Sequence[str]) -> Serving:
     )
 
 
+def has_vllm(python: str) -> bool:
+    """Whether that interpreter finds vLLM; it is not imported, which takes seconds."""
+    look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+    return subprocess.run([python, "-c", look], check=False).returncode == 0
+
+
 def main() -> int:
     try:
         serving = parse(sys.argv[1:])
         if shutil.which(serving.python) is None:
             raise ValueError(f"--python {serving.python} is not a program.")
+        if not has_vllm(serving.python):
+            raise ValueError(f"{serving.python} has no vLLM: give the Python of vLLM's own environment with --python.")
         gpu = Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()
         command = build_command(serving, gpu=gpu)
     except ValueError as error:

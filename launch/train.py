@@ -1,7 +1,7 @@
 """Trains a drafter: `deepspeed launch/train.py --config configs/zero2_dflash.json [--set section.key=value ...]`.
 
-One process per GPU (or per core group on a CPU), started by the `deepspeed` launcher or by srun. `--plan` prints what
-the run resolves to and exits, without a GPU, a server or the network.
+One process per GPU (on a CPU: as many as --num_accelerators says), started by the `deepspeed` launcher. `--plan` prints
+what the run resolves to and exits, without a GPU, a server or the network.
 """
 
 import argparse
@@ -10,16 +10,21 @@ import os
 import secrets
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import distributed as dist
 
 from dflash_scale.config import Config, load_config, resolve
 from dflash_scale.plan import print_plan
-from dflash_scale.prompts import load_prepared
+from dflash_scale.prompts import load_prepared, tokenizer_hash
 from dflash_scale.taps import tapped_layers
 from dflash_scale.verifier import verifier_shape
+
+if TYPE_CHECKING:
+    from dflash_scale.trainer import Trainer
 
 log = logging.getLogger("train")
 
@@ -30,7 +35,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value")
     parser.add_argument("--resume", action="store_true", help="continue from the latest checkpoint in output_dir")
     parser.add_argument("--plan", action="store_true", help="print the resolved run and exit")
-    parser.add_argument("--world", type=int, default=8, help="number of GPUs to plan for (--plan only)")
+    parser.add_argument("--world", type=int, default=8, help="ranks (GPUs) to plan for, with --plan")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
     return parser.parse_args(argv)
 
@@ -47,39 +52,64 @@ def main() -> int:
             return 0
         resolve(config, int(os.environ.get("WORLD_SIZE", "1")))
     except ValueError as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
     return run(config, resume=args.resume)
 
 
 def start_ranks(config: Config) -> tuple[torch.device, dist.ProcessGroup]:
     """Joins the process group; returns this rank's device and a group for what stays on the CPU."""
-    import deepspeed
+    from dflash_scale.trainer import follow_launcher, join_ranks
 
-    from dflash_scale.trainer import follow_launcher
-
-    local_rank, local_world = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_SIZE", "1"))
+    environment = os.environ
+    local_rank = int(environment.get("LOCAL_RANK", "0"))
+    local_world = int(environment.get("LOCAL_SIZE") or environment.get("LOCAL_WORLD_SIZE") or "1")
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
-    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
     threading.Thread(target=follow_launcher, name="follow-launcher", daemon=True).start()
-    return device, dist.new_group(backend="gloo")
+    return device, join_ranks(device)
 
 
 def run(config: Config, *, resume: bool) -> int:
-    """The whole run of one rank. Returns 0 when the schedule is complete, 143 when SIGTERM ended it early."""
+    """The whole run of one rank. Returns 0 when the schedule is complete, 143 when a signal ended it early, 2 when the
+    configuration, the data set, the verifier and the checkpoint do not fit together."""
     device, control = start_ranks(config)
+    try:
+        trainer, close = set_up(config, device, control, resume=resume)
+    except ValueError as error:
+        return refuse(error)
+    try:
+        complete = trainer.run()
+    finally:
+        close()
+    return 0 if complete else 143
+
+
+def refuse(error: ValueError) -> int:
+    """One line for the person, the traceback for whoever sets the log level to debug."""
+    log.debug("refused", exc_info=error)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return 2
+
+
+def set_up(
+    config: Config, device: torch.device, control: dist.ProcessGroup, *, resume: bool
+) -> "tuple[Trainer, Callable[[], None]]":
+    """Makes everything that a run works with, servers last; returns the trainer, and what ends the stream.
+
+    Raises:
+        ValueError: what was given does not fit together.
+    """
     from transformers import AutoTokenizer
 
     from dflash_scale.assembler import AssemblerSpec, RowAssembler
     from dflash_scale.checkpoint import Checkpoints, Position
     from dflash_scale.drafter import Drafter, drafter_spec
-    from dflash_scale.packer import AnchorSpec, RowSchedule, Samples, ScheduleSpec
+    from dflash_scale.packer import AnchorSpec, RowSchedule, Samples, schedule_spec
     from dflash_scale.stream.receiver import Stream
     from dflash_scale.stream.wire import Layout
     from dflash_scale.trainer import Parts, Trainer, make_engine
@@ -91,18 +121,7 @@ def run(config: Config, *, resume: bool) -> int:
     # What is trained when: a function of the data set and the configuration alone.
     prepared = load_prepared(Path(config.data.path))
     samples = Samples(prepared.train, prepared.validation)
-    schedule = RowSchedule(
-        samples,
-        ScheduleSpec(
-            config.data.row_tokens,
-            train.rows_per_step,
-            world,
-            train.seed,
-            train.epochs,
-            train.max_steps,
-            train.validate_every,
-        ),
-    )
+    schedule = RowSchedule(samples, schedule_spec(config, world))
     anchors = AnchorSpec(config.drafter.block_size, config.data.anchors_per_document, train.seed)
 
     # The drafter, and of the verifier what the drafter needs: embedding, norm and head.
@@ -110,64 +129,51 @@ def run(config: Config, *, resume: bool) -> int:
     layer_ids = tapped_layers(config.verifier.layer_ids, shape.layers)
     layout = Layout((*layer_ids, shape.layers), shape.hidden_size, shape.stream_dtype(config.verifier.dtype))
     resolve(config, world, token_bytes=layout.bytes_per_token, longest_sample=int(samples.lengths.max()))
-    mask = mask_token_id(
-        AutoTokenizer.from_pretrained(config.verifier.model), shape.vocab_size, config.drafter.mask_token_id
-    )
+    tokenizer = AutoTokenizer.from_pretrained(config.verifier.model)
+    if tokenizer_hash(tokenizer) != prepared.manifest["tokenizer"]:
+        raise ValueError(
+            f"data.path: {config.data.path} was prepared with the tokenizer of {prepared.manifest['model']}, "
+            f"not with that of verifier.model = {config.verifier.model}; prepare the data set again with --model"
+        )
+    mask = mask_token_id(tokenizer, shape.vocab_size, config.drafter.mask_token_id)
     spec = drafter_spec(config.drafter, shape, layer_ids, mask)
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
     head = load_verifier_head(config.verifier.model, dtype, device)
     drafter = Drafter(spec, config.drafter.attention_backend)
     drafter.initialise(train.seed)
 
-    engine = make_engine(config, drafter, schedule.total_steps)
-
+    # A run is continued only if it is asked for, and only with the schedule that it began with.
     checkpoints = Checkpoints(output / "checkpoints", train.keep_checkpoints)
+    if not resume and checkpoints.latest() is not None:
+        raise ValueError(f"{output} holds a run: give --resume to continue it, or another train.output_dir")
     if rank == 0:
         checkpoints.clean()
+    engine = make_engine(config, drafter, schedule.total_steps)
     position = Position(
         step=0,
         best_acceptance_length=0.0,
+        world_size=world,
         rows_per_step=train.rows_per_step,
         row_tokens=config.data.row_tokens,
         block_size=config.drafter.block_size,
         seed=train.seed,
         data=prepared.fingerprint,
     )
-    dist.barrier()
     if resume:
         position = checkpoints.load(engine, position)
-    elif checkpoints.latest() is not None:
-        raise ValueError(f"{output} holds a run: give --resume to continue it, or another train.output_dir")
 
     # Hidden states: one receiver process per node fills this rank's ring, a thread fills rows from the ring.
     stream = Stream.start(config, layout, first_step=position.step + 1, run_id=shared_run_id(control))
-    assembler = RowAssembler(
-        stream.ring,
-        schedule.rows(rank, position.step + 1),
-        samples,
-        AssemblerSpec(layout, config.data.row_tokens, config.stream.lookahead_rows, anchors, device),
-    )
-    trainer = Trainer(
-        Parts(
-            config,
-            spec,
-            head,
-            samples,
-            schedule,
-            engine,
-            iter(assembler),
-            checkpoints,
-            control,
-            position,
-            output,
-        )
-    )
-    try:
-        complete = trainer.run()
-    finally:
+    room = AssemblerSpec(layout, config.data.row_tokens, config.stream.lookahead_rows, anchors, device)
+    assembler = RowAssembler(stream.ring, schedule.rows(rank, position.step + 1), samples, room)
+    batches = iter(assembler)
+    parts = Parts(config, spec, head, samples, schedule, engine, batches, checkpoints, control, position, output)
+
+    def close() -> None:
         assembler.close()
         stream.close()
-    return 0 if complete else 143
+
+    return Trainer(parts), close
 
 
 def shared_run_id(control: dist.ProcessGroup) -> str:

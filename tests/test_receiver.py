@@ -20,7 +20,7 @@ import pytest
 from fake_verifier import LAYOUT, states
 
 from dflash_scale.config import Config, parse_config
-from dflash_scale.packer import Row, RowSchedule, Samples, ScheduleSpec
+from dflash_scale.packer import Row, RowSchedule, Samples, schedule_spec
 from dflash_scale.prompts import FEATURES, FORMAT, load_prepared
 from dflash_scale.stream.intake import Dropped
 from dflash_scale.stream.jobs import Key
@@ -106,9 +106,7 @@ class Run:
         self.samples = Samples(prepared.train, prepared.validation)
 
     def rows(self, world: int, rank: int, first_step: int = 1) -> list[Row]:
-        train = self.config.train
-        spec = ScheduleSpec(96, train.rows_per_step, world, train.seed, train.epochs, None, train.validate_every)
-        return list(RowSchedule(self.samples, spec).rows(rank, first_step))
+        return list(RowSchedule(self.samples, schedule_spec(self.config, world)).rows(rank, first_step))
 
     def spawn(self, world: int = 1, first_step: int = 1) -> Receiver:
         content, status = self.config.model_dump(mode="json"), str(self.folder / "status.json")

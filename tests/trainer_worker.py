@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import deepspeed
 import numpy as np
 import torch
 from deepspeed import DeepSpeedEngine
@@ -21,8 +20,8 @@ from dflash_scale.assembler import RowBatch
 from dflash_scale.checkpoint import Checkpoints, Position
 from dflash_scale.config import load_config
 from dflash_scale.drafter import Drafter, drafter_spec
-from dflash_scale.packer import AnchorSpec, Row, RowSchedule, Samples, ScheduleSpec, plan_row
-from dflash_scale.trainer import Parts, Trainer, make_engine
+from dflash_scale.packer import AnchorSpec, Row, RowSchedule, Samples, plan_row, schedule_spec
+from dflash_scale.trainer import Parts, Trainer, join_ranks, make_engine
 from dflash_scale.verifier import VerifierHead, VerifierShape
 
 HIDDEN, TAPS, VOCAB = 32, 2, 64
@@ -62,8 +61,7 @@ def record_gradients(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
     def recording_step() -> None:
         if engine.is_gradient_accumulation_boundary():
             for name, parameter in engine.module.named_parameters():
-                whole = parameter.grad if engine.zero_optimization_stage() == 0 else safe_get_full_grad(parameter)
-                seen[f"gradient.{name}"] = whole.detach().float().clone()
+                seen[f"gradient.{name}"] = safe_get_full_grad(parameter).detach().float().clone()
         step()
 
     engine.step = recording_step
@@ -74,22 +72,11 @@ def main() -> None:
     arguments = [a for a in sys.argv[1:] if not a.startswith("--")]
     config, out, resume = load_config(arguments[0]), Path(arguments[1]), "--resume" in sys.argv
     torch.set_num_threads(1)
-    deepspeed.init_distributed(dist_backend="gloo")
-    control, rank, world = dist.new_group(backend="gloo"), dist.get_rank(), dist.get_world_size()
+    control = join_ranks(torch.device("cpu"))
+    rank, world = dist.get_rank(), dist.get_world_size()
     samples = Samples(Formula(12, 0), Formula(4, 100))
     train = config.train
-    schedule = RowSchedule(
-        samples,
-        ScheduleSpec(
-            config.data.row_tokens,
-            train.rows_per_step,
-            world,
-            train.seed,
-            train.epochs,
-            train.max_steps,
-            train.validate_every,
-        ),
-    )
+    schedule = RowSchedule(samples, schedule_spec(config, world))
     shape = VerifierShape(
         "qwen3", HIDDEN, 4, 4, 2, 8, 48, VOCAB, 64, 1e-6, {"rope_type": "default", "rope_theta": 1e4}, False, "float32"
     )
@@ -102,7 +89,14 @@ def main() -> None:
     engine = make_engine(config, drafter, schedule.total_steps)
     checkpoints = Checkpoints(out / "checkpoints", train.keep_checkpoints)
     position = Position(
-        0, 0.0, train.rows_per_step, config.data.row_tokens, config.drafter.block_size, train.seed, "formula"
+        0,
+        0.0,
+        world,
+        train.rows_per_step,
+        config.data.row_tokens,
+        config.drafter.block_size,
+        train.seed,
+        "formula",
     )
     if resume:
         position = checkpoints.load(engine, position)

@@ -159,7 +159,7 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
             layout,
             self._vllm_config.model_config.served_model_name or self._vllm_config.model_config.model,
             insecure=bool(self._extra.get("insecure", False)),
-            max_bytes=int(self._extra.get("max_bytes", 2 << 30)),
+            max_bytes=int(self._extra.get("max_bytes", 8 << 30)),
         )
         log.info("Hidden states of layers %s go out at %s", list(layout.layer_ids), self._publisher.endpoint)
 

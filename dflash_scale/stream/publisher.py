@@ -80,7 +80,7 @@ class Publisher:
         model: str,
         *,
         insecure: bool = False,
-        max_bytes: int = 2 << 30,
+        max_bytes: int = 8 << 30,  # four receivers at the default stream.server_credit_bytes
     ) -> None:
         self.layout = layout
         self.server_id = secrets.token_hex(8)

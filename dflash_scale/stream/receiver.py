@@ -7,8 +7,8 @@ kernel's parent-death signal, and a look at the parent's pid once a second), or 
 fails, its traceback is on stderr, its exit status is not 0, and every rank sees a dead writer in its ring.
 
 Once a second it writes a status file (JSON, replaced atomically) for progress and reports:
-state "starting" | "running" | "complete" | "stopped" · rings [names] · issued, retried, committed, committed_bytes,
-quarantined (counts of samples) · quarantined_samples [{epoch, sample, reason}], the first 1000 · dropped {reason:
+state "starting" | "running" | "complete" | "stopped" · pid · rings [names] · issued, retried, committed,
+committed_bytes, quarantined (counts of samples) · quarantined_samples [{epoch, sample, reason}], the first 1000 · dropped {reason:
 count} of messages · outstanding_bytes · blocked_on, and blocked_s {what: seconds}: "readers" (a rank has not opened its
 ring), "no server" (none is healthy), "credit", "requests" (all slots in use), "servers" (all is requested), "ring"
 (full), "trainer" (look-ahead used up) · servers [{http, healthy, reason, outstanding_bytes, open_requests, samples,
@@ -124,14 +124,16 @@ class Stream:
     def start(cls, config: Config, layout: Layout, *, first_step: int, run_id: str) -> Stream:
         """Starts (first rank of a node) or awaits (the others) the receiver and opens this rank's ring.
 
-        The rank's place is read from the launcher's RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_SIZE.
+        The rank's place is read from the launcher's RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_SIZE (torchrun's name for it:
+        LOCAL_WORLD_SIZE).
 
         Raises:
             RuntimeError: the receiver did not come up.
         """
         env = os.environ
         rank, world_size = int(env.get("RANK", "0")), int(env.get("WORLD_SIZE", "1"))
-        local_rank, local_size = int(env.get("LOCAL_RANK", "0")), int(env.get("LOCAL_SIZE", "1"))
+        local_rank = int(env.get("LOCAL_RANK", "0"))
+        local_size = int(env.get("LOCAL_SIZE") or env.get("LOCAL_WORLD_SIZE") or "1")  # deepspeed's name, torchrun's
         first = rank - local_rank  # launchers number the ranks of a node one after the other
         status = Path(config.train.output_dir) / "stream" / f"{run_id}-rank{first}.json"
         receiver = None
@@ -249,27 +251,16 @@ def serve(spec: ReceiverSpec, config: Config, rings: Sequence[Ring], stop: Stop)
 
 def make_intake(spec: ReceiverSpec, config: Config, rings: Sequence[Ring]) -> Any:
     """The loop with all that it works on, from the spec: the same schedule that the ranks compute."""
-    from dflash_scale.packer import RowSchedule, Samples, ScheduleSpec
+    from dflash_scale.packer import RowSchedule, Samples, schedule_spec
     from dflash_scale.prompts import load_prepared  # imports datasets, seconds: after the rings are there
     from dflash_scale.stream.intake import Identity, Intake
     from dflash_scale.stream.jobs import Limits
     from dflash_scale.stream.window import Window
 
-    stream, train = config.stream, config.train
+    stream = config.stream
     prepared = load_prepared(config.data.path)
     samples = Samples(prepared.train, prepared.validation)
-    schedule = RowSchedule(
-        samples,
-        ScheduleSpec(
-            row_tokens=config.data.row_tokens,
-            rows_per_step=train.rows_per_step,
-            world_size=spec.world_size,
-            seed=train.seed,
-            epochs=train.epochs,
-            max_steps=train.max_steps,
-            validate_every=train.validate_every,
-        ),
-    )
+    schedule = RowSchedule(samples, schedule_spec(config, spec.world_size))
     windows = [
         Window(
             ring,

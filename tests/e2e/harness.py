@@ -179,9 +179,7 @@ def run_config(verifier: Path, data: Path, servers: list[Embedded], folder: Path
         "drafter": {"layers": 1, "block_size": 4},
         "data": {"path": str(data), "row_tokens": 128, "anchors_per_document": 8},
         "stream": {
-            "servers": [
-                {"http": f"http://127.0.0.1:{s.http}", "zmq": f"tcp://127.0.0.1:{s.zmq}"} for s in servers
-            ],
+            "servers": [{"http": f"http://127.0.0.1:{s.http}", "zmq": f"tcp://127.0.0.1:{s.zmq}"} for s in servers],
             "ring_bytes": 1 << 20,
             "credit_bytes": 1 << 20,
             "server_credit_bytes": 1 << 19,
