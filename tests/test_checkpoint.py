@@ -1,0 +1,37 @@
+"""Checkpoints on disk: what a kill leaves, what is kept. Saving and loading under DeepSpeed: tests/test_trainer.py."""
+
+from pathlib import Path
+
+import pytest
+
+from dflash_scale.checkpoint import Checkpoints, Position, write_aside
+
+POSITION = Position(3, 1.5, 2, 8, 64, 4, 0, "data")
+
+
+def fill(folder: Path, names: list[str], **pointers: str) -> Checkpoints:
+    for name in names:
+        (folder / name).mkdir(parents=True)
+    for pointer, name in pointers.items():
+        write_aside(folder / pointer, name)
+    return Checkpoints(folder, keep=2)
+
+
+def test_what_an_interrupted_save_left_is_removed(tmp_path: Path) -> None:
+    checkpoints = fill(tmp_path, ["step-000010", "step-000020.partial"], latest="step-000010")
+    (tmp_path / "latest.partial").write_text("step-000020")
+    checkpoints.clean()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000010"]
+    assert checkpoints.latest() == tmp_path / "step-000010"
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
+    names = [f"step-{step:06d}" for step in (10, 20, 30, 40)]
+    checkpoints = fill(tmp_path, names, latest="step-000040", best="step-000010")
+    checkpoints._remove_old()
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-000010", "step-000030", "step-000040"]
+
+
+def test_resume_without_a_checkpoint_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--resume: no checkpoint in"):
+        Checkpoints(tmp_path, keep=1).load(None, POSITION)
