@@ -29,10 +29,8 @@ import numpy as np
 import numpy.typing as npt
 from datasets.arrow_writer import ArrowWriter
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from dflash_scale.conversations import BadLine, Encoded, Encoder
-from dflash_scale.verifier import verifier_shape
 
 log = logging.getLogger(__name__)
 
@@ -151,6 +149,8 @@ def prepare(
         raise ValueError(f"prepare: got validation_fraction {validation_fraction}, wanted 0 to below 1")
     if max_tokens < 2 or workers < 1:
         raise ValueError(f"prepare: got max_tokens {max_tokens} and workers {workers}, wanted at least 2 and 1")
+    from transformers import AutoTokenizer  # seconds; the receiver imports this module too, and tokenises nothing
+
     files = find_files(sources)
     aside = out.with_name(f"{out.name}.partial-{os.getpid()}")
     aside.mkdir(parents=True)
@@ -304,6 +304,10 @@ def _encode_all(files: Sequence[Path], model: str, max_tokens: int, workers: int
 
 def make_encoder(model: str, max_tokens: int) -> Encoder:
     """The encoder of a verifier, or of a folder that holds only its tokenizer."""
+    from transformers import AutoTokenizer
+
+    from dflash_scale.verifier import verifier_shape
+
     tokenizer = AutoTokenizer.from_pretrained(model)
     try:
         vocab_rows = verifier_shape(model).vocab_size

@@ -42,8 +42,12 @@ OURS = {
     "--host": "give it before the --",
 }
 # A CPU server beside training ranks: one thread, bound to no core (vLLM's automatic binding takes the same cores for
-# every server and keeps two cores free, which leaves none on a machine with two).
+# every server and keeps two cores free, which leaves none on a machine with two), and the worker inside the engine's
+# process: two processes that talk through shared memory spin for a second after every message, and two such servers
+# halve the speed of two ranks beside them. vLLM honours `uni` on a CPU only with the variable below.
+CPU_EXECUTOR = ("--distributed-executor-backend", "uni")
 CPU_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
@@ -78,6 +82,9 @@ def build_command(serving: Serving, *, gpu: bool) -> list[str]:
         command += ["--speculative-config", json.dumps(drafter_config(serving.drafter))]
     if not gpu and not _has_flag(serving.extra, "--enforce-eager", "--no-enforce-eager"):
         command.append("--enforce-eager")  # saves the compilation, which costs minutes on a CPU
+    parallel = ("--distributed-executor-backend", "--tensor-parallel-size", "-tp")
+    if not gpu and not _has_flag(serving.extra, *parallel):
+        command += CPU_EXECUTOR
     return [*command, *serving.extra]
 
 
@@ -228,10 +235,10 @@ def main() -> int:
         serving = parse(sys.argv[1:])
         if shutil.which(serving.python) is None:
             raise ValueError(f"--python {serving.python} is not a program.")
-        if not has_vllm(serving.python):
-            raise ValueError(f"{serving.python} has no vLLM: give the Python of vLLM's own environment with --python.")
         gpu = Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()
         command = build_command(serving, gpu=gpu)
+        if not has_vllm(serving.python):
+            raise ValueError(f"{serving.python} has no vLLM: give the Python of vLLM's own environment with --python.")
     except ValueError as error:
         print(f"serve_vllm: {error}", file=sys.stderr)
         return 2

@@ -202,13 +202,30 @@ def test_the_script_refuses_with_one_line(model: Path) -> None:
 def test_the_script_becomes_vllm(model: Path, tmp_path: Path) -> None:
     """exec: the process that was started is the one that the interpreter of --python runs in."""
     fake = tmp_path / "python"
-    fake.write_text('#!/bin/sh\necho "$$ $OMP_NUM_THREADS $@"\nexit 7\n')
+    fake.write_text('#!/bin/sh\n[ "$1" = -c ] && exit 0  # is vLLM there?\necho "$$ $OMP_NUM_THREADS $@"\nexit 7\n')
     fake.chmod(0o755)
     line = [sys.executable, str(SCRIPT), str(model), "--port", "8001", "--zmq", ZMQ, "--python", str(fake)]
     process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 7
     assert out.splitlines()[-1].startswith(f"{process.pid} 1 -m {serve_vllm.SERVER_MODULE} --model {model}")
+
+
+def test_an_interpreter_without_vllm_is_refused(model: Path) -> None:
+    line = [sys.executable, str(SCRIPT), str(model), "--port", "8001", "--zmq", ZMQ]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert (
+        done.stderr
+        == f"serve_vllm: {sys.executable} has no vLLM: give the Python of vLLM's own environment with --python.\n"
+    )
+
+
+def test_one_process_on_a_cpu_unless_told_otherwise(model: Path) -> None:
+    line = command(model)
+    assert line[line.index("--distributed-executor-backend") + 1] == "uni"
+    assert "uni" not in command(model, gpu=True)
+    assert "uni" not in command(model, "--tensor-parallel-size", "2")
 
 
 def test_imports_nothing_heavy() -> None:

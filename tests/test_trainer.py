@@ -89,6 +89,14 @@ def test_gradient_is_the_same_however_samples_fall(
         torch.testing.assert_close(got[name], wanted[name], rtol=1e-4, atol=1e-5 * float(scale), msg=name)
 
 
+def test_bf16_with_fp32_masters_follows_fp32(baseline: dict, tmp_path: Path) -> None:
+    got, wanted = launch(2, settings(4, 64, precision="bf16"), tmp_path), baseline["decay"]
+    for name in wanted:
+        if name.startswith("gradient."):
+            similarity = torch.cosine_similarity(got[name].flatten(), wanted[name].flatten(), dim=0)
+            assert similarity > 0.98, (name, float(similarity))
+
+
 def test_resume_equals_the_uninterrupted_run_bit_for_bit(tmp_path: Path) -> None:
     config = settings(2, 64, epochs=3, checkpoint_every=2, validate_every=2)
     whole = launch(2, config, tmp_path)

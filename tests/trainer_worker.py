@@ -85,7 +85,8 @@ def main() -> None:
     drafter.initialise(train.seed)
     generator = torch.Generator().manual_seed(1)
     matrices = [torch.randn(VOCAB, HIDDEN, generator=generator) for _ in range(2)]
-    head = VerifierHead(matrices[0], torch.nn.RMSNorm(HIDDEN), matrices[1])
+    dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+    head = VerifierHead(matrices[0].to(dtype), torch.nn.RMSNorm(HIDDEN, dtype=dtype), matrices[1].to(dtype))
     engine = make_engine(config, drafter, schedule.total_steps)
     checkpoints = Checkpoints(out / "checkpoints", train.keep_checkpoints)
     position = Position(

@@ -8,8 +8,8 @@ fails, its traceback is on stderr, its exit status is not 0, and every rank sees
 
 Once a second it writes a status file (JSON, replaced atomically) for progress and reports:
 state "starting" | "running" | "complete" | "stopped" · pid · rings [names] · issued, retried, committed,
-committed_bytes, quarantined (counts of samples) · quarantined_samples [{epoch, sample, reason}], the first 1000 · dropped {reason:
-count} of messages · outstanding_bytes · blocked_on, and blocked_s {what: seconds}: "readers" (a rank has not opened its
+committed_bytes, quarantined (counts of samples) · quarantined_samples [{epoch, sample, reason}], the first 1000 ·
+dropped {reason: count} of messages · outstanding_bytes · blocked_on, and blocked_s {what: seconds}: "readers" (a rank has not opened its
 ring), "no server" (none is healthy), "credit", "requests" (all slots in use), "servers" (all is requested), "ring"
 (full), "trainer" (look-ahead used up) · servers [{http, healthy, reason, outstanding_bytes, open_requests, samples,
 tokens, bytes, errors, deaths}].
@@ -124,7 +124,7 @@ class Stream:
     def start(cls, config: Config, layout: Layout, *, first_step: int, run_id: str) -> Stream:
         """Starts (first rank of a node) or awaits (the others) the receiver and opens this rank's ring.
 
-        The rank's place is read from the launcher's RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_SIZE (torchrun's name for it:
+        The rank's place is read from the launcher's RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_SIZE (for torchrun:
         LOCAL_WORLD_SIZE).
 
         Raises:
@@ -298,7 +298,7 @@ def main() -> int:
         for local in range(len(spec.ranks)):
             rings.append(Ring.create(own_ring_name(spec.run_id, local), ring_bytes))
         state = serve(spec, config, rings, stop)
-        log.info("%s%s", state, f" by {stop.reason}" if stop.reason else "")
+        log.info("all samples are delivered" if state == "complete" else f"stopped: {stop.reason}")
         return 0
     except Exception:  # the edge of the process
         log.exception("the receiver cannot go on")
