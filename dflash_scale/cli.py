@@ -65,8 +65,8 @@ def program(command: str, rest: list[str]) -> list[str]:
 def launcher_arguments(rest: list[str]) -> tuple[list[str], list[str]]:
     """Splits train's arguments into those of the deepspeed launcher and those of launch/train.py."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    names = ("hostfile", "include", "exclude", "num_nodes", "num_gpus", "num_accelerators")
-    names += ("master_addr", "master_port", "launcher", "launcher_args", "ssh_port")
+    names = ["hostfile", "include", "exclude", "num_nodes", "num_gpus", "num_accelerators"]
+    names += ["master_addr", "master_port", "launcher", "launcher_args", "ssh_port"]
     for name in names:
         parser.add_argument(f"--{name}", dest=name)
     known, ours = parser.parse_known_args(rest)

@@ -41,7 +41,7 @@ class DrafterSpec:
 
     def window(self, layer: int) -> int | None:
         """The sliding window of one layer in tokens, None where it attends to the whole context."""
-        sliding = self.layers.layer_types[layer] == "sliding_attention"
+        sliding = (self.layers.layer_types or [])[layer] == "sliding_attention"
         return cast(int, self.layers.sliding_window) if sliding else None
 
 
@@ -101,11 +101,9 @@ class Attention(nn.Module):
 
     def __init__(self, config: Qwen3Config, backend: str) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
+        self.heads = config.num_attention_heads
+        self.kv_heads = cast(int, config.num_key_value_heads)
+        self.head_dim = cast(int, config.head_dim)
         self.backend = backend
         hidden = config.hidden_size
         self.q_proj = nn.Linear(hidden, self.heads * self.head_dim, bias=False)

@@ -8,7 +8,7 @@ number alone. A step holds the same rows on any number of ranks.
 T tokens in a packed row · A anchors in it · S block size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, Protocol
@@ -76,7 +76,7 @@ class Row:
     places: tuple[Place, ...]
 
 
-def pack(samples: Sequence[int] | Ints, lengths: Ints, row_tokens: int) -> list[tuple[Place, ...]]:
+def pack(samples: Iterable[int], lengths: Ints, row_tokens: int) -> list[tuple[Place, ...]]:
     """Packs samples, first fit, into rows of at most `row_tokens` tokens.
 
     Raises:
@@ -84,7 +84,7 @@ def pack(samples: Sequence[int] | Ints, lengths: Ints, row_tokens: int) -> list[
     """
     done: list[tuple[Place, ...]] = []
     opened: list[tuple[int, list[Place]]] = []  # (tokens used, places)
-    for sample in map(int, samples):
+    for sample in samples:
         length = int(lengths[sample])
         if length > row_tokens:
             raise ValueError(
@@ -142,7 +142,7 @@ class RowSchedule:
             )
         self.spec = spec
         shuffled = np.random.default_rng((spec.seed, 0)).permutation(samples.train_count)
-        self._train = pack(shuffled, samples.lengths, spec.row_tokens)
+        self._train = pack(shuffled.tolist(), samples.lengths, spec.row_tokens)
         validation = range(samples.train_count, len(samples.lengths))
         self._validation = pack(validation, samples.lengths, spec.row_tokens)
         if not self._train:

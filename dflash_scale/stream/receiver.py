@@ -9,10 +9,10 @@ fails, its traceback is on stderr, its exit status is not 0, and every rank sees
 Once a second it writes a status file (JSON, replaced atomically) for progress and reports:
 state "starting" | "running" | "complete" | "stopped" · pid · rings [names] · issued, retried, committed,
 committed_bytes, quarantined (counts of samples) · quarantined_samples [{epoch, sample, reason}], the first 1000 ·
-dropped {reason: count} of messages · outstanding_bytes · blocked_on, and blocked_s {what: seconds}: "readers" (a rank has not opened its
-ring), "no server" (none is healthy), "credit", "requests" (all slots in use), "servers" (all is requested), "ring"
-(full), "trainer" (look-ahead used up) · servers [{http, healthy, reason, outstanding_bytes, open_requests, samples,
-tokens, bytes, errors, deaths}].
+dropped {reason: count} of messages · outstanding_bytes · blocked_on, and blocked_s {what: seconds}:
+"readers" (a rank has not opened its ring), "no server" (none is healthy), "credit", "requests" (all slots in use),
+"servers" (all is requested), "ring" (full), "trainer" (look-ahead used up) · servers [{http, healthy, reason,
+outstanding_bytes, open_requests, samples, tokens, bytes, errors, deaths}].
 """
 
 from __future__ import annotations
