@@ -103,7 +103,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = config.num_attention_heads
         self.kv_heads = cast(int, config.num_key_value_heads)
-        self.head_dim = cast(int, config.head_dim)
+        self.head_dim = config.head_dim
         self.backend = backend
         hidden = config.hidden_size
         self.q_proj = nn.Linear(hidden, self.heads * self.head_dim, bias=False)
