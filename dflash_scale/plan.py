@@ -166,6 +166,14 @@ def activation_bytes(spec: DrafterSpec, slots: int, tokens: int, number: int) ->
     return slots * slot + tokens * context
 
 
+def dense_scores(plan: Plan) -> int:
+    """What the plain-torch attention keeps for the backward: fp32 weights of every slot, head and key of every layer,
+    twice, because the product with the values keeps a copy of its own."""
+    layers, spec = plan.spec.layers, plan.spec
+    keys = plan.config.data.row_tokens + spec.block_size
+    return 2 * 4 * layers.num_hidden_layers * layers.num_attention_heads * plan.anchors * spec.block_size * keys
+
+
 def loss_bytes(config: Config, spec: DrafterSpec, slots: int, vocabulary: int) -> int:
     """One chunk's fp32 logits, as much again while they are exponentiated, their gradient in the compute dtype, and
     the gradient of the hidden states of all slots."""
@@ -291,4 +299,5 @@ def _memory(plan: Plan) -> Lines:
         ("loss", f"{size(memory.loss)} for chunks of {plan.config.loss.chunk_slots} slots"),
         ("one row's hidden states", size(memory.row)),
         ("sum", size(memory.total)),
+        ("besides, on a GPU", f"{size(dense_scores(plan))} of attention scores: no CUDA attention kernel yet"),
     ]
