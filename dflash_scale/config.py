@@ -292,7 +292,7 @@ class Config(Section):
 
     @property
     def zero_stage(self) -> int:
-        return int(self.deepspeed["zero_optimization"]["stage"])
+        return int(self.deepspeed.get("zero_optimization", {}).get("stage", 2))
 
     @property
     def gamma(self) -> float:

@@ -55,6 +55,12 @@ def join_ranks(device: torch.device) -> dist.ProcessGroup:
     return dist.new_group(backend="gloo")
 
 
+def leave_ranks() -> None:
+    """Ends the process groups in step: a rank that exits while gloo's threads run may be aborted by the C++ runtime."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def engine_config(config: Config, world_size: int) -> dict[str, Any]:
     """DeepSpeed's dictionary: the user's, and the keys that follow from the rest of the configuration."""
     rows = config.train.rows_per_step
@@ -67,7 +73,8 @@ def engine_config(config: Config, world_size: int) -> dict[str, Any]:
     if config.train.precision == "bf16":
         derived["bf16"] = {"enabled": True}
         derived["data_types"] = {"grad_accum_dtype": "fp32"}
-    return {"steps_per_print": 2**31 - 1, **config.deepspeed, **derived}
+    zero = {**config.deepspeed.get("zero_optimization", {}), "stage": config.zero_stage}
+    return {"steps_per_print": 2**31 - 1, **config.deepspeed, "zero_optimization": zero, **derived}
 
 
 def make_engine(config: Config, drafter: Drafter, total_steps: int) -> DeepSpeedEngine:

@@ -59,7 +59,7 @@ def main() -> int:
     return run(config, resume=args.resume)
 
 
-def start_ranks(config: Config) -> tuple[torch.device, dist.ProcessGroup]:
+def start_ranks() -> tuple[torch.device, dist.ProcessGroup]:
     """Joins the process group; returns this rank's device and a group for what stays on the CPU."""
     from dflash_scale.trainer import follow_launcher, join_ranks
 
@@ -79,7 +79,9 @@ def start_ranks(config: Config) -> tuple[torch.device, dist.ProcessGroup]:
 def run(config: Config, *, resume: bool) -> int:
     """The whole run of one rank. Returns 0 when the schedule is complete, 143 when a signal ended it early, 2 when the
     configuration, the data set, the verifier and the checkpoint do not fit together."""
-    device, control = start_ranks(config)
+    from dflash_scale.trainer import leave_ranks
+
+    device, control = start_ranks()
     try:
         trainer, close = set_up(config, device, control, resume=resume)
     except ValueError as error:
@@ -88,6 +90,7 @@ def run(config: Config, *, resume: bool) -> int:
         complete = trainer.run()
     finally:
         close()
+    leave_ranks()
     return 0 if complete else 143
 
 

@@ -28,7 +28,8 @@ def test_defaults_are_the_papers_recipe() -> None:
     assert (config.drafter.layers, config.drafter.block_size, config.data.anchors_per_document) == (5, 16, 512)
     assert (config.train.lr, config.train.warmup_ratio, config.train.epochs, config.train.clip) == (6e-4, 0.04, 6, 1.0)
     assert config.gamma == 7.0
-    assert config.zero_stage == 0
+    assert config.zero_stage == 2
+    assert parse_config({**MINIMAL, "deepspeed": {"zero_optimization": {"overlap_comm": True}}}).zero_stage == 2
 
 
 def test_json_round_trip_keeps_everything() -> None:

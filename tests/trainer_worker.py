@@ -21,7 +21,7 @@ from dflash_scale.checkpoint import Checkpoints, Position
 from dflash_scale.config import load_config
 from dflash_scale.drafter import Drafter, drafter_spec
 from dflash_scale.packer import AnchorSpec, Row, RowSchedule, Samples, plan_row, schedule_spec
-from dflash_scale.trainer import Parts, Trainer, join_ranks, make_engine
+from dflash_scale.trainer import Parts, Trainer, join_ranks, leave_ranks, make_engine
 from dflash_scale.verifier import VerifierHead, VerifierShape
 
 HIDDEN, TAPS, VOCAB = 32, 2, 64
@@ -110,6 +110,7 @@ def main() -> None:
         state[f"weight.{name}"] = parameter.detach().float().clone()
     if rank == 0:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, out / "state.safetensors")
+    leave_ranks()
 
 
 if __name__ == "__main__":
