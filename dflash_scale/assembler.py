@@ -161,6 +161,7 @@ class RowAssembler:
     def _open_row(self) -> bool:
         row = next(self._rows, None)
         if row is None:
+            self._ring.reader_mark = self._opened  # the receiver looks one row further, and finds the end
             return False
         buffer = self._free.get()
         if buffer.copied is not None:

@@ -22,7 +22,8 @@ PARTIAL = ".partial"
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a run is: completed optimizer steps, its best validation, and what the schedule depends on."""
+    """Where a run is: completed optimizer steps, its best validation, what the schedule depends on, and (`definition`)
+    what the weights mean: the verifier, its tapped layers, the mask token and the drafter's section."""
 
     step: int
     best_acceptance_length: float
@@ -32,6 +33,7 @@ class Position:
     block_size: int
     seed: int
     data: str
+    definition: str
 
 
 def write_aside(path: Path, text: str) -> None:
@@ -69,9 +71,9 @@ class Checkpoints:
             if (self.folder / name).exists():  # the same step again, after a resume
                 shutil.rmtree(self.folder / name)
             os.replace(self.folder / partial, self.folder / name)
-            write_aside(self.folder / "latest", name)
             if best:
                 write_aside(self.folder / "best", name)
+            write_aside(self.folder / "latest", name)
             self._remove_old()
         dist.barrier()
 
@@ -79,8 +81,8 @@ class Checkpoints:
         kept = {self._named("latest"), self._named("best")}
         complete = sorted(p for p in self.folder.glob("step-*") if not p.name.endswith(PARTIAL))
         for old in complete[: -self._keep]:
-            if old not in kept:
-                shutil.rmtree(old)
+            if old not in kept:  # renamed first: a kill leaves a partial folder, never half a checkpoint
+                shutil.rmtree(old.rename(old.with_name(old.name + PARTIAL)))
 
     def _named(self, pointer: str) -> Path | None:
         file = self.folder / pointer
@@ -105,12 +107,12 @@ class Checkpoints:
                 f"--resume: got {expected.world_size} ranks, but {path} was written by {position.world_size}: "
                 "ZeRO splits the optimizer state by rank; resume on as many ranks"
             )
-        for name in ("rows_per_step", "row_tokens", "block_size", "seed", "data"):
+        for name in ("rows_per_step", "row_tokens", "block_size", "seed", "data", "definition"):
             got, wanted = getattr(expected, name), getattr(position, name)
             if got != wanted:
                 raise ValueError(
                     f"--resume: {name} is {got}, but {path} was trained with {wanted}: "
-                    "samples would be trained twice or missed; restore it or start a new train.output_dir"
+                    "it would not be the same run; restore it or start a new train.output_dir"
                 )
         loaded, _ = engine.load_checkpoint(str(self.folder), tag=path.name)
         if loaded is None:

@@ -5,6 +5,7 @@ Only this process's own server is stopped, by its process id. T=0 throughout: gr
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
@@ -62,6 +63,12 @@ def call(url: str, body: dict[str, object] | None = None, timeout_s: float = 600
         return bytes(reply.read())
 
 
+def end_with_parent() -> None:
+    """For `preexec_fn`: the kernel ends the child when the thread that started it ends, by whatever signal. It outlives
+    exec, so it holds for a server that a launcher becomes."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG, prctl(2)
+
+
 @contextmanager
 def serving(spec: ServerSpec) -> Iterator[str]:
     """A running server's address; the server is gone when the block is left.
@@ -74,7 +81,9 @@ def serving(spec: ServerSpec) -> Iterator[str]:
     command = [*launcher, "--python", spec.python, "--", *spec.flags]
     spec.log_file.parent.mkdir(parents=True, exist_ok=True)
     with spec.log_file.open("wb") as out:
-        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+        server = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=end_with_parent
+        )
     try:
         wait_until_ready(server, f"http://127.0.0.1:{port}", spec.log_file)
         yield f"http://127.0.0.1:{port}"

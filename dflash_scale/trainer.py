@@ -190,6 +190,7 @@ class Trainer:
         # DeepSpeed averages over ranks and micro-steps; Z is a sum over both.
         scale = torch.tensor(self.world * len(plans) / max(total, 1e-12), device=self.device)
         trained: list[int] = []
+        lr = engine.get_lr()[0]
         for plan in plans:
             batch = self._next_batch(plan)
             loss, sums = self._loss(batch, scale)
@@ -199,12 +200,17 @@ class Trainer:
             self.interval.sums = packed if self.interval.sums is None else self.interval.sums + packed
             trained += self._count(batch, "trained")
             self.interval.tokens += int((batch.plan.doc_ids >= 0).sum())
+        if not engine.was_step_applied():
+            raise RuntimeError(
+                f"step {step}: the gradient is not finite, so DeepSpeed left the weights as they were; a sample of "
+                f"this step has bad hidden states (this rank's: {trained}). Look at the servers' dtype, then --resume"
+            )
         self.step = step
         self.interval.normaliser += total
         self.interval.samples += len(trained)
         self.ledger.write({"step": step, "epoch": plans[0].row.epoch, "samples": trained})
         if step % self.parts.config.train.log_every == 0 or step == self.parts.schedule.total_steps:
-            self._log(step)
+            self._log(step, lr)
         return True
 
     def _next_batch(self, plan: RowPlan) -> RowBatch:
@@ -242,7 +248,7 @@ class Trainer:
         slots = torch.arange(-1, self.parts.spec.block_size - 1, device=self.device)
         return argmax[(anchors[:, None] + slots).clamp(0, max(len(argmax) - 1, 0))]
 
-    def _log(self, step: int) -> None:
+    def _log(self, step: int, lr: float) -> None:
         now, seen = time.perf_counter(), self.interval
         assert seen.sums is not None
         dist.all_reduce(seen.sums)
@@ -251,7 +257,7 @@ class Trainer:
         )
         values = block_metrics(BlockSums.unpacked(seen.sums.cpu()), seen.normaliser)
         values |= {
-            "lr": self.parts.engine.get_lr()[0],
+            "lr": lr,
             "grad_norm": float(self.parts.engine.get_global_grad_norm() or 0.0),
             "wait_data": waited / seconds,
             "tokens_per_s": tokens * self.world / seconds,
@@ -330,15 +336,18 @@ def follow_launcher(poll_s: float = 1.0) -> None:
     """
     import psutil
 
-    parent = psutil.Process().parent()
-    if parent is None:
-        return
-    followed = [parent]
-    above = parent.parent()
-    if above is not None and any("deepspeed" in word for word in above.cmdline()):
-        followed.append(above)
-    while all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in followed):
-        time.sleep(poll_s)
+    try:
+        parent = psutil.Process().parent()
+        if parent is None:
+            return
+        followed = [parent]
+        above = parent.parent()
+        if above is not None and any("deepspeed" in word for word in above.cmdline()):
+            followed.append(above)
+        while all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in followed):
+            time.sleep(poll_s)
+    except psutil.NoSuchProcess:  # it went between two looks
+        pass
     log.error("the launcher is gone: saving a checkpoint and stopping")
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(60)

@@ -5,6 +5,7 @@ what the run resolves to and exits, without a GPU, a server or the network.
 """
 
 import argparse
+import json
 import logging
 import os
 import secrets
@@ -97,7 +98,7 @@ def run(config: Config, *, resume: bool) -> int:
 def refuse(error: ValueError) -> int:
     """One line for the person, the traceback for whoever sets the log level to debug."""
     log.debug("refused", exc_info=error)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # once a node: what is missing may be missing on that node alone
         print(f"error: {error}", file=sys.stderr, flush=True)
     return 2
 
@@ -164,6 +165,7 @@ def set_up(
         block_size=config.drafter.block_size,
         seed=train.seed,
         data=prepared.fingerprint,
+        definition=json.dumps([config.verifier.model, layout.layer_ids, mask, config.drafter.model_dump(mode="json")]),
     )
     if resume:
         position = checkpoints.load(engine, position)

@@ -6,7 +6,7 @@ import pytest
 
 from dflash_scale.checkpoint import Checkpoints, Position, write_aside
 
-POSITION = Position(3, 1.5, 2, 8, 64, 4, 0, "data")
+POSITION = Position(3, 1.5, 2, 8, 64, 4, 0, "data", "")
 
 
 def fill(folder: Path, names: list[str], **pointers: str) -> Checkpoints:

@@ -24,7 +24,7 @@ from dflash_scale.packer import Row, RowSchedule, Samples, schedule_spec
 from dflash_scale.prompts import FEATURES, FORMAT, load_prepared
 from dflash_scale.stream.intake import Dropped
 from dflash_scale.stream.jobs import Key
-from dflash_scale.stream.receiver import Receiver, ReceiverSpec, Stream, read_status, spawn_receiver
+from dflash_scale.stream.receiver import STOP_SIGNAL, Receiver, ReceiverSpec, Stream, read_status, spawn_receiver
 from dflash_scale.stream.ring import COMMITTED, QUARANTINED, PeerDied, Ring
 
 SAMPLES, VALIDATION, LONGEST = 60, 6, 40
@@ -298,12 +298,16 @@ def test_another_layout_is_an_error_that_names_both(
     assert "this run wants layers [1, 2, 4] of 16 bfloat16" in stderr
 
 
-def test_sigterm_is_a_clean_end(make_run: Callable[..., Run]) -> None:
+def test_only_its_own_signal_ends_it_cleanly(make_run: Callable[..., Run]) -> None:
     run = make_run([FakeServer().start()])
     receiver = run.spawn()
     with Ring.open(receiver.ring_names[0], timeout=60) as ring:
         assert ring.next_record(timeout=30) is not None
-        receiver.process.send_signal(signal.SIGTERM)
+        for sent_to_every_process in (signal.SIGTERM, signal.SIGINT):
+            receiver.process.send_signal(sent_to_every_process)
+        time.sleep(0.5)
+        assert receiver.process.poll() is None
+        receiver.process.send_signal(STOP_SIGNAL)
         assert receiver.process.wait(60) == 0
         assert run.status()["state"] == "stopped"
         with pytest.raises(PeerDied):

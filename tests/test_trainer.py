@@ -120,6 +120,12 @@ def test_resume_refuses_another_schedule(tmp_path: Path) -> None:
         launch(1, settings(4, 64, seed=9), tmp_path, "--resume")
 
 
+def test_a_step_that_was_not_applied_is_an_error_and_not_in_the_ledger(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"step 1: the gradient is not finite.*\b3\b"):
+        launch(1, settings(4, 64), tmp_path, "--poison")
+    assert (tmp_path / "ledger" / "rank-0.jsonl").read_text() == ""
+
+
 def test_learning_rate_warms_up_and_falls_to_the_floor() -> None:
     factors = [lr_factor(step, 100, 0.1, 0.2) for step in range(101)]
     assert factors[0] == pytest.approx(0.1)

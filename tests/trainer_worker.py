@@ -1,6 +1,6 @@
 """One rank of a run whose hidden states come from a formula instead of servers; started by tests/test_trainer.py.
 
-    deepspeed --num_accelerators W tests/trainer_worker.py CONFIG OUT [--resume]
+    deepspeed --num_accelerators W tests/trainer_worker.py CONFIG OUT [--resume] [--poison]
 
 Everything but the source is the real thing: schedule, anchors, drafter, loss, DeepSpeed engine, checkpoints.
 """
@@ -42,6 +42,9 @@ class Formula:
         return np.arange(self.lengths[index]) >= 2
 
 
+POISONED = 3  # with --poison, the sample whose states are not finite
+
+
 def batches(rows: Iterator[Row], samples: Samples, anchors: AnchorSpec) -> Iterator[RowBatch]:
     for row in rows:
         plan = plan_row(row, samples, anchors)
@@ -50,6 +53,8 @@ def batches(rows: Iterator[Row], samples: Samples, anchors: AnchorSpec) -> Itera
             generator = torch.Generator().manual_seed(place.sample)
             shape = (place.length, TAPS + 1, HIDDEN)
             states[place.start : place.start + place.length] = torch.randn(shape, generator=generator)
+            if place.sample == POISONED and "--poison" in sys.argv:
+                states[place.start] = torch.nan
         yield RowBatch(plan, states, ())
 
 
@@ -98,6 +103,7 @@ def main() -> None:
         config.drafter.block_size,
         train.seed,
         "formula",
+        "",
     )
     if resume:
         position = checkpoints.load(engine, position)

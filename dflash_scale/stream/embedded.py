@@ -182,9 +182,12 @@ def _watch(pid: int, stop: threading.Event) -> None:
 
     A pidfd, not PR_SET_PDEATHSIG: that one fires when the *thread* that forked us ends.
     """
-    poller = select.poll()
-    poller.register(os.pidfd_open(pid), select.POLLIN)
-    poller.poll()
+    try:
+        poller = select.poll()
+        poller.register(os.pidfd_open(pid), select.POLLIN)
+        poller.poll()
+    except ProcessLookupError:  # it ended while this process was starting
+        pass
     log.info("The parent process %d has ended: stopping", pid)
     stop.set()
 

@@ -135,7 +135,12 @@ class Intake:
 
     @property
     def complete(self) -> bool:
-        """Whether nothing is left to do: every sample is in its ring, or its rank has left."""
+        """Whether every sample of the schedule is in its ring."""
+        return self._attached and all(window.complete for window in self._windows)
+
+    @property
+    def deserted(self) -> bool:
+        """Whether nothing is left to do because ranks have left their rings."""
         return self._attached and all(window.complete or window.reader_gone for window in self._windows)
 
     def status(self) -> dict[str, Any]:

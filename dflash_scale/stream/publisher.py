@@ -27,6 +27,7 @@ AWAY_S: Final = 5.0  # a receiver that reconnects needs at most RECONNECT_IVL_MA
 STALLED_S: Final = 60.0
 RETRY_S: Final = 0.01  # with SEND_HIGH_WATER this caps a receiver at 6400 messages per second
 LOG_EVERY_S: Final = 60.0
+HELLOS_PER_TURN: Final = 64  # a flood of hellos must not keep data from leaving
 
 
 @dataclass(slots=True)
@@ -168,7 +169,7 @@ class Publisher:
         return idle or time.monotonic() >= self._stop_at
 
     def _answer_hellos(self) -> None:
-        while True:
+        for _ in range(HELLOS_PER_TURN):
             try:
                 frames = self._router.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:

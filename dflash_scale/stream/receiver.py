@@ -2,7 +2,7 @@
 
     python -m dflash_scale.stream.receiver --spec FILE
 
-The first rank of a node starts it (`Stream.start`) and it ends with that rank: on SIGTERM, when the rank dies (the
+The first rank of a node starts it (`Stream.start`) and it ends with that rank: on SIGUSR1, when the rank dies (the
 kernel's parent-death signal, and a look at the parent's pid once a second), or when every sample is delivered. When it
 fails, its traceback is on stderr, its exit status is not 0, and every rank sees a dead writer in its ring.
 
@@ -42,6 +42,9 @@ STOP_TIMEOUT_S: Final = 10.0
 STATUS_EVERY_S: Final = 1.0
 RING_SLACK: Final = 4096  # bytes: record headers, so that two samples of half of stream.ring_bytes fit
 PR_SET_PDEATHSIG: Final = 1  # prctl(2)
+# What ends a receiver. Not SIGTERM or SIGINT: launchers and terminals send those to every process of a run, and a rank
+# that was asked to stop still needs the rows of its last step.
+STOP_SIGNAL: Final = signal.SIGUSR1
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +91,7 @@ class Receiver:
     def close(self) -> None:
         """Ends the process if it still runs, and removes what it could not remove itself."""
         if self.process.poll() is None:
-            self.process.terminate()
+            self.process.send_signal(STOP_SIGNAL)
         try:
             self.process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
@@ -209,10 +212,11 @@ class Stop:
     def __init__(self, parent_pid: int) -> None:
         self.reason = ""
         self._parent_pid = parent_pid
-        signal.signal(signal.SIGTERM, self._signalled)
-        signal.signal(signal.SIGINT, self._signalled)
+        signal.signal(STOP_SIGNAL, self._signalled)
+        for ours in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(ours, signal.SIG_IGN)
         # The kernel signals when the parent's thread ends; the look at the pid is for a parent that was gone already.
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, STOP_SIGNAL, 0, 0, 0)
 
     def _signalled(self, number: int, frame: object) -> None:
         self.reason = self.reason or signal.Signals(number).name
@@ -239,8 +243,9 @@ def serve(spec: ReceiverSpec, config: Config, rings: Sequence[Ring], stop: Stop)
         next_status, state = 0.0, "running"
         while state == "running":
             intake.step()
-            if time.monotonic() >= next_status or intake.complete or stop.reason:
-                state = "complete" if intake.complete else "stopped" if stop.look() else "running"
+            if time.monotonic() >= next_status or intake.complete or intake.deserted or stop.reason:
+                gone = stop.look() or intake.deserted
+                state = "complete" if intake.complete else "stopped" if gone else "running"
                 status = {"state": state, "pid": os.getpid(), "rings": names, **intake.status()}
                 write_status(spec.status, status)
                 next_status = time.monotonic() + STATUS_EVERY_S
@@ -298,14 +303,18 @@ def main() -> int:
         for local in range(len(spec.ranks)):
             rings.append(Ring.create(own_ring_name(spec.run_id, local), ring_bytes))
         state = serve(spec, config, rings, stop)
-        log.info("all samples are delivered" if state == "complete" else f"stopped: {stop.reason}")
+        log.info(
+            "all samples are delivered"
+            if state == "complete"
+            else f"stopped: {stop.reason or 'every rank has left its ring'}"
+        )
         return 0
     except Exception:  # the edge of the process
         log.exception("the receiver cannot go on")
         return 1
     finally:
         # The rank ends us when it has all it wants, which may be now: what is done stays a success.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(STOP_SIGNAL, signal.SIG_IGN)
         for ring in rings:
             ring.unlink()
             ring.close()

@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -27,7 +28,7 @@ sys.path.insert(0, str(REPO))  # started as a script
 
 from dflash_scale.config import Config, load_config  # noqa: E402
 from dflash_scale.evaluate import EvaluateSpec, Evaluation, evaluate, report_lines  # noqa: E402
-from dflash_scale.evaluate_vllm import free_port, stop, wait_until_ready  # noqa: E402
+from dflash_scale.evaluate_vllm import end_with_parent, free_port, stop, wait_until_ready  # noqa: E402
 from dflash_scale.export import export_checkpoint, named_checkpoint  # noqa: E402
 from dflash_scale.prompts import prepare  # noqa: E402
 from dflash_scale.report import plot_acceptance, plot_training  # noqa: E402
@@ -95,7 +96,14 @@ def start_server(demo: Demo, config: Config, number: int) -> Server:
     log = demo.out / "logs" / f"server-{number}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=REPO, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            cwd=REPO,
+            start_new_session=True,
+            preexec_fn=end_with_parent,
+        )
     return Server(process, f"http://127.0.0.1:{http}", zmq, log)
 
 
@@ -118,7 +126,7 @@ def train(demo: Demo, overrides: list[str], fleet: list[Server]) -> None:
     command += [f"--master_port={free_port()}", str(REPO / "launch" / "train.py"), "--config", str(demo.config)]
     for override in [*overrides, f"stream.servers={addresses}"]:
         command += ["--set", override]
-    done = subprocess.run(command, cwd=REPO, check=False)
+    done = subprocess.run(command, cwd=REPO, check=False, preexec_fn=end_with_parent)
     if done.returncode:
         raise RuntimeError(f"training ended with status {done.returncode}; its messages stand above")
 
@@ -157,9 +165,23 @@ def summary(demo: Demo, result: Evaluation, seconds: dict[str, float]) -> dict[s
     }
 
 
+def replace_folder(out: Path) -> None:
+    """Removes an earlier demo's folder and makes a new one.
+
+    Raises:
+        ValueError: the folder holds something that no demo wrote.
+    """
+    mark = out / ".demo"
+    if out.exists() and any(out.iterdir()) and not mark.exists():
+        raise ValueError(f"--out {out} holds something else than a demo, which would be removed; name another folder")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    mark.touch()
+
+
 def run(demo: Demo) -> dict[str, object]:
     stages = Stages()
-    shutil.rmtree(demo.out, ignore_errors=True)
+    replace_folder(demo.out)
     with stages.stage(
         "verifier", f"a small one, trained for {demo.verifier_seconds:.0f} s unless it is in {demo.cache}"
     ):
@@ -220,7 +242,12 @@ def main() -> int:
         return 2
     vllm = python if args.vllm else None
     demo = Demo(args.out, args.cache, args.config, vllm, args.verifier_seconds, args.prompts)
-    content = run(demo)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
+    try:
+        content = run(demo)
+    except ValueError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
     minutes = sum(content["seconds"].values()) / 60  # type: ignore[attr-defined]
     print(
         f"\n{content['samples_issued']:,} samples issued: {content['samples_trained']:,} trained, "

@@ -89,8 +89,11 @@ def test_a_killed_launcher_leaves_no_rank_and_resume_continues(run: Run) -> None
     resume_to_the_end(run)
 
 
-def test_sigterm_saves_a_checkpoint_and_resume_continues(run: Run) -> None:
-    run.process.terminate()
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_a_checkpoint_and_resume_continues(run: Run, number: signal.Signals) -> None:
+    """As a terminal or a scheduler sends it: to every process of the run, the receiver among them."""
+    for process in run.processes():
+        process.send_signal(number)
     assert run.wait() != 0
     run.assert_nothing_left()
     saved = (run.folder / "out" / "checkpoints" / "latest").read_text()
