@@ -43,6 +43,11 @@ def _load_library() -> str | None:
 
 
 MISSING = _load_library()
+# Devices with a compiled plan: none without the library, and no GPU where it was built without nvcc.
+PLAN_KERNEL = {
+    device.lower(): not MISSING and torch._C._dispatch_has_kernel_for_dispatch_key("dflash_scale::build_plan", device)
+    for device in ("CPU", "CUDA")
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,16 +95,9 @@ def build_plan(
     if anchors.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_values(anchors, doc_ids)
     anchors, doc_ids = anchors.contiguous(), doc_ids.contiguous()
-    build = torch.ops.dflash_scale.build_plan if _has_plan_kernel(anchors.device.type) else _plan_reference
+    build = torch.ops.dflash_scale.build_plan if PLAN_KERNEL.get(anchors.device.type) else _plan_reference
     starts, ends, tile_ranges, order = build(anchors, doc_ids, window or 0)
     return Plan(anchors, doc_ids, starts, ends, tile_ranges, order, block_size, window, causal_block)
-
-
-@functools.cache
-def _has_plan_kernel(device: str) -> bool:
-    """False without the library, and on a GPU where the library was built without nvcc."""
-    key = "CUDA" if device == "cuda" else "CPU"
-    return not MISSING and bool(torch._C._dispatch_has_kernel_for_dispatch_key("dflash_scale::build_plan", key))
 
 
 def _check_values(anchors: Tensor, doc_ids: Tensor) -> None:
