@@ -177,8 +177,8 @@ class Drafter(nn.Module):
     def initialise(self, seed: int) -> None:
         """Draws every matrix uniform in +-1/sqrt(fan in), in fp32 on the CPU.
 
-        The bound follows the width, so that at any hidden size a layer's output starts at the scale of its input; a
-        fixed 0.02 is three times too small at hidden 256 (acceptance length 5.43 against 5.69 there).
+        The bound follows the width, so that at any hidden size a layer's output starts at the scale of its input. A
+        fixed standard deviation of 0.02 is 1.8 times too small at hidden 256, where this bound has 0.036.
         """
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
