@@ -81,8 +81,6 @@ inline int encode(TensorMap* map, const TensorShape& shape, Half type) {
   return static_cast<int>(result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue);
 }
 
-#ifdef DFLASH_HOPPER
-
 // --- mbarriers: 8 bytes of shared memory, used in phases ---
 
 DFLASH_DEVICE void barrier_init(uint32_t barrier, int arrivals) {
@@ -221,8 +219,6 @@ DFLASH_DEVICE void product_transposed(float* d, const uint32_t* a, uint64_t b, b
   if constexpr (kN == 128 && kBf16) DFLASH_RS(64, "128", "bf16", "1", "64", "65", "66", "67", "68", "69");
   if constexpr (kN == 128 && !kBf16) DFLASH_RS(64, "128", "f16", "1", "64", "65", "66", "67", "68", "69");
 }
-
-#endif  // DFLASH_HOPPER
 
 }  // namespace dflash::gpu
 

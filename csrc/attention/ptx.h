@@ -26,7 +26,8 @@
 #define DFLASH_GLOBAL __global__
 #define DFLASH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 #define DFLASH_PARAMETER __grid_constant__
-// wgmma, TMA and setmaxnreg: only where the code is compiled for sm_90a.
+// wgmma, TMA and setmaxnreg exist only where the code is compiled for sm_90a: kernels that use them have no body
+// elsewhere.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define DFLASH_HOPPER 1
 #endif

@@ -231,14 +231,13 @@ inline void run_block() {
   std::vector<int> turns(warps);
   for (int w = 0; w < warps; ++w) turns[w] = w;
   for (;;) {
-    bool alive = false, moved = false;
+    bool moved = false;
     std::shuffle(turns.begin(), turns.end(), m.random);
     for (const int w : turns) {
       const bool backwards = m.random() % 2 != 0;
       for (int l = 0; l < kWarp; ++l) {
         const size_t index = w * kWarp + (backwards ? kWarp - 1 - l : l);
         if (index >= m.threads.size()) continue;
-        alive = alive || !m.threads[index].done;
         if (!m.threads[index].ready()) continue;
         moved = true;
         resume(m.threads[index]);
@@ -247,11 +246,14 @@ inline void run_block() {
       // A warp that could go on sometimes has to wait while others run.
       if (m.random() % 8 == 0) break;
     }
-    if (!alive && !(m.background && m.background->pending())) return;
     if (moved) continue;
-    bool any = false;
-    for (const Thread& t : m.threads) any = any || t.ready();
-    if (any) continue;
+    bool alive = false, ready = false;
+    for (const Thread& t : m.threads) {
+      alive = alive || !t.done;
+      ready = ready || t.ready();
+    }
+    if (ready) continue;
+    if (!alive && !(m.background && m.background->pending())) return;
     if (!m.background || !m.background->pending()) throw Fault("deadlock: " + who_waits());
     m.background->step(m.random);
   }
