@@ -219,39 +219,30 @@ DFLASH_DEVICE void consume_forward(const ForwardParameters& p, int item, int hea
   if (consumer.unit.count > 0) barrier_wait(base + Shape::kBarriers + 8 * index, 0);
   consumer.run(KeyWalk::of(p.rows, 2 * item * p.rows.unit_positions, 2 * p.rows.unit_positions), out);
 
-  const int group = p.rows.group.by;
   float inverse[2];
   for (int r = 0; r < 2; ++r) {
     float total = consumer.softmax.total[r];
     total += shuffle_xor(total, 1);
     total += shuffle_xor(total, 2);
     inverse[r] = 1.0f / total;
-    const int position = consumer.mine.position[r];
-    if (position < 0 || thread_index() % 4 != 0) continue;
-    const int64_t at =
-        static_cast<int64_t>(position) * p.q_heads + head * group + p.rows.group_head(consumer.mine.row[r]);
-    p.lse[at] = consumer.softmax.peak[r] * p.scale_log2 * kLn2 + logf(total);
+    const int64_t at = query_row(p.rows, p.q_heads, head, consumer.mine.position[r], consumer.mine.row[r]);
+    if (at >= 0 && thread_index() % 4 == 0) p.lse[at] = consumer.softmax.peak[r] * p.scale_log2 * kLn2 + logf(total);
   }
   store_rows<kD, kType>(out, inverse, shared + index * Shape::kUnit, kUnitRows, [&](int row) -> void* {
-    const int position = p.rows.item_position(item, index * kUnitRows + row);
-    if (position < 0) return nullptr;
-    const int64_t at = static_cast<int64_t>(position) * p.q_heads + head * group + p.rows.group_head(row);
-    return static_cast<char*>(p.out) + at * kD * 2;
+    const int64_t at = query_row(p.rows, p.q_heads, head, p.rows.item_position(item, index * kUnitRows + row), row);
+    return at < 0 ? nullptr : static_cast<char*>(p.out) + at * kD * 2;
   });
 }
 
 template <int kD>
 DFLASH_DEVICE void feed_forward(const ForwardParameters& p, int item, int head, uint32_t base) {
   using Shape = ForwardShape<kD>;
-  const int group = p.rows.group.by;
   for (int index = 0; index < kConsumers; ++index) {
     const int position = (2 * item + index) * p.rows.unit_positions;
     if (position >= p.rows.positions) break;
     const uint32_t barrier = base + Shape::kBarriers + 8 * index;
-    barrier_arrive_expect(barrier, panels(kD) * p.rows.unit_positions * group * kPanelRowBytes);
-    for (int panel = 0; panel < panels(kD); ++panel)
-      copy_box(base + index * Shape::kUnit + panel * kUnitRows * kPanelRowBytes, &p.q, barrier, panel * kPanel,
-               head * group, position);
+    barrier_arrive_expect(barrier, unit_bytes<kD>(p.rows));
+    copy_unit<kD>(base + index * Shape::kUnit, &p.q, barrier, p.rows, head, position);
   }
   const typename Shape::Rings rings{base + Shape::kRings, base + Shape::kBarriers + 8 * kConsumers};
   rings.feed(KeyWalk::of(p.rows, 2 * item * p.rows.unit_positions, 2 * p.rows.unit_positions), p.keys, head);
@@ -266,8 +257,7 @@ DFLASH_GLOBAL void DFLASH_BOUNDS(kThreads, 1) forward(const DFLASH_PARAMETER For
   const int item = p.order[block_index() / p.kv_heads], head = block_index() % p.kv_heads;
   if (thread_index() == 0) {
     for (int index = 0; index < kConsumers; ++index) barrier_init(base + Shape::kBarriers + 8 * index, 1);
-    const typename Shape::Rings rings{base + Shape::kRings, base + Shape::kBarriers + 8 * kConsumers};
-    rings.init();
+    typename Shape::Rings{base + Shape::kRings, base + Shape::kBarriers + 8 * kConsumers}.init();
     barrier_init_fence();
     async_fence();
   }
@@ -286,14 +276,17 @@ template <int kD, Half kType>
 int launch_forward(const GpuForward& args, void* stream) {
   using Shape = ForwardShape<kD>;
   const AttentionShape& s = args.shape;
-  ForwardParameters p{Rows::of(s), {},      {}, args.order, s.q_heads, s.kv_heads, static_cast<float>(s.scale) * kLog2E,
-                      args.out,    args.lse};
-  const int64_t slots = s.anchors * s.block_size;
+  ForwardParameters p{};
+  p.rows = Rows::of(s);
+  p.order = args.order;
+  p.q_heads = s.q_heads;
+  p.kv_heads = s.kv_heads;
+  p.scale_log2 = static_cast<float>(s.scale) * kLog2E;
+  p.out = args.out;
+  p.lse = args.lse;
   int error = encode_queries(&p.q, args.q, s, kType);
-  if (error == 0) error = encode_keys(&p.keys.k_ctx, args.k_ctx, s, s.tokens, Shape::kKeys, kType);
-  if (error == 0) error = encode_keys(&p.keys.v_ctx, args.v_ctx, s, s.tokens, Shape::kKeys, kType);
-  if (error == 0) error = encode_keys(&p.keys.k_blk, args.k_blk, s, slots, kOwnStep, kType);
-  if (error == 0) error = encode_keys(&p.keys.v_blk, args.v_blk, s, slots, kOwnStep, kType);
+  if (error == 0)
+    error = encode_key_maps(&p.keys, {args.k_ctx, args.v_ctx, args.k_blk, args.v_blk}, s, Shape::kKeys, kType);
   if (error != 0) return error;
   return launch(forward<kD, kType>, {static_cast<int64_t>(args.items) * s.kv_heads, kThreads, Shape::kShared}, p,
                 stream);

@@ -51,6 +51,24 @@ inline int encode_keys(TensorMap* map, const void* base, const AttentionShape& s
                 type);
 }
 
+// Bytes that a unit's box brings, and its copy to `to`, panels of kUnitRows rows.
+template <int kD>
+DFLASH_DEVICE int unit_bytes(const Rows& rows) {
+  return panels(kD) * rows.unit_positions * rows.group.by * kPanelRowBytes;
+}
+template <int kD>
+DFLASH_DEVICE void copy_unit(uint32_t to, const TensorMap* map, uint32_t barrier, const Rows& rows, int head,
+                             int position) {
+  for (int panel = 0; panel < panels(kD); ++panel)
+    copy_box(to + panel * kUnitRows * kPanelRowBytes, map, barrier, panel * kPanel, head * rows.group.by, position);
+}
+
+// Index of a unit's row in a (A*S, Hq) tensor, or -1 for padding.
+DFLASH_DEVICE int64_t query_row(const Rows& rows, int q_heads, int head, int position, int row) {
+  if (position < 0) return -1;
+  return static_cast<int64_t>(position) * q_heads + head * rows.group.by + rows.group_head(row);
+}
+
 // A ring's next tile, and the parity of the phase in which that tile is filled.
 template <int kStages>
 struct Cursor {
@@ -162,6 +180,11 @@ DFLASH_DEVICE void release(uint32_t barrier) {
   if (thread_index() % 32 == 0) barrier_arrive(barrier);
 }
 
+// Eight numbers, as they are read and written.
+struct alignas(16) Chunk {
+  uint32_t words[4];
+};
+
 // Writes a warpgroup's accumulator (64 x kD), row r times factor[r], as 16-bit rows to global memory, through
 // `staging`: panels of `staging_rows` rows in shared memory whose first 64 rows nothing else uses any more. place(row)
 // is where a row goes, or nullptr.
@@ -181,9 +204,6 @@ DFLASH_DEVICE void store_rows(const float (&d)[kD / 2], const float (&factor)[2]
         pack<kType>(d[i] * factor[r], d[i + 1] * factor[r]);
   }
   sync_warpgroup();
-  struct alignas(16) Chunk {
-    uint32_t words[4];
-  };
   constexpr int kChunks = kD / 8;
   for (int i = thread; i < kUnitRows * kChunks; i += kWarpgroup) {
     void* row = place(i / kChunks);
@@ -196,6 +216,19 @@ DFLASH_DEVICE void store_rows(const float (&d)[kD / 2], const float (&factor)[2]
 struct KeyMaps {
   TensorMap k_ctx, v_ctx, k_blk, v_blk;  // boxes of kKeys and of kOwnStep rows
 };
+
+struct KeyTensors {
+  const void *k_ctx, *v_ctx, *k_blk, *v_blk;
+};
+
+inline int encode_key_maps(KeyMaps* maps, const KeyTensors& tensors, const AttentionShape& s, int keys, Half type) {
+  const int64_t slots = s.anchors * s.block_size;
+  int error = encode_keys(&maps->k_ctx, tensors.k_ctx, s, s.tokens, keys, type);
+  if (error == 0) error = encode_keys(&maps->v_ctx, tensors.v_ctx, s, s.tokens, keys, type);
+  if (error == 0) error = encode_keys(&maps->k_blk, tensors.k_blk, s, slots, kOwnStep, type);
+  if (error == 0) error = encode_keys(&maps->v_blk, tensors.v_blk, s, slots, kOwnStep, type);
+  return error;
+}
 
 // Shared addresses of two rings of key tiles, one of keys and one of values, and of their barriers: full[kStages] and
 // empty[kStages] of each.
