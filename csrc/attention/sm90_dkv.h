@@ -220,20 +220,18 @@ DFLASH_DEVICE void consume_dkv(const DkvParameters& p, const KeyTile& tile, int 
       products_wait<1>();
       settle(weights);
       weigh(weights, p.scale_log2, rows, cover.interior(first_key, kUnitRows), first_key);
-      pack_all<kType>(weights, packed_weights);
       products_wait<0>();
       settle(scores);
-      products_fence();
-#pragma unroll
-      for (int step = 0; step < kUnitRows / 16; ++step)
-        accumulate<kD, kType>(dv, packed_weights + 4 * step, gradients, kUnitRows, step);
-      products_commit();
       differentiate(scores, weights, rows);
+      // Packed only now: sooner, the packed weights would be 16 registers more than there are.
+      pack_all<kType>(weights, packed_weights);
       pack_all<kType>(scores, packed_scores);
       products_fence();
 #pragma unroll
-      for (int step = 0; step < kUnitRows / 16; ++step)
+      for (int step = 0; step < kUnitRows / 16; ++step) {
+        accumulate<kD, kType>(dv, packed_weights + 4 * step, gradients, kUnitRows, step);
         accumulate<kD, kType>(dk, packed_scores + 4 * step, queries, kUnitRows, step);
+      }
       products_commit();
       products_wait<0>();
       settle(dv);
