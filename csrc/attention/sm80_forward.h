@@ -5,19 +5,18 @@
 // within a quad; only tiles at the edge of an interval are masked.
 #pragma once
 
-#include <cmath>
-
-#include "attention/sm80_tile.h"
+#include "attention/sm80_queries.h"
 
 namespace dflash::gpu::sm80 {
 
 struct ForwardParameters {
   Rows rows;
   const int32_t* order;
-  const void *q, *k_ctx, *v_ctx, *k_blk, *v_blk;
+  const void* q;
+  Keys keys;
   void* out;
   float* lse;
-  int q_heads, kv_heads;
+  int q_heads;
   float scale;  // times log2(e)
 };
 
@@ -36,20 +35,6 @@ struct ForwardTraits {
   static constexpr int kBoundsAt = kQueryBytes + 2 * kStageBytes;
   static constexpr int kShared = kBoundsAt + 2 * kItemRows * static_cast<int>(sizeof(Interval));
 };
-
-// What a warp's kRows rows of an item, from row0 on, see of one segment. bounds: of these rows.
-template <int kRows>
-DFLASH_DEVICE Cover warp_cover(const Rows& rows, const Interval* bounds, int item, int row0) {
-  Cover cover;
-  const int r = lane() % kRows;
-  if (rows.item_position(item, row0 + r) >= 0) cover.add(bounds[r]);
-#pragma unroll
-  for (int mask = 1; mask < kRows; mask *= 2) {
-    cover.add(Cover{shuffle_xor(cover.first, mask), shuffle_xor(cover.last, mask), shuffle_xor(cover.from, mask),
-                    shuffle_xor(cover.until, mask)});
-  }
-  return cover;
-}
 
 // One warp's rows: the online softmax in base 2 over the tiles seen so far. Peaks are of raw scores, and may lag.
 template <typename Traits>
@@ -76,7 +61,7 @@ struct ForwardWarp {
     const Steps steps = Steps::of(cover, p);
     float s[kM][kKeys / 8][4] = {};
     multiply_rows<kType, kDim, kAll>(s, queries, keys, steps);
-    if constexpr (!kAll) mask(s, bounds, p);
+    if constexpr (!kAll) mask_keys(s, bounds, p);
     raise_peaks(s);
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
@@ -105,22 +90,6 @@ struct ForwardWarp {
   }
 
  private:
-  DFLASH_DEVICE void mask(float (&s)[kM][kKeys / 8][4], const Interval* bounds, int p) {
-    const int g = lane() / 4, c = lane() % 4;
-#pragma unroll
-    for (int m = 0; m < kM; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const Interval row = bounds[16 * m + 8 * half + g];
-#pragma unroll
-        for (int i = 0; i < kKeys / 4; ++i) {
-          const int key = p + i / 2 * 8 + 2 * c + i % 2;
-          if (key < row.lo || key >= row.hi) s[m][i / 2][2 * half + i % 2] = -INFINITY;
-        }
-      }
-    }
-  }
-
   // Peaks only have to keep exponentials in range, so they rise when one of the warp's has become too low by 2^kSlack,
   // which after the first tiles is rare, and the output is seldom rescaled.
   DFLASH_DEVICE void raise_peaks(const float (&s)[kM][kKeys / 8][4]) {
@@ -155,28 +124,6 @@ struct ForwardWarp {
   }
 };
 
-// Fills the CTA's table of intervals: for each segment, one per row; rows of padding see nothing.
-DFLASH_DEVICE void write_bounds(const Rows& rows, int item, int row0, int count, Interval* bounds) {
-  for (int r = thread_index(); r < count; r += block_threads()) {
-    const int position = rows.item_position(item, row0 + r);
-    bounds[r] = position >= 0 ? rows.sees(Segment::kContext, position) : Interval{0, 0};
-    bounds[count + r] = position >= 0 ? rows.sees(Segment::kOwn, position) : Interval{0, 0};
-  }
-}
-
-// A work item's query rows in an (A*S, Hq, D) tensor.
-struct ItemRows {
-  const Rows& rows;
-  int item, q_heads, head0;  // head0: the kv head's first query head
-
-  // Row of the tensor, of D numbers, or -1 for a row of padding.
-  DFLASH_DEVICE int64_t at(int r) const {
-    const int position = rows.item_position(item, r);
-    if (position < 0) return -1;
-    return static_cast<int64_t>(position) * q_heads + head0 + rows.group_head(r % kUnitRows);
-  }
-};
-
 // Normalises a warp's rows and writes them by way of the rows of `memory` that held its queries.
 template <typename Traits>
 DFLASH_DEVICE void write_output(ForwardWarp<Traits>& state, const ItemRows& item_rows, char* memory, int row0,
@@ -205,29 +152,13 @@ DFLASH_GLOBAL void DFLASH_BOUNDS(Traits::kThreads, 1) forward(const DFLASH_PARAM
   char* const memory = shared_memory();
   const uint32_t queries = shared_address(memory);
   Interval* const bounds = reinterpret_cast<Interval*>(memory + Traits::kBoundsAt);
-  const int item = p.order[block_index() / p.kv_heads], head = block_index() % p.kv_heads;
+  const int item = p.order[block_index() / p.keys.kv_heads], head = block_index() % p.keys.kv_heads;
   const ItemRows item_rows{p.rows, item, p.q_heads, head * p.rows.group.by};
 
-  const auto load_tile = [&](const KeyWalk& walk, uint32_t stage) {
-    const bool own = walk.segment == Segment::kOwn;
-    const KeyRows k = KeyRows::of<kDim>(own ? p.k_blk : p.k_ctx, p.kv_heads, head);
-    const KeyRows v = KeyRows::of<kDim>(own ? p.v_blk : p.v_ctx, p.kv_heads, head);
-    const int end = walk.limits().hi;
-    const auto rows_of = [&](const KeyRows& tensor) {
-      return [&, end](int row) { return walk.p + row < end ? tensor.at(walk.p + row) : nullptr; };
-    };
-    copy_rows<kDim, Traits::kKeys, Traits::kThreads>(stage, rows_of(k));
-    copy_rows<kDim, Traits::kKeys, Traits::kThreads>(stage + Traits::kTileBytes, rows_of(v));
-    copy_async_commit();
-  };
-
   KeyWalk walk = KeyWalk::of(p.rows, item * 2 * p.rows.unit_positions, 2 * p.rows.unit_positions);
-  copy_rows<kDim, kItemRows, Traits::kThreads>(queries, [&](int r) {
-    const int64_t row = item_rows.at(r);
-    return row >= 0 ? static_cast<const char*>(p.q) + row * kDim * 2 : nullptr;
-  });
+  copy_queries<kDim, kItemRows, Traits::kThreads>(p.q, item_rows, 0, queries);
   uint32_t stage = queries + Traits::kQueryBytes, other = stage + Traits::kStageBytes;
-  load_tile(walk, stage);
+  copy_keys<kDim, Traits::kKeys, Traits::kThreads>(p.keys, head, walk, stage);
   write_bounds(p.rows, item, 0, kItemRows, bounds);
   sync_threads();
 
@@ -242,7 +173,7 @@ DFLASH_GLOBAL void DFLASH_BOUNDS(Traits::kThreads, 1) forward(const DFLASH_PARAM
     next.advance(Traits::kKeys);
     copy_async_wait<0>();
     sync_threads();  // this stage has arrived for all, and all have left the other one
-    if (!next.done()) load_tile(next, other);
+    if (!next.done()) copy_keys<kDim, Traits::kKeys, Traits::kThreads>(p.keys, head, next, other);
     if (walk.segment != segment) {
       segment = walk.segment;
       warp_bounds += kItemRows;

@@ -1,7 +1,8 @@
 // From the operator's arguments to launches: head dim and type become template arguments, sizes a grid.
 #pragma once
 
-#include "attention/sm80_forward.h"
+#include "attention/ptx.h"
+#include "attention/rows.h"
 
 namespace dflash::gpu::sm80 {
 
@@ -31,18 +32,6 @@ int for_shape(const Args& args, const Run& run) {
   };
   return args.type == Half::kBf16 ? with_type.template operator()<Half::kBf16>()
                                   : with_type.template operator()<Half::kFp16>();
-}
-
-inline int launch_forward(const GpuForward& args, void* stream) {
-  return for_shape(args, [&]<Half kType, int kDim>() {
-    using Traits = ForwardTraits<kType, kDim>;
-    const AttentionShape& s = args.shape;
-    const ForwardParameters parameters{Rows::of(s), args.order, args.q,     args.k_ctx,
-                                       args.v_ctx,  args.k_blk, args.v_blk, args.out,
-                                       args.lse,    s.q_heads,  s.kv_heads, static_cast<float>(s.scale * kLog2E)};
-    const Launch how{static_cast<int64_t>(args.items) * s.kv_heads, Traits::kThreads, Traits::kShared};
-    return launch(forward<Traits>, how, parameters, stream);
-  });
 }
 
 }  // namespace dflash::gpu::sm80

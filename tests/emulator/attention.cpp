@@ -1,6 +1,7 @@
 // The GPU kernels on the emulated machine, callable from Python (tests/test_gpu_emulated.py). All memory is the host's.
 #include <cstdio>
 
+#include "attention/sm80_backward.cu"
 #include "attention/sm80_forward.cu"
 
 using namespace dflash;
@@ -46,6 +47,32 @@ const char* sm80_forward(const Problem* p, unsigned seed) {
     return forward_sm80({p->shape(), p->order, p->items, p->type(), p->q, p->k_ctx, p->v_ctx, p->k_blk, p->v_blk,
                          p->out, static_cast<float*>(p->lse)},
                         nullptr);
+  });
+}
+
+const char* sm80_backward(const Problem* p, unsigned seed) {
+  return emulate(seed, [&] {
+    return backward_sm80({p->shape(),
+                          p->order,
+                          p->tile_ranges,
+                          p->tile_order,
+                          p->items,
+                          p->type(),
+                          p->dout,
+                          p->q,
+                          p->k_ctx,
+                          p->v_ctx,
+                          p->k_blk,
+                          p->v_blk,
+                          p->out,
+                          static_cast<const float*>(p->lse),
+                          static_cast<float*>(p->delta),
+                          p->dq,
+                          p->dk_ctx,
+                          p->dv_ctx,
+                          p->dk_blk,
+                          p->dv_blk},
+                         nullptr);
   });
 }
 
