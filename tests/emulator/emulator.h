@@ -46,6 +46,8 @@ inline constexpr unsigned kAllLanes = 0xffffffffu;
 inline constexpr int kWarp = 32;
 // Where the emulated shared memory starts: real addresses do not start at 0 either.
 inline constexpr uint32_t kSharedBase = 1024;
+// As ptx.h has it; here it costs nothing.
+inline constexpr int kSharedAlign = 1024;
 inline constexpr size_t kStackBytes = 512 * 1024;
 
 struct Fault : std::runtime_error {
