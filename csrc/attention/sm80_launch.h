@@ -34,4 +34,13 @@ int for_shape(const Args& args, const Run& run) {
                                   : with_type.template operator()<Half::kFp16>();
 }
 
+// Every kernel runs on every device from compute capability 8.0 on: 8.6 and 8.9 have the least shared memory.
+inline constexpr int kLeastShared = 99 * 1024;
+
+template <typename Traits, typename Parameters>
+int launch_kernel(void (*kernel)(Parameters), int64_t blocks, const Parameters& parameters, void* stream) {
+  static_assert(Traits::kShared + kSharedAlign <= kLeastShared);
+  return launch(kernel, Launch{blocks, Traits::kThreads, Traits::kShared}, parameters, stream);
+}
+
 }  // namespace dflash::gpu::sm80

@@ -132,7 +132,8 @@ DFLASH_DEVICE void multiply_columns(float (&d)[kM][kDim / 8][4], const float (&p
 template <int kDim, int kRows, int kThreads, typename Source>
 DFLASH_DEVICE void copy_rows(uint32_t tile, const Source& source) {
   constexpr int kChunks = kDim / 8;
-#pragma unroll 4
+  // Not unrolled: addresses kept for all rounds are registers that the products need.
+#pragma unroll 1
   for (int i = 0; i < (kRows * kChunks + kThreads - 1) / kThreads; ++i) {
     const int index = thread_index() + i * kThreads, row = index / kChunks, chunk = index % kChunks;
     if (kRows * kChunks % kThreads != 0 && row >= kRows) continue;

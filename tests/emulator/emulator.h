@@ -28,6 +28,7 @@
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 #if !defined(__x86_64__)
@@ -46,6 +47,8 @@ inline constexpr unsigned kAllLanes = 0xffffffffu;
 inline constexpr int kWarp = 32;
 // Where the emulated shared memory starts: real addresses do not start at 0 either.
 inline constexpr uint32_t kSharedBase = 1024;
+// As ptx.h has it; here it costs nothing.
+inline constexpr int kSharedAlign = 1024;
 inline constexpr size_t kStackBytes = 512 * 1024;
 
 struct Fault : std::runtime_error {
@@ -258,6 +261,10 @@ inline void start_block(int threads, size_t shared) {
     t.waits_on = nullptr;
     t.copies.clear();
     t.groups.clear();
+#if defined(__SANITIZE_ADDRESS__)
+    // What the last fiber on this stack left marked: it never returned from its outermost function.
+    __asan_unpoison_memory_region(t.stack.get(), kStackBytes);
+#endif
     make_context(t.context, t.stack.get(), kStackBytes, fiber_entry);
   }
 }
