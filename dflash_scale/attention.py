@@ -8,7 +8,7 @@ back from the query, as vLLM's sliding window does when it serves the drafter. A
 seen: at serving time the anchor is the token just sampled, and the verifier has not yet computed its state.
 
 Documents are contiguous in a row and anchors ascend, so every block sees one interval of the context. The plan is those
-intervals, O(A + T/128) integers and no mask. It is built once per step and window, and serves all layers, forward and
+intervals, O(A + T/128 + A*S*G/128) integers and no mask. It is built once per step and window, and serves all layers, forward and
 backward.
 """
 
@@ -25,7 +25,7 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 TILE = 128  # keys per tile of `Plan.tile_ranges`; kTile in csrc/attention/plan.h
-MAX_WEIGHT = 1023  # key tiles up to which blocks are ordered by weight; kWeights - 1 there
+MAX_WEIGHT = 1023  # work is ordered by weights up to here; kWeights - 1 there
 LIBRARY = Path(__file__).with_name("_kernels.so")
 BACKENDS = ("auto", "cpu", "reference")
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -57,7 +57,8 @@ class Plan:
     anchors (A,) · doc_ids (T,): what the plan was built from, not copied.
     starts, ends (A,): block j sees [starts[j], ends[j]) at slot 0; with a window the lower bound rises by one per slot.
     tile_ranges (ceil(T/128), 2): first and one past the last block that sees each tile of 128 keys.
-    order (A,): the blocks by falling number of key tiles, equal ones ascending.
+    order (items,): the work items of the GPU kernels (`item_positions`) by falling number of key tiles, equal ones
+    ascending. tile_order (ceil(T/128),): the key tiles by falling number of blocks that see them, likewise.
     """
 
     anchors: Tensor
@@ -66,19 +67,33 @@ class Plan:
     ends: Tensor
     tile_ranges: Tensor
     order: Tensor
+    tile_order: Tensor
     block_size: int
     window: int | None
     causal_block: bool
+    group: int
+
+
+def item_positions(group: int) -> int:
+    """Query positions of a work item: two units of up to 64 rows, a row being one of the G heads of a kv head."""
+    return 2 * max(1, 64 // group)
 
 
 def build_plan(
-    anchors: Tensor, doc_ids: Tensor, *, block_size: int, window: int | None = None, causal_block: bool = False
+    anchors: Tensor,
+    doc_ids: Tensor,
+    *,
+    block_size: int,
+    window: int | None = None,
+    causal_block: bool = False,
+    group: int = 1,
 ) -> Plan:
     """Builds the plan on the device of `anchors`: on CUDA in one launch, with no host sync.
 
     anchors: (A,) int32, ascending, each inside a document; A may be 0.
     doc_ids: (T,) int32, one contiguous run per document, -1 = padding.
     window: sliding window W in tokens, the query included; None = full attention.
+    group: G = Hq / Hkv, the query heads that share a kv head.
 
     Raises ValueError for wrong shapes, dtypes or devices; and for wrong values where the tensors are on the CPU (on
     CUDA that would need a host sync: there wrong values give a wrong result, but never touch foreign memory).
@@ -92,12 +107,14 @@ def build_plan(
         raise ValueError(f"block_size must be at least 1, got {block_size}.")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 token, or None for full attention; got {window}.")
+    if group < 1:
+        raise ValueError(f"group, the query heads per kv head, must be at least 1; got {group}.")
     if anchors.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_values(anchors, doc_ids)
     anchors, doc_ids = anchors.contiguous(), doc_ids.contiguous()
     build = torch.ops.dflash_scale.build_plan if PLAN_KERNEL.get(anchors.device.type) else _plan_reference
-    starts, ends, tile_ranges, order = build(anchors, doc_ids, window or 0)
-    return Plan(anchors, doc_ids, starts, ends, tile_ranges, order, block_size, window, causal_block)
+    integers = build(anchors, doc_ids, block_size, window or 0, group)
+    return Plan(anchors, doc_ids, *integers, block_size, window, causal_block, group)
 
 
 def _check_values(anchors: Tensor, doc_ids: Tensor) -> None:
@@ -116,13 +133,15 @@ def _check_values(anchors: Tensor, doc_ids: Tensor) -> None:
         raise ValueError("an anchor lies in padding (doc_ids is -1 there); draw anchors inside documents only.")
 
 
-def _plan_reference(anchors: Tensor, doc_ids: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _plan_reference(
+    anchors: Tensor, doc_ids: Tensor, block_size: int, window: int, group: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The plan in plain torch: what the operators are tested against, and what "reference" uses without them."""
     tokens, device = doc_ids.numel(), anchors.device
-    positions = torch.arange(tokens, device=device)
+    rows = torch.arange(tokens, device=device)
     opens = torch.ones(tokens, dtype=torch.bool, device=device)
     opens[1:] = doc_ids[1:] != doc_ids[:-1]
-    document_starts = torch.cummax(torch.where(opens, positions, 0), 0).values
+    document_starts = torch.cummax(torch.where(opens, rows, 0), 0).values
     ends = anchors.clone()
     starts = document_starts[anchors].to(torch.int32)
     if window:
@@ -131,9 +150,17 @@ def _plan_reference(anchors: Tensor, doc_ids: Tensor, window: int) -> tuple[Tens
     tile_ends = torch.clamp(tile_begins + TILE, max=tokens)
     first = torch.searchsorted(ends, tile_begins, right=True, out_int32=True)
     last = torch.searchsorted(starts, tile_ends, right=False, out_int32=True)
-    weights = torch.clamp((ends - starts + TILE - 1) // TILE, max=MAX_WEIGHT)
-    order = torch.argsort(weights, descending=True, stable=True).to(torch.int32)
-    return starts, ends, torch.stack([first, last], dim=1), order
+    positions, step = anchors.numel() * block_size, item_positions(group)
+    begins = torch.arange(0, positions, step, device=device)
+    lasts = torch.clamp(begins + step, max=positions) - 1
+    keys = ends[lasts // block_size] - starts[begins // block_size]
+    order = _heaviest_first((keys + TILE - 1) // TILE)
+    tile_order = _heaviest_first((last - first).long() * MAX_WEIGHT // max(anchors.numel(), 1))
+    return starts, ends, torch.stack([first, last], dim=1), order, tile_order
+
+
+def _heaviest_first(weights: Tensor) -> Tensor:
+    return torch.argsort(weights.clamp(max=MAX_WEIGHT), descending=True, stable=True).to(torch.int32)
 
 
 def anchor_attention(
@@ -162,9 +189,9 @@ def anchor_attention(
     if _resolve(backend, q) == "reference":
         return _attention_reference(q, k_ctx, v_ctx, k_blk, v_blk, plan, scale)
     tensors = [tensor.contiguous() for tensor in (q, k_ctx, v_ctx, k_blk, v_blk)]
-    indices = (plan.starts, plan.ends, plan.tile_ranges, plan.order)
+    indices = (plan.starts, plan.ends, plan.tile_ranges, plan.order, plan.tile_order)
     out, _ = torch.ops.dflash_scale.anchor_attention(
-        *tensors, *indices, plan.block_size, plan.window or 0, plan.causal_block, scale
+        *tensors, *indices, plan.block_size, plan.window or 0, plan.causal_block, scale, 0
     )
     return out
 
@@ -186,6 +213,11 @@ def _check_tensors(q: Tensor, k_ctx: Tensor, v_ctx: Tensor, k_blk: Tensor, v_blk
     heads, key_heads, width = q.shape[1], k_ctx.shape[1], q.shape[2]
     if key_heads == 0 or heads % key_heads != 0:
         raise ValueError(f"q has {heads} heads, which is no multiple of the {key_heads} heads of k_ctx.")
+    if heads // key_heads != plan.group:
+        raise ValueError(
+            f"the plan was built for {plan.group} query heads per kv head, q and k_ctx have {heads} over {key_heads}; "
+            f"build it with group={heads // key_heads}."
+        )
     wanted = {
         "q": (slots, heads, width),
         "k_ctx": (tokens, key_heads, width),
@@ -280,10 +312,13 @@ def _attention_reference(
     return out.reshape(anchors * size, heads, width).to(q.dtype)
 
 
-def _fake_plan(anchors: Tensor, doc_ids: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tiles = (doc_ids.shape[0] + TILE - 1) // TILE
-    starts, ends, order = (torch.empty_like(anchors) for _ in range(3))
-    return starts, ends, anchors.new_empty(tiles, 2), order
+def _fake_plan(
+    anchors: Tensor, doc_ids: Tensor, block_size: int, window: int, group: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tiles, step = (doc_ids.shape[0] + TILE - 1) // TILE, item_positions(group)
+    items = (anchors.shape[0] * block_size + step - 1) // step
+    starts, ends = torch.empty_like(anchors), torch.empty_like(anchors)
+    return starts, ends, anchors.new_empty(tiles, 2), anchors.new_empty(items), anchors.new_empty(tiles)
 
 
 def _fake_forward(q: Tensor, *_: Tensor | int | float) -> tuple[Tensor, Tensor]:
@@ -300,17 +335,17 @@ def _fake_backward(
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     out, lse = output
-    *tensors, block_size, window, causal_block, scale = inputs
+    tensors, options = inputs[:10], inputs[10:]
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(*tensors[:5], out, lse, *tensors[5:])
-    ctx.options = (block_size, window, causal_block, scale)  # type: ignore[attr-defined]
+    ctx.options = options  # type: ignore[attr-defined]
 
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # type: ignore[attr-defined]
     options = ctx.options  # type: ignore[attr-defined]
     grads = torch.ops.dflash_scale.anchor_attention_backward(dout.contiguous(), *saved, *options)
-    return (*grads, *[None] * 8)
+    return (*grads, *[None] * 10)
 
 
 if not MISSING:

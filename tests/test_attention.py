@@ -46,7 +46,12 @@ class Case:
         doc_ids = torch.cat([doc_ids, torch.full((self.padding,), -1)]).int()
         anchors = torch.nonzero(torch.rand(tokens, generator=generator) < self.density).flatten().int()
         return build_plan(
-            anchors, doc_ids, block_size=self.block_size, window=self.window, causal_block=self.causal_block
+            anchors,
+            doc_ids,
+            block_size=self.block_size,
+            window=self.window,
+            causal_block=self.causal_block,
+            group=self.group,
         )
 
     def tensors(self, plan: Plan) -> list[Tensor]:
@@ -68,7 +73,7 @@ def cases(draw: st.DrawFn) -> Case:
         density=draw(st.sampled_from([0.0, 0.02, 0.3, 1.0])),
         block_size=draw(st.sampled_from([1, 2, 5, 8, 16, 70])),
         key_heads=draw(st.sampled_from([1, 2, 3])),
-        group=draw(st.sampled_from([1, 2, 3, 8])),
+        group=draw(st.sampled_from([1, 2, 3, 5, 8])),
         head_dim=draw(st.sampled_from([1, 8, 20, 64])),
         window=draw(st.sampled_from([None, 1, 2, 6, 64, 1000])),
         causal_block=draw(st.booleans()),
@@ -202,11 +207,11 @@ def test_repeats_bit_for_bit_whatever_the_threads(dtype: torch.dtype) -> None:
 def test_narrower_instruction_sets(limit: str) -> None:
     """The set is chosen once per process, so each one needs a process; torch's own variable limits both."""
     code = (
-        "import test_attention as t; cases = [t.case(window=9, dtype=d) for d in t.TOLERANCE];"
+        "import tests.test_attention as t; cases = [t.case(window=9, dtype=d) for d in t.TOLERANCE];"
         "[t.assert_close(c, t.outputs(c, 'cpu'), t.outputs(c, 'reference')) for c in cases]"
     )
     environment = os.environ | {"ATEN_CPU_CAPABILITY": limit}
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], env=environment, check=True, timeout=300)
 
 
 def test_nan_is_not_hidden() -> None:
@@ -254,16 +259,22 @@ def test_plan_against_brute_force(case: Case) -> None:
         # Inside a range there may be blocks that see nothing at all, and no other strangers.
         inside = [j for j in range(first, last) if plan.starts[j] < plan.ends[j]]
         assert inside == blocks, f"tile {t} of {case}"
-    weights = [math.ceil(int(n) / attention.TILE) for n in plan.ends - plan.starts]
-    assert plan.order.tolist() == sorted(range(len(weights)), key=lambda j: -weights[j])
+    step, positions = attention.item_positions(case.group), plan.anchors.numel() * case.block_size
+    weights = []
+    for begin in range(0, positions, step):
+        blocks = [position // case.block_size for position in range(begin, min(begin + step, positions))]
+        weights.append(math.ceil((int(plan.ends[blocks[-1]]) - int(plan.starts[blocks[0]])) / attention.TILE))
+    assert plan.order.tolist() == sorted(range(len(weights)), key=lambda i: -weights[i])
+    shares = [(last - first) * 1023 // max(1, plan.anchors.numel()) for first, last in plan.tile_ranges.tolist()]
+    assert plan.tile_order.tolist() == sorted(range(tiles), key=lambda t: -shares[t])
 
 
 @settings(max_examples=20, deadline=None)
 @given(cases())
 def test_plan_operator_equals_plain_torch(case: Case) -> None:
     plan = case.plan()
-    plain = attention._plan_reference(plan.anchors, plan.doc_ids, plan.window or 0)
-    for name, want in zip(("starts", "ends", "tile_ranges", "order"), plain, strict=True):
+    plain = attention._plan_reference(plan.anchors, plan.doc_ids, case.block_size, plan.window or 0, case.group)
+    for name, want in zip(("starts", "ends", "tile_ranges", "order", "tile_order"), plain, strict=True):
         got = getattr(plan, name)
         assert got.dtype == torch.int32
         assert torch.equal(got, want), f"{name} for {case}"
@@ -272,15 +283,15 @@ def test_plan_operator_equals_plain_torch(case: Case) -> None:
 def operator_arguments(some: Case, requires_grad: bool) -> tuple:
     plan = some.plan()
     tensors = [tensor.requires_grad_(requires_grad) for tensor in some.tensors(plan)]
-    indices = (plan.starts, plan.ends, plan.tile_ranges, plan.order)
-    return (*tensors, *indices, plan.block_size, plan.window or 0, plan.causal_block, 0.25)
+    indices = (plan.starts, plan.ends, plan.tile_ranges, plan.order, plan.tile_order)
+    return (*tensors, *indices, plan.block_size, plan.window or 0, plan.causal_block, 0.25, 0)
 
 
 @pytest.mark.parametrize("density", [0.0, 0.2])
 def test_opcheck(density: float) -> None:
     some = case(density=density, lengths=(40, 10), window=9)
     plan = some.plan()
-    torch.library.opcheck(torch.ops.dflash_scale.build_plan.default, (plan.anchors, plan.doc_ids, 0))
+    torch.library.opcheck(torch.ops.dflash_scale.build_plan.default, (plan.anchors, plan.doc_ids, 4, 0, 2))
     torch.library.opcheck(torch.ops.dflash_scale.anchor_attention.default, operator_arguments(some, True))
     arguments = operator_arguments(some, False)
     out, lse = torch.ops.dflash_scale.anchor_attention(*arguments)
@@ -295,7 +306,7 @@ def test_compiles_without_a_graph_break() -> None:
 
     @torch.compile(backend="aot_eager", fullgraph=True)
     def step(*tensors: Tensor) -> Tensor:
-        rebuilt = build_plan(plan.anchors, plan.doc_ids, block_size=plan.block_size)
+        rebuilt = build_plan(plan.anchors, plan.doc_ids, block_size=plan.block_size, group=plan.group)
         return anchor_attention(*tensors, rebuilt)
 
     eager = [tensor.clone().requires_grad_() for tensor in tensors]
@@ -319,6 +330,7 @@ def index(*values: int) -> Tensor:
         (index(1), index(0, 0)[None], {}, "doc_ids must be (T,) int32"),
         (index(1), index(0, 0), {"block_size": 0}, "block_size must be at least 1"),
         (index(1), index(0, 0), {"window": 0}, "window must be at least 1"),
+        (index(1), index(0, 0), {"group": 0}, "group, the query heads per kv head, must be at least 1"),
         (index(2, 1), index(0, 0, 0), {}, "anchors must ascend"),
         (index(3), index(0, 0, 0), {}, "anchors must lie in [0, 3)"),
         (index(-1), index(0, 0, 0), {}, "anchors must lie in [0, 3)"),
@@ -343,6 +355,8 @@ def test_attention_refuses_what_does_not_fit() -> None:
         anchor_attention(q.double(), *rest, plan)
     with pytest.raises(ValueError, match="no multiple"):
         anchor_attention(q[:, :3], *rest, plan)
+    with pytest.raises(ValueError, match="built for 2 query heads per kv head, q and k_ctx have 2 over 2"):
+        anchor_attention(q[:, :2].contiguous(), *rest, plan)
     with pytest.raises(ValueError, match="build it where they are"):
         anchor_attention(*[x.to("meta") for x in (q, *rest)], plan)
     for absent in ("cuda", "flex", "fast"):

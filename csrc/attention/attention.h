@@ -55,6 +55,38 @@ struct Bf16 {
   uint16_t bits;
 };
 
+// 16-bit element types of the GPU kernels.
+enum class Half { kBf16, kFp16 };
+
+// What the GPU kernels take: contiguous tensors that start at a multiple of 16 bytes, at least one anchor, fp32
+// statistics. Outputs come as uninitialised memory and are written in full, zeros for keys that nobody sees included.
+struct GpuForward {
+  AttentionShape shape;
+  const int32_t* order;  // (items,) see plan.h
+  int32_t items;
+  Half type;
+  const void *q, *k_ctx, *v_ctx, *k_blk, *v_blk;
+  void* out;
+  float* lse;  // (A*S, Hq) natural logarithm of the sum of exponentials
+};
+
+struct GpuBackward {
+  AttentionShape shape;
+  const int32_t *order, *tile_ranges, *tile_order;  // see plan.h
+  int32_t items;
+  Half type;
+  const void *dout, *q, *k_ctx, *v_ctx, *k_blk, *v_blk, *out;
+  const float* lse;
+  float* delta;  // (A*S, Hq) scratch: the row sums of dout * out
+  void *dq, *dk_ctx, *dv_ctx, *dk_blk, *dv_blk;
+};
+
+// On `stream`, a cudaStream_t, with no host sync. Return a cudaError_t.
+int forward_sm80(const GpuForward&, void* stream);
+int backward_sm80(const GpuBackward&, void* stream);
+int forward_sm90(const GpuForward&, void* stream);
+int backward_sm90(const GpuBackward&, void* stream);
+
 template <typename T, typename Acc>
 void attention_forward_cpu(const AttentionShape&, const AttentionInputs<T>&, const ForwardOutputs<T, Acc>&);
 template <typename T, typename Acc>
