@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from dflash_scale import attention, attention_plan, attention_reference
 from dflash_scale.attention import Plan, anchor_attention, build_plan
+from dflash_scale.config import DrafterSection
 
 ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
@@ -399,6 +401,11 @@ def test_auto_takes_another_backend_and_says_so_once(caplog: pytest.LogCaptureFi
     assert out.dtype == torch.float16
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert 'cpu runs backend "reference": "cpu" takes float32' in caplog.text
+
+
+def test_the_configuration_knows_every_backend() -> None:
+    annotation = DrafterSection.model_fields["attention_backend"].annotation
+    assert get_args(annotation) == attention.BACKENDS
 
 
 class OnGpu:
