@@ -11,7 +11,8 @@ from torch.nn.attention import flex_attention as torch_flex
 from dflash_scale import attention_flex, attention_reference
 from dflash_scale.attention import Plan, anchor_attention
 from dflash_scale.attention_plan import TILE
-from tests.test_attention import Case, assert_close, case, cases, outputs
+from tests.attention_cases import Case, assert_close, case, outputs
+from tests.test_attention import cases
 
 
 @pytest.fixture
