@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from torch import Tensor
 
 from dflash_scale import attention, attention_plan, attention_reference
 from dflash_scale.attention import Plan, anchor_attention, build_plan
-from dflash_scale.config import DrafterSection
 from tests.attention_cases import NAMES, Case, assert_close, case, outputs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -328,11 +326,6 @@ def test_auto_takes_another_backend_and_says_so_once(caplog: pytest.LogCaptureFi
     assert out.dtype == torch.float16
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert 'cpu runs backend "reference": "cpu" takes float32' in caplog.text
-
-
-def test_the_configuration_knows_every_backend() -> None:
-    annotation = DrafterSection.model_fields["attention_backend"].annotation
-    assert get_args(annotation) == attention.BACKENDS
 
 
 class OnGpu:

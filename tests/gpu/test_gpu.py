@@ -11,11 +11,9 @@ from tests.attention_cases import Case, case
 from tests.gpu import check
 from tests.test_attention import cases
 
-GPU_BACKENDS = ("sm90", "sm80", "flex")
-
 
 def backends() -> list[str]:
-    return [name for name in check.usable("cuda") if name in GPU_BACKENDS]
+    return [*check.usable("cuda"), "flex"]
 
 
 def test_the_compiled_kernels_are_there() -> None:
@@ -40,7 +38,7 @@ def test_check(name: str, backend: str) -> None:
 @given(some=cases())
 def test_equals_the_definition(backend: str, some: Case) -> None:
     """Where a backend refuses the problem, the refusal names one that takes it."""
-    some = Case(**{**some.__dict__, "density": min(some.density, 0.1)})
+    some = Case(**{**some.__dict__, "density": min(some.density, 0.05)})
     if check.runs(some, backend, "cuda"):
         check.compare_with_definition(some, backend, "cuda")
         return
