@@ -1,0 +1,295 @@
+// Forward on Hopper. A block of threads is one work item of one kv head: each of its two consumer warpgroups keeps a
+// unit's 64 query rows and its 64 x D accumulator in registers, and both walk the item's key tiles. While a tile's
+// values are multiplied, the next tile's scores already are (as FlashAttention-3 does, arXiv 2407.08608, section 3.2).
+#pragma once
+
+#include "attention/sm90_tile.h"
+
+namespace dflash::sm90 {
+
+struct ForwardParameters {
+  Rows rows;
+  TensorMap q;
+  KeyMaps keys;
+  const int32_t* order;
+  int q_heads, kv_heads;
+  float scale_log2;  // scale * log2(e): exponentials are taken to base 2
+  void* out;
+  float* lse;
+};
+
+template <int kD>
+struct ForwardShape {
+  static constexpr int kKeys = kD <= 128 ? 128 : 64;
+  static constexpr int kStages = kD <= 64 ? 4 : 2;
+  static constexpr int kUnit = tile_bytes(kD, kUnitRows);
+  using Rings = KeyRings<kD, kKeys, kStages>;
+  // Queries of both units, the rings, the barriers: one for each unit's queries, then the rings'.
+  static constexpr int kRings = kConsumers * kUnit, kBarriers = kRings + Rings::kBytes;
+  static constexpr int kShared = kBarriers + 8 * (kConsumers + Rings::kBarriers);
+};
+
+// Online softmax of a thread's two rows; `total` is this thread's part of the sum.
+struct Softmax {
+  float peak[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};
+
+  // Turns scores into exp2((score - peak) * scale); `rescale` is what earlier results must be multiplied with.
+  template <int kCount>
+  DFLASH_DEVICE void step(float (&d)[kCount], float scale, float (&rescale)[2]) {
+    float used[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float highest = peak[r];
+#pragma unroll
+      for (int i = 0; i < kCount; ++i)
+        if (register_row(i) == r) highest = fmaxf(highest, d[i]);
+      highest = fmaxf(highest, shuffle_xor(highest, 1));
+      highest = fmaxf(highest, shuffle_xor(highest, 2));
+      // A row that has not seen a key yet: -inf - (-inf) would be NaN.
+      used[r] = highest == -INFINITY ? 0.0f : highest * scale;
+      rescale[r] = exp2_fast(peak[r] * scale - used[r]);
+      peak[r] = highest;
+      total[r] *= rescale[r];
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      d[i] = exp2_fast(d[i] * scale - used[register_row(i)]);
+      total[register_row(i)] += d[i];
+    }
+  }
+};
+
+template <int kCount>
+DFLASH_DEVICE void multiply_rows(float (&d)[kCount], const float (&factor)[2]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) d[i] *= factor[register_row(i)];
+}
+
+// One consumer warpgroup's way through the walk.
+template <int kD, Half kType>
+struct ForwardConsumer {
+  using Shape = ForwardShape<kD>;
+  static constexpr int kKeys = Shape::kKeys;
+
+  const ForwardParameters& p;
+  typename Shape::Rings rings;
+  uint32_t queries;
+  ThreadRows mine;
+  UnitCover unit;
+  Softmax softmax;
+  Cursor<Shape::kStages> keys, values;
+  Interval sees[2];
+
+  // `out` and `weights` are the caller's locals, so that they stay registers: the output so far, and the weights of a
+  // tile whose values have not been multiplied yet. What products run in the background is straight-line code: ptxas
+  // runs them one by one where it finds branches between their issue and their wait.
+  DFLASH_DEVICE void score_tile(float (&scores)[kKeys / 2]) {
+    score<kKeys, kD, kType>(scores, queries, kUnitRows, rings.keys(keys.stage), kKeys);
+    products_commit();
+  }
+  DFLASH_DEVICE void multiply_values(float (&out)[kD / 2], const uint32_t (&weights)[kKeys / 4]) {
+#pragma unroll
+    for (int step = 0; step < kKeys / 16; ++step)
+      accumulate<kD, kType>(out, weights + 4 * step, rings.values(values.stage), kKeys, step);
+    products_commit();
+  }
+  DFLASH_DEVICE void release_keys() {
+    release(rings.keys_empty(keys.stage));
+    keys.advance();
+  }
+  DFLASH_DEVICE void release_values() {
+    release(rings.values_empty(values.stage));
+    values.advance();
+  }
+
+  DFLASH_DEVICE void skip() {
+    barrier_wait(rings.keys_full(keys.stage), keys.parity);
+    release_keys();
+    barrier_wait(rings.values_full(values.stage), values.parity);
+    release_values();
+  }
+
+  DFLASH_DEVICE void first_tile(int at, uint32_t (&weights)[kKeys / 4]) {
+    float scores[kKeys / 2], rescale[2];
+    barrier_wait(rings.keys_full(keys.stage), keys.parity);
+    products_fence();
+    score_tile(scores);
+    products_wait<0>();
+    settle(scores);
+    release_keys();
+    if (!unit.context.interior(at, kKeys)) hide(scores, at, sees);
+    softmax.step(scores, p.scale_log2, rescale);  // the output is still zero: nothing to rescale
+    pack_all<kType>(scores, weights);
+  }
+
+  // Scores of the tile at key row `at`, and meanwhile the values of the tile before.
+  DFLASH_DEVICE void next_tile(int at, float (&out)[kD / 2], uint32_t (&weights)[kKeys / 4]) {
+    float scores[kKeys / 2], rescale[2];
+    barrier_wait(rings.keys_full(keys.stage), keys.parity);
+    barrier_wait(rings.values_full(values.stage), values.parity);
+    products_fence();
+    score_tile(scores);
+    multiply_values(out, weights);
+    products_wait<1>();
+    settle(scores);
+    release_keys();
+    if (!unit.context.interior(at, kKeys)) hide(scores, at, sees);
+    softmax.step(scores, p.scale_log2, rescale);
+    products_wait<0>();
+    settle(out);
+    release_values();
+    multiply_rows(out, rescale);
+    pack_all<kType>(scores, weights);
+  }
+
+  DFLASH_DEVICE void last_values(float (&out)[kD / 2], const uint32_t (&weights)[kKeys / 4]) {
+    barrier_wait(rings.values_full(values.stage), values.parity);
+    products_fence();
+    multiply_values(out, weights);
+    products_wait<0>();
+    settle(out);
+    release_values();
+  }
+
+  // A tile of own rows, in steps of 16 keys, those that this unit's blocks hold.
+  DFLASH_DEVICE void own_tile(int at, float (&out)[kD / 2]) {
+    const Interval own = unit.own(p.rows);
+    barrier_wait(rings.keys_full(keys.stage), keys.parity);
+    barrier_wait(rings.values_full(values.stage), values.parity);
+    for (int step = 0; step < kKeys / kOwnStep; ++step) {
+      const int key = at + step * kOwnStep;
+      if (own.hi <= key || key + kOwnStep <= own.lo) continue;
+      float scores[kOwnStep / 2], rescale[2];
+      uint32_t weights[4];
+      const uint32_t offset = static_cast<uint32_t>(step * kOwnStep * kPanelRowBytes);
+      products_fence();
+      score<kOwnStep, kD, kType>(scores, queries, kUnitRows, rings.keys(keys.stage) + offset, kKeys);
+      products_commit();
+      products_wait<0>();
+      settle(scores);
+      hide(scores, key, sees);
+      softmax.step(scores, p.scale_log2, rescale);
+      multiply_rows(out, rescale);
+      pack_all<kType>(scores, weights);
+      products_fence();
+      accumulate<kD, kType>(out, weights, rings.values(values.stage), kKeys, step);
+      products_commit();
+      products_wait<0>();
+      settle(out);
+    }
+    release_keys();
+    release_values();
+  }
+
+  DFLASH_DEVICE bool in_context(const KeyWalk& walk) const { return !walk.done() && walk.segment == Segment::kContext; }
+  DFLASH_DEVICE bool dead(const KeyWalk& walk) const { return unit.count == 0 || unit.context.dead(walk.p, kKeys); }
+
+  // The tiles that a unit needs follow one another: others come before and after.
+  DFLASH_DEVICE void run(KeyWalk walk, float (&out)[kD / 2]) {
+    mine.see(p.rows, Segment::kContext, sees);
+    for (; in_context(walk) && dead(walk); walk.advance(kKeys)) skip();
+    if (in_context(walk)) {
+      uint32_t weights[kKeys / 4];
+      first_tile(walk.p, weights);
+      walk.advance(kKeys);
+      for (; in_context(walk) && !dead(walk); walk.advance(kKeys)) next_tile(walk.p, out, weights);
+      last_values(out, weights);
+    }
+    for (; in_context(walk); walk.advance(kKeys)) skip();
+    mine.see(p.rows, Segment::kOwn, sees);
+    for (; !walk.done(); walk.advance(kKeys)) own_tile(walk.p, out);
+  }
+};
+
+template <int kD, Half kType>
+DFLASH_DEVICE void consume_forward(const ForwardParameters& p, int item, int head, char* shared) {
+  using Shape = ForwardShape<kD>;
+  const uint32_t base = shared_address(shared);
+  const int index = thread_index() / kWarpgroup - 1;
+  ForwardConsumer<kD, kType> consumer{p,
+                                      {base + Shape::kRings, base + Shape::kBarriers + 8 * kConsumers},
+                                      base + index * Shape::kUnit,
+                                      ThreadRows::of(p.rows, item),
+                                      UnitCover::of(p.rows, (2 * item + index) * p.rows.unit_positions),
+                                      {},
+                                      {},
+                                      {},
+                                      {}};
+  float out[kD / 2] = {};
+  if (consumer.unit.count > 0) barrier_wait(base + Shape::kBarriers + 8 * index, 0);
+  consumer.run(KeyWalk::of(p.rows, 2 * item * p.rows.unit_positions, 2 * p.rows.unit_positions), out);
+
+  float inverse[2];
+  for (int r = 0; r < 2; ++r) {
+    float total = consumer.softmax.total[r];
+    total += shuffle_xor(total, 1);
+    total += shuffle_xor(total, 2);
+    inverse[r] = 1.0f / total;
+    const int64_t at = query_row(p.rows, p.q_heads, head, consumer.mine.position[r], consumer.mine.row[r]);
+    if (at >= 0 && thread_index() % 4 == 0) p.lse[at] = consumer.softmax.peak[r] * p.scale_log2 * kLn2 + logf(total);
+  }
+  store_rows<kD, kType>(out, inverse, shared + index * Shape::kUnit, kUnitRows, [&](int row) -> void* {
+    const int64_t at = query_row(p.rows, p.q_heads, head, p.rows.item_position(item, index * kUnitRows + row), row);
+    return at < 0 ? nullptr : static_cast<char*>(p.out) + at * kD * 2;
+  });
+}
+
+template <int kD>
+DFLASH_DEVICE void feed_forward(const ForwardParameters& p, int item, int head, uint32_t base) {
+  using Shape = ForwardShape<kD>;
+  for (int index = 0; index < kConsumers; ++index) {
+    const int position = (2 * item + index) * p.rows.unit_positions;
+    if (position >= p.rows.positions) break;
+    const uint32_t barrier = base + Shape::kBarriers + 8 * index;
+    barrier_arrive_expect(barrier, unit_bytes<kD>(p.rows));
+    copy_unit<kD>(base + index * Shape::kUnit, &p.q, barrier, p.rows, head, position);
+  }
+  const typename Shape::Rings rings{base + Shape::kRings, base + Shape::kBarriers + 8 * kConsumers};
+  rings.feed(KeyWalk::of(p.rows, 2 * item * p.rows.unit_positions, 2 * p.rows.unit_positions), p.keys, head);
+}
+
+template <int kD, Half kType>
+DFLASH_GLOBAL void DFLASH_BOUNDS(kThreads, 1) forward(const DFLASH_PARAMETER ForwardParameters p) {
+#ifdef DFLASH_HOPPER
+  using Shape = ForwardShape<kD>;
+  char* shared = shared_memory();
+  const uint32_t base = shared_address(shared);
+  const int item = p.order[block_index() / p.kv_heads], head = block_index() % p.kv_heads;
+  if (thread_index() == 0) {
+    for (int index = 0; index < kConsumers; ++index) barrier_init(base + Shape::kBarriers + 8 * index, 1);
+    typename Shape::Rings{base + Shape::kRings, base + Shape::kBarriers + 8 * kConsumers}.init();
+    barrier_init_fence();
+    async_fence();
+  }
+  sync_threads();
+  if (thread_index() < kWarpgroup) {
+    give_registers<24>();
+    if (thread_index() == 0) feed_forward<kD>(p, item, head, base);
+  } else {
+    take_registers<240>();
+    consume_forward<kD, kType>(p, item, head, shared);
+  }
+#endif
+}
+
+template <int kD, Half kType>
+int launch_forward(const GpuForward& args, void* stream) {
+  using Shape = ForwardShape<kD>;
+  const AttentionShape& s = args.shape;
+  ForwardParameters p{};
+  p.rows = Rows::of(s);
+  p.order = args.order;
+  p.q_heads = s.q_heads;
+  p.kv_heads = s.kv_heads;
+  p.scale_log2 = static_cast<float>(s.scale) * kLog2E;
+  p.out = args.out;
+  p.lse = args.lse;
+  int error = encode_queries(&p.q, args.q, s, kType);
+  if (error == 0)
+    error = encode_key_maps(&p.keys, {args.k_ctx, args.v_ctx, args.k_blk, args.v_blk}, s, Shape::kKeys, kType);
+  if (error != 0) return error;
+  return launch(forward<kD, kType>, {static_cast<int64_t>(args.items) * s.kv_heads, kThreads, Shape::kShared}, p,
+                stream);
+}
+
+}  // namespace dflash::sm90
