@@ -55,6 +55,11 @@ struct Bf16 {
   uint16_t bits;
 };
 
+template <typename T, typename Acc>
+void attention_forward_cpu(const AttentionShape&, const AttentionInputs<T>&, const ForwardOutputs<T, Acc>&);
+template <typename T, typename Acc>
+void attention_backward_cpu(const AttentionShape&, const BackwardInputs<T, Acc>&, const Gradients<T>&);
+
 // 16-bit element types of the GPU kernels.
 enum class Half { kBf16, kFp16 };
 
@@ -81,44 +86,7 @@ struct GpuBackward {
   void *dq, *dk_ctx, *dv_ctx, *dk_blk, *dv_blk;
 };
 
-// On `stream`, a cudaStream_t, with no host sync. Return a cudaError_t.
-int forward_sm80(const GpuForward&, void* stream);
-int backward_sm80(const GpuBackward&, void* stream);
-int forward_sm90(const GpuForward&, void* stream);
-int backward_sm90(const GpuBackward&, void* stream);
-
-template <typename T, typename Acc>
-void attention_forward_cpu(const AttentionShape&, const AttentionInputs<T>&, const ForwardOutputs<T, Acc>&);
-template <typename T, typename Acc>
-void attention_backward_cpu(const AttentionShape&, const BackwardInputs<T, Acc>&, const Gradients<T>&);
-
-// The GPU kernels' 16-bit element types.
-enum class Half { kBf16, kFp16 };
-
-// Pointers to contiguous device memory, aligned to 16 bytes; shapes as above. `order` is the plan's, `items` its
-// length.
-struct GpuForward {
-  AttentionShape shape;
-  const int32_t* order;
-  int32_t items;
-  Half type;
-  const void *q, *k_ctx, *v_ctx, *k_blk, *v_blk;
-  void* out;
-  float* lse;
-};
-
-struct GpuBackward {
-  AttentionShape shape;
-  const int32_t *order, *tile_ranges, *tile_order;
-  int32_t items;
-  Half type;
-  const void *dout, *q, *k_ctx, *v_ctx, *k_blk, *v_blk, *out;
-  const float* lse;
-  float* delta;  // (A*S, Hq) scratch: sum over D of the output times its gradient
-  void *dq, *dk_ctx, *dv_ctx, *dk_blk, *dv_blk;
-};
-
-// On `stream` (a cudaStream_t), no host sync, no allocation; A >= 1. Each returns a cudaError_t.
+// On `stream`, a cudaStream_t, no host sync, no allocation. Each returns a cudaError_t.
 int forward_sm80(const GpuForward& args, void* stream);
 int backward_sm80(const GpuBackward& args, void* stream);
 int forward_sm90(const GpuForward& args, void* stream);
