@@ -21,10 +21,21 @@ import torch
 from torch import Tensor
 
 from dflash_scale.attention_flex import attention_flex
-from dflash_scale.attention_plan import COMPILED, LIBRARY, MISSING, Plan, build_plan
-from dflash_scale.attention_reference import attention_reference
+from dflash_scale.attention_plan import COMPILED, LIBRARY, MISSING, TILE, Plan, build_plan
+from dflash_scale.attention_reference import attention_reference, visible_block, visible_context
 
-__all__ = ["BACKENDS", "LIBRARY", "MISSING", "PROVEN", "Plan", "anchor_attention", "build_plan"]
+__all__ = [
+    "BACKENDS",
+    "LIBRARY",
+    "MISSING",
+    "PROVEN",
+    "TILE",
+    "Plan",
+    "anchor_attention",
+    "build_plan",
+    "visible_block",
+    "visible_context",
+]
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +44,8 @@ FASTEST = {"cpu": ("cpu", "reference"), "cuda": ("sm90", "sm80", "flex", "refere
 KERNELS = {"cpu": 0, "sm80": 80, "sm90": 90}  # the operator's number of each compiled kernel
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 GPU_DTYPES = (torch.bfloat16, torch.float16)
-GPU_HEAD_DIMS = (64, 96, 128, 256)
+GPU_HEAD_DIMS = {"sm90": (64, 96, 128), "sm80": (64, 96, 128, 256)}
+GPU_CAPABILITIES = {"sm90": ("9.0",), "sm80": ("8.0", "8.6", "8.7", "8.9", "9.0")}
 GPU_MAX_GROUP = GPU_MAX_BLOCK = 64
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -69,8 +81,8 @@ def anchor_attention(
 
     backend, one name = one implementation:
       "auto"       the fastest of these that takes the tensors, GPU kernels only where PROVEN; logged once
-      "sm90"       Hopper: bfloat16, float16
-      "sm80"       Ampere and what came after, up to Hopper: bfloat16, float16
+      "sm90"       Hopper: bfloat16 and float16, head dims 64, 96, 128
+      "sm80"       Ampere to Hopper: bfloat16 and float16, head dims 64, 96, 128, 256
       "cpu"        float32, bfloat16 with float32 arithmetic, float64
       "flex"       FlexAttention fed by the plan: any GPU with Triton; forward only on a CPU
       "reference"  plain torch with a dense mask: any device and floating dtype, in O(A * S * Hq * T) memory
@@ -186,13 +198,12 @@ def _gpu_obstacle(backend: str, q: Tensor, plan: Plan) -> str | None:
     if not COMPILED["cuda"]:
         return f"needs the compiled operators, but {MISSING or f'{LIBRARY.name} was built without nvcc'}"
     capability = _capability(q.device)
-    wanted = ("9.0",) if backend == "sm90" else ("8.0", "8.6", "8.7", "8.9", "9.0")
-    if capability not in wanted:
-        return f"needs a GPU of compute capability {' or '.join(wanted)}, got {capability}"
+    if capability not in GPU_CAPABILITIES[backend]:
+        return f"needs a GPU of compute capability {' or '.join(GPU_CAPABILITIES[backend])}, got {capability}"
     if q.dtype not in GPU_DTYPES:
         return f"takes bfloat16 and float16, got {q.dtype}"
-    if q.shape[2] not in GPU_HEAD_DIMS:
-        return f"takes head dims {', '.join(map(str, GPU_HEAD_DIMS))}, got {q.shape[2]}"
+    if q.shape[2] not in GPU_HEAD_DIMS[backend]:
+        return f"takes head dims {', '.join(map(str, GPU_HEAD_DIMS[backend]))}, got {q.shape[2]}"
     if plan.group > GPU_MAX_GROUP:
         return f"takes up to {GPU_MAX_GROUP} query heads per kv head, got {plan.group}"
     if plan.block_size > GPU_MAX_BLOCK:

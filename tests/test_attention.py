@@ -343,6 +343,7 @@ class OnGpu:
         (OnGpu(), "8.0", ("sm90", "sm80"), "sm80"),
         (OnGpu(), "10.0", ("sm90", "sm80"), "flex"),
         (OnGpu(), "9.0", (), "flex"),
+        (OnGpu(head_dim=256), "9.0", ("sm90", "sm80"), "sm80"),
         (OnGpu(head_dim=80), "9.0", ("sm90", "sm80"), "flex"),
         (OnGpu(torch.float32), "9.0", ("sm90", "sm80"), "flex"),
         (OnGpu(torch.float64), "9.0", ("sm90", "sm80"), "reference"),

@@ -182,6 +182,14 @@ PlanTensors build_plan_cuda(Tensor anchors, Tensor doc_ids, int64_t block_size, 
   return plan;
 }
 
+// The GPU kernels copy 16 bytes at a time; torch's own allocations are aligned, a view may not be.
+const void* in_gpu(const Tensor& t) {
+  const void* data = in<void>(t);
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % 16 == 0,
+                  "dflash_scale: the GPU kernels take tensors that start at a multiple of 16 bytes; clone this view");
+  return data;
+}
+
 Half half_type(const Tensor& q, int64_t kernel) {
   STD_TORCH_CHECK(kernel == 80 || kernel == 90, "dflash_scale: kernel ", kernel, " does not take CUDA tensors");
   const ScalarType dtype = q.scalar_type();
@@ -204,11 +212,11 @@ std::tuple<Tensor, Tensor> forward_cuda(Tensor q, Tensor k_ctx, Tensor v_ctx, Te
                            in<int32_t>(order),
                            static_cast<int32_t>(order.numel()),
                            type,
-                           in<void>(q),
-                           in<void>(k_ctx),
-                           in<void>(v_ctx),
-                           in<void>(k_blk),
-                           in<void>(v_blk),
+                           in_gpu(q),
+                           in_gpu(k_ctx),
+                           in_gpu(v_ctx),
+                           in_gpu(k_blk),
+                           in_gpu(v_blk),
                            out<void>(result),
                            out<float>(lse)};
   check_launch((kernel == 90 ? forward_sm90 : forward_sm80)(forward, device.stream()), "forward", kernel);
@@ -233,13 +241,13 @@ GradientTensors backward_cuda(Tensor dout, Tensor q, Tensor k_ctx, Tensor v_ctx,
   GpuBackward backward{shape(q, k_ctx, plan), in<int32_t>(order), in<int32_t>(tile_ranges), in<int32_t>(tile_order)};
   backward.items = static_cast<int32_t>(order.numel());
   backward.type = type;
-  backward.dout = in<void>(dout);
-  backward.q = in<void>(q);
-  backward.k_ctx = in<void>(k_ctx);
-  backward.v_ctx = in<void>(v_ctx);
-  backward.k_blk = in<void>(k_blk);
-  backward.v_blk = in<void>(v_blk);
-  backward.out = in<void>(result);
+  backward.dout = in_gpu(dout);
+  backward.q = in_gpu(q);
+  backward.k_ctx = in_gpu(k_ctx);
+  backward.v_ctx = in_gpu(v_ctx);
+  backward.k_blk = in_gpu(k_blk);
+  backward.v_blk = in_gpu(v_blk);
+  backward.out = in_gpu(result);
   backward.lse = in<float>(lse);
   backward.delta = out<float>(delta);
   backward.dq = out<void>(dq);

@@ -10,6 +10,7 @@
 
 #include "attention/plan.h"
 #include "attention/ptx.h"
+#include "attention/rows.h"
 
 namespace dflash::gpu {
 
@@ -38,9 +39,6 @@ DFLASH_HOST_DEVICE inline int plan_words(int num_tokens) { return (num_tokens + 
 inline int plan_scratch_bytes(int num_tokens) {
   return (kPlanWarps + 2 * kWeights + 2 * plan_words(num_tokens)) * static_cast<int>(sizeof(int));
 }
-
-DFLASH_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
-DFLASH_DEVICE int larger(int a, int b) { return a > b ? a : b; }
 
 struct Sum {
   DFLASH_DEVICE static int apply(int a, int b) { return a + b; }
