@@ -1,4 +1,4 @@
-"""Attention of the drafter's blocks over the verifier's context: the plan, the operator, the plain-torch definition.
+"""Attention of the drafter's blocks over the verifier's context: the operator, and the choice of its implementation.
 
 T tokens in a packed row · A anchors · S block size · Hq/Hkv query and key heads, any Hq = G * Hkv · D head dim
 
@@ -7,133 +7,60 @@ W, p > (a + k) - W; and slot j of its own block, with `causal_block` only j <= k
 back from the query, as vLLM's sliding window does when it serves the drafter. An anchor's own context row is never
 seen: at serving time the anchor is the token just sampled, and the verifier has not yet computed its state.
 
-Documents are contiguous in a row and anchors ascend, so every block sees one interval of the context. The plan is those
-intervals, O(A + T/128) integers and no mask. It is built once per step and window, and serves all layers, forward and
-backward.
+attention_plan.py says which context each block sees, attention_reference.py is the definition in plain torch.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from dflash_scale.attention_flex import attention_flex
+from dflash_scale.attention_plan import COMPILED, LIBRARY, MISSING, TILE, Plan, build_plan
+from dflash_scale.attention_reference import attention_reference, visible_block, visible_context
+
+__all__ = [
+    "BACKENDS",
+    "LIBRARY",
+    "MISSING",
+    "PROVEN",
+    "TILE",
+    "Plan",
+    "anchor_attention",
+    "build_plan",
+    "visible_block",
+    "visible_context",
+]
+
 log = logging.getLogger(__name__)
 
-TILE = 128  # keys per tile of `Plan.tile_ranges`; kTile in csrc/attention/plan.h
-MAX_WEIGHT = 1023  # key tiles up to which blocks are ordered by weight; kWeights - 1 there
-LIBRARY = Path(__file__).with_name("_kernels.so")
-BACKENDS = ("auto", "cpu", "reference")
+BACKENDS = ("auto", "sm90", "sm80", "cpu", "flex", "reference")
+FASTEST = {"cpu": ("cpu", "reference"), "cuda": ("sm90", "sm80", "flex", "reference")}  # "auto" takes the first it can
+KERNELS = {"cpu": 0, "sm80": 80, "sm90": 90}  # the operator's number of each compiled kernel
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+GPU_DTYPES = (torch.bfloat16, torch.float16)
+GPU_HEAD_DIMS = {"sm90": (64, 96, 128), "sm80": (64, 96, 128, 256)}
+GPU_CAPABILITIES = {"sm90": ("9.0",), "sm80": ("8.0", "8.6", "8.7", "8.9", "9.0")}
+GPU_MAX_GROUP = GPU_MAX_BLOCK = 64
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def _load_library() -> str | None:
-    """Loads the operators; returns why that was not possible, or None."""
-    if not LIBRARY.is_file():
-        return f"{LIBRARY.name} has not been built"
-    try:
-        torch.ops.load_library(str(LIBRARY))
-    except OSError as error:
-        return f"{LIBRARY.name} cannot be loaded ({error})"
-    return None
+@dataclass(frozen=True)
+class Proof:
+    """That a GPU kernel matched the reference on a device: a file in benchmarks/results, written by gpu_check.sh, and
+    the sha256 of the sources that it was compiled from (tests/gpu/check.py, `source_digest`)."""
+
+    results: str
+    sources: str
 
 
-MISSING = _load_library()
-# Devices with a compiled plan: none without the library, and no GPU where it was built without nvcc.
-PLAN_KERNEL = {
-    device.lower(): not MISSING and torch._C._dispatch_has_kernel_for_dispatch_key("dflash_scale::build_plan", device)
-    for device in ("CPU", "CUDA")
-}
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """Which context each block sees. Tensors are int32 on the device of the anchors; made by `build_plan`.
-
-    anchors (A,) · doc_ids (T,): what the plan was built from, not copied.
-    starts, ends (A,): block j sees [starts[j], ends[j]) at slot 0; with a window the lower bound rises by one per slot.
-    tile_ranges (ceil(T/128), 2): first and one past the last block that sees each tile of 128 keys.
-    order (A,): the blocks by falling number of key tiles, equal ones ascending.
-    """
-
-    anchors: Tensor
-    doc_ids: Tensor
-    starts: Tensor
-    ends: Tensor
-    tile_ranges: Tensor
-    order: Tensor
-    block_size: int
-    window: int | None
-    causal_block: bool
-
-
-def build_plan(
-    anchors: Tensor, doc_ids: Tensor, *, block_size: int, window: int | None = None, causal_block: bool = False
-) -> Plan:
-    """Builds the plan on the device of `anchors`: on CUDA in one launch, with no host sync.
-
-    anchors: (A,) int32, ascending, each inside a document; A may be 0.
-    doc_ids: (T,) int32, one contiguous run per document, -1 = padding.
-    window: sliding window W in tokens, the query included; None = full attention.
-
-    Raises ValueError for wrong shapes, dtypes or devices; and for wrong values where the tensors are on the CPU (on
-    CUDA that would need a host sync: there wrong values give a wrong result, but never touch foreign memory).
-    """
-    for name, tensor, letter in (("anchors", anchors, "A"), ("doc_ids", doc_ids, "T")):
-        if tensor.dim() != 1 or tensor.dtype != torch.int32:
-            raise ValueError(f"{name} must be ({letter},) int32, got {tuple(tensor.shape)} {tensor.dtype}.")
-    if anchors.device != doc_ids.device:
-        raise ValueError(f"anchors are on {anchors.device} but doc_ids on {doc_ids.device}; move them to one device.")
-    if block_size < 1:
-        raise ValueError(f"block_size must be at least 1, got {block_size}.")
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1 token, or None for full attention; got {window}.")
-    if anchors.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_values(anchors, doc_ids)
-    anchors, doc_ids = anchors.contiguous(), doc_ids.contiguous()
-    build = torch.ops.dflash_scale.build_plan if PLAN_KERNEL.get(anchors.device.type) else _plan_reference
-    starts, ends, tile_ranges, order = build(anchors, doc_ids, window or 0)
-    return Plan(anchors, doc_ids, starts, ends, tile_ranges, order, block_size, window, causal_block)
-
-
-def _check_values(anchors: Tensor, doc_ids: Tensor) -> None:
-    runs = torch.unique_consecutive(doc_ids)
-    runs = runs[runs >= 0]
-    if runs.numel() != torch.unique(runs).numel():
-        raise ValueError("doc_ids must hold each document as one contiguous run; a document id comes back later.")
-    if anchors.numel() == 0:
-        return
-    first, last = int(anchors.min()), int(anchors.max())
-    if first < 0 or last >= doc_ids.numel():
-        raise ValueError(f"anchors must lie in [0, {doc_ids.numel()}), got {first} .. {last}.")
-    if bool((anchors[1:] < anchors[:-1]).any()):
-        raise ValueError("anchors must ascend; sort them before building the plan.")
-    if bool((doc_ids[anchors] < 0).any()):
-        raise ValueError("an anchor lies in padding (doc_ids is -1 there); draw anchors inside documents only.")
-
-
-def _plan_reference(anchors: Tensor, doc_ids: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The plan in plain torch: what the operators are tested against, and what "reference" uses without them."""
-    tokens, device = doc_ids.numel(), anchors.device
-    positions = torch.arange(tokens, device=device)
-    opens = torch.ones(tokens, dtype=torch.bool, device=device)
-    opens[1:] = doc_ids[1:] != doc_ids[:-1]
-    document_starts = torch.cummax(torch.where(opens, positions, 0), 0).values
-    ends = anchors.clone()
-    starts = document_starts[anchors].to(torch.int32)
-    if window:
-        starts = torch.minimum(torch.maximum(starts, ends - window + 1), ends)
-    tile_begins = torch.arange(0, tokens, TILE, dtype=torch.int32, device=device)
-    tile_ends = torch.clamp(tile_begins + TILE, max=tokens)
-    first = torch.searchsorted(ends, tile_begins, right=True, out_int32=True)
-    last = torch.searchsorted(starts, tile_ends, right=False, out_int32=True)
-    weights = torch.clamp((ends - starts + TILE - 1) // TILE, max=MAX_WEIGHT)
-    order = torch.argsort(weights, descending=True, stable=True).to(torch.int32)
-    return starts, ends, torch.stack([first, last], dim=1), order
+# "auto" takes only GPU kernels that stand here; a test holds each entry to its file and to today's sources.
+PROVEN: dict[str, Proof] = {}
 
 
 def anchor_attention(
@@ -150,23 +77,41 @@ def anchor_attention(
     """Attention of every block over its context and itself; differentiable in the five tensors.
 
     q (A*S, Hq, D) · k_ctx, v_ctx (T, Hkv, D) · k_blk, v_blk (A*S, Hkv, D), one dtype and device · scale None = D**-0.5.
-    backend: "auto" picks the fastest there is for the device; "cpu" is the C++ operator (float32, bfloat16 with float32
-    arithmetic, float64; bitwise repeatable, whatever the number of threads); "reference" is plain torch with a dense
-    mask, for any device and floating dtype, in O(A * S * Hq * T) memory.
+    Under autocast they are cast to its dtype first, as in torch's own attention.
+
+    backend, one name = one implementation:
+      "auto"       the fastest of these that takes the tensors, GPU kernels only where PROVEN; logged once
+      "sm90"       Hopper: bfloat16 and float16, head dims 64, 96, 128
+      "sm80"       Ampere to Hopper: bfloat16 and float16, head dims 64, 96, 128, 256
+      "cpu"        float32, bfloat16 with float32 arithmetic, float64
+      "flex"       FlexAttention fed by the plan: any GPU with Triton; forward only on a CPU
+      "reference"  plain torch with a dense mask: any device and floating dtype, in O(A * S * Hq * T) memory
+    "sm90", "sm80" and "cpu" repeat bit for bit; "cpu" also whatever the number of threads.
 
     Returns (A*S, Hq, D) in the dtype of q. Raises ValueError for tensors that do not fit each other or the plan, and
-    for a backend that cannot run them: it never falls back silently.
+    for a named backend that cannot run them: only "auto" ever takes another one.
     """
+    if q.device.type in FASTEST and torch.is_autocast_enabled(q.device.type):
+        cast = [_autocast(tensor) for tensor in (q, k_ctx, v_ctx, k_blk, v_blk)]
+        with torch.autocast(q.device.type, enabled=False):
+            return anchor_attention(cast[0], cast[1], cast[2], cast[3], cast[4], plan, scale=scale, backend=backend)
     _check_tensors(q, k_ctx, v_ctx, k_blk, v_blk, plan)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if _resolve(backend, q) == "reference":
-        return _attention_reference(q, k_ctx, v_ctx, k_blk, v_blk, plan, scale)
-    tensors = [tensor.contiguous() for tensor in (q, k_ctx, v_ctx, k_blk, v_blk)]
-    indices = (plan.starts, plan.ends, plan.tile_ranges, plan.order)
-    out, _ = torch.ops.dflash_scale.anchor_attention(
-        *tensors, *indices, plan.block_size, plan.window or 0, plan.causal_block, scale
-    )
+    tensors = (q, k_ctx, v_ctx, k_blk, v_blk)
+    chosen = _choose(backend, tensors, plan)
+    if chosen == "reference" or (chosen == "flex" and plan.anchors.shape[0] == 0):  # flex takes no empty tensors
+        return attention_reference(*tensors, plan, scale)
+    if chosen == "flex":
+        return attention_flex(*tensors, plan, scale)
+    indices = (plan.starts, plan.ends, plan.tile_ranges, plan.order, plan.tile_order)
+    options = (plan.block_size, plan.window or 0, plan.causal_block, scale, KERNELS[chosen])
+    out, _ = torch.ops.dflash_scale.anchor_attention(*[x.contiguous() for x in tensors], *indices, *options)
     return out
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    # float64 is left alone, as torch does it.
+    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
 def _check_tensors(q: Tensor, k_ctx: Tensor, v_ctx: Tensor, k_blk: Tensor, v_blk: Tensor, plan: Plan) -> None:
@@ -186,6 +131,11 @@ def _check_tensors(q: Tensor, k_ctx: Tensor, v_ctx: Tensor, k_blk: Tensor, v_blk
     heads, key_heads, width = q.shape[1], k_ctx.shape[1], q.shape[2]
     if key_heads == 0 or heads % key_heads != 0:
         raise ValueError(f"q has {heads} heads, which is no multiple of the {key_heads} heads of k_ctx.")
+    if heads // key_heads != plan.group:
+        raise ValueError(
+            f"the plan was built for {plan.group} query heads per kv head, q and k_ctx have {heads} over {key_heads}; "
+            f"build it with group={heads // key_heads}."
+        )
     wanted = {
         "q": (slots, heads, width),
         "k_ctx": (tokens, key_heads, width),
@@ -201,89 +151,96 @@ def _check_tensors(q: Tensor, k_ctx: Tensor, v_ctx: Tensor, k_blk: Tensor, v_blk
             )
 
 
-def _resolve(backend: str, q: Tensor) -> str:
-    """The backend that runs: "cpu" or "reference"."""
+def _choose(backend: str, tensors: tuple[Tensor, ...], plan: Plan) -> str:
+    """The backend that runs, never "auto"."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}.")
-    device = q.device.type
-    if backend == "auto" and device == "cuda":
-        if not torch.compiler.is_compiling():
-            _say_reference_on_cuda()
-        return "reference"
-    if backend == "reference":
-        return "reference"
-    if device != "cpu":
-        raise ValueError(f'backend "{backend}" needs CPU tensors, got {q.device}; use backend="reference".')
-    if MISSING:
-        raise ValueError(
-            f'attention backend "{backend}" needs the compiled operators, but {MISSING}; run `pip install -e .` in the '
-            'repository, or use backend="reference".'
-        )
-    if q.dtype not in CPU_DTYPES:
-        raise ValueError(
-            f'backend "{backend}" on the CPU takes float32, bfloat16 and float64, got {q.dtype}; '
-            'use backend="reference".'
-        )
-    return "cpu"
+    if backend != "auto":
+        reason = obstacle(backend, tensors, plan)
+        if reason is not None:
+            others = [name for name in BACKENDS[1:] if obstacle(name, tensors, plan) is None]
+            raise ValueError(f'attention backend "{backend}" {reason}; use backend="{others[0]}" or "auto".')
+        return backend
+    device = tensors[0].device.type
+    passed: list[str] = []
+    for name in FASTEST.get(device, ("reference",)):
+        reason = obstacle(name, tensors, plan)
+        if reason is None and name in ("sm90", "sm80") and name not in PROVEN:
+            reason = "has not been proven against the reference on a GPU yet"
+        if reason is None:
+            if not torch.compiler.is_compiling():
+                _log_choice(device, name, "; ".join(passed))
+            return name
+        passed.append(f'"{name}" {reason}')
+    raise AssertionError("the reference takes everything")
 
 
 @functools.cache
-def _say_reference_on_cuda() -> None:
-    log.warning("attention on CUDA runs the plain-torch reference: there is no CUDA attention kernel in this build.")
+def _log_choice(device: str, chosen: str, passed: str) -> None:
+    level = logging.WARNING if chosen == "reference" else logging.INFO
+    log.log(level, 'attention on %s runs backend "%s"%s', device, chosen, f": {passed}" if passed else "")
 
 
-def visible_context(plan: Plan) -> Tensor:
-    """The context mask of the definition, (A, S, T) bool; what the plan's intervals stand for."""
-    anchor = plan.anchors.long()[:, None, None]
-    slot = torch.arange(plan.block_size, device=anchor.device)[None, :, None]
-    position = torch.arange(plan.doc_ids.numel(), device=anchor.device)[None, None, :]
-    same_document = (plan.doc_ids[None, :] == plan.doc_ids[plan.anchors][:, None])[:, None, :]
-    seen = same_document & (position < anchor)
-    if plan.window is None:
-        return seen.expand(-1, plan.block_size, -1)
-    return seen & (position > anchor + slot - plan.window)
+def obstacle(backend: str, tensors: tuple[Tensor, ...], plan: Plan) -> str | None:
+    """Why a backend cannot run these tensors, as the rest of a sentence that starts with its name; None if it can."""
+    if backend in ("sm90", "sm80"):
+        return _gpu_obstacle(backend, tensors[0], plan)
+    if backend == "cpu":
+        return _cpu_obstacle(tensors[0])
+    if backend == "flex":
+        return _flex_obstacle(tensors)
+    return None
 
 
-def visible_block(plan: Plan) -> Tensor:
-    """The mask inside a block, (S, S) bool: query slot, key slot."""
-    slot = torch.arange(plan.block_size, device=plan.anchors.device)
-    back = slot[:, None] - slot[None, :]
-    seen = torch.ones_like(back, dtype=torch.bool)
-    if plan.causal_block:
-        seen = back >= 0
-    if plan.window is not None:
-        seen = seen & (back < plan.window)
-    return seen
+def _gpu_obstacle(backend: str, q: Tensor, plan: Plan) -> str | None:
+    if q.device.type != "cuda":
+        return f"needs CUDA tensors, got {q.device}"
+    if not COMPILED["cuda"]:
+        return f"needs the compiled operators, but {MISSING or f'{LIBRARY.name} was built without nvcc'}"
+    capability = _capability(q.device)
+    if capability not in GPU_CAPABILITIES[backend]:
+        return f"needs a GPU of compute capability {' or '.join(GPU_CAPABILITIES[backend])}, got {capability}"
+    if q.dtype not in GPU_DTYPES:
+        return f"takes bfloat16 and float16, got {q.dtype}"
+    if q.shape[2] not in GPU_HEAD_DIMS[backend]:
+        return f"takes head dims {', '.join(map(str, GPU_HEAD_DIMS[backend]))}, got {q.shape[2]}"
+    if plan.group > GPU_MAX_GROUP:
+        return f"takes up to {GPU_MAX_GROUP} query heads per kv head, got {plan.group}"
+    if plan.block_size > GPU_MAX_BLOCK:
+        return f"takes blocks of up to {GPU_MAX_BLOCK} slots, got {plan.block_size}"
+    return None
 
 
-def _attention_reference(
-    q: Tensor, k_ctx: Tensor, v_ctx: Tensor, k_blk: Tensor, v_blk: Tensor, plan: Plan, scale: float
-) -> Tensor:
-    """Softmax attention under the dense mask; half precisions are computed in float32."""
-    anchors, size, tokens = plan.anchors.numel(), plan.block_size, plan.doc_ids.numel()
-    heads, key_heads, width = q.shape[1], k_ctx.shape[1], q.shape[2]
-    compute = torch.promote_types(q.dtype, torch.float32)
-    queries = q.to(compute).view(anchors, size, key_heads, heads // key_heads, width)
-    blocks_k, blocks_v = (x.to(compute).view(anchors, size, key_heads, width) for x in (k_blk, v_blk))
-    scores = torch.cat(
-        [
-            torch.einsum("ashgd,thd->ashgt", queries, k_ctx.to(compute)),
-            torch.einsum("ashgd,ajhd->ashgj", queries, blocks_k),
-        ],
-        dim=-1,
-    )
-    seen = torch.cat([visible_context(plan), visible_block(plan).expand(anchors, -1, -1)], dim=-1)
-    scores = (scores * scale).masked_fill(~seen[:, :, None, None, :], float("-inf"))
-    weights = torch.softmax(scores, dim=-1)
-    out = torch.einsum("ashgt,thd->ashgd", weights[..., :tokens], v_ctx.to(compute))
-    out = out + torch.einsum("ashgj,ajhd->ashgd", weights[..., tokens:], blocks_v)
-    return out.reshape(anchors * size, heads, width).to(q.dtype)
+def _cpu_obstacle(q: Tensor) -> str | None:
+    if q.device.type != "cpu":
+        return f"needs CPU tensors, got {q.device}"
+    if MISSING:
+        return f"needs the compiled operators, but {MISSING} (run `pip install -e .` in the repository)"
+    if q.dtype not in CPU_DTYPES:
+        return f"takes float32, bfloat16 and float64, got {q.dtype}"
+    return None
 
 
-def _fake_plan(anchors: Tensor, doc_ids: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tiles = (doc_ids.shape[0] + TILE - 1) // TILE
-    starts, ends, order = (torch.empty_like(anchors) for _ in range(3))
-    return starts, ends, anchors.new_empty(tiles, 2), order
+def _flex_obstacle(tensors: tuple[Tensor, ...]) -> str | None:
+    q = tensors[0]
+    if q.device.type == "cpu":
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return "has no gradients on a CPU"
+        return None
+    if q.device.type != "cuda":
+        return f"needs CUDA or CPU tensors, got {q.device}"
+    if not HAS_TRITON:
+        return "needs Triton on a GPU, which is not installed"
+    if q.dtype not in (*GPU_DTYPES, torch.float32):
+        return f"takes bfloat16, float16 and float32 on a GPU, got {q.dtype}"
+    if not 16 <= q.shape[2] <= 256:
+        return f"takes head dims 16 to 256 on a GPU, got {q.shape[2]}"
+    return None
+
+
+def _capability(device: torch.device) -> str:
+    properties = torch.cuda.get_device_properties(device)  # a constant to torch.compile
+    return f"{properties.major}.{properties.minor}"
 
 
 def _fake_forward(q: Tensor, *_: Tensor | int | float) -> tuple[Tensor, Tensor]:
@@ -300,21 +257,20 @@ def _fake_backward(
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     out, lse = output
-    *tensors, block_size, window, causal_block, scale = inputs
+    tensors, options = inputs[:10], inputs[10:]
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(*tensors[:5], out, lse, *tensors[5:])
-    ctx.options = (block_size, window, causal_block, scale)  # type: ignore[attr-defined]
+    ctx.options = options  # type: ignore[attr-defined]
 
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # type: ignore[attr-defined]
     options = ctx.options  # type: ignore[attr-defined]
     grads = torch.ops.dflash_scale.anchor_attention_backward(dout.contiguous(), *saved, *options)
-    return (*grads, *[None] * 8)
+    return (*grads, *[None] * 10)
 
 
 if not MISSING:
-    torch.library.register_fake("dflash_scale::build_plan", _fake_plan)
     torch.library.register_fake("dflash_scale::anchor_attention", _fake_forward)
     torch.library.register_fake("dflash_scale::anchor_attention_backward", _fake_backward)
     torch.library.register_autograd("dflash_scale::anchor_attention", _backward, setup_context=_setup_context)

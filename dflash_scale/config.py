@@ -92,8 +92,10 @@ class DrafterSection(Section):
     causal_block: bool = Field(
         default=False, description="Slots see only earlier slots of their block (the paper: false)."
     )
-    attention_backend: Literal["auto", "cpu", "reference"] = Field(
-        default="auto", description="Attention kernel; auto = the fastest that runs on the device."
+    attention_backend: Literal["auto", "sm90", "sm80", "cpu", "flex", "reference"] = Field(
+        default="auto",
+        description="Attention kernel; auto = the fastest that is proven on the device, any other name = that or an "
+        "error.",
     )
 
     @model_validator(mode="after")

@@ -121,19 +121,22 @@ def kernels() -> list[Check]:
     try:
         import torch
 
-        from dflash_scale.attention import LIBRARY, MISSING
+        from dflash_scale.attention_plan import COMPILED, LIBRARY, MISSING
     except ImportError as error:
         return [Check("_kernels", False, True, str(error)[:60], "training on a CPU", f"{remedy})")]
-    has = {
-        device: MISSING is None and torch._C._dispatch_has_kernel_for_dispatch_key("dflash_scale::build_plan", device)
-        for device in ("CPU", "CUDA")
-    }
     found = MISSING or LIBRARY.name
     on_gpu = torch.cuda.is_available()
-    cuda_found = "built" if has["CUDA"] else "not built"
+    cuda_found = "built" if COMPILED["cuda"] else "not built"
     return [
-        Check("_kernels, CPU part", has["CPU"], True, found, "training on a CPU", f"{remedy})"),
-        Check("_kernels, CUDA part", has["CUDA"], on_gpu, cuda_found, "the plan on a GPU", f"{remedy}, nvcc >= 12.3)"),
+        Check("_kernels, CPU part", COMPILED["cpu"], True, found, "training on a CPU", f"{remedy})"),
+        Check(
+            "_kernels, CUDA part",
+            COMPILED["cuda"],
+            on_gpu,
+            cuda_found,
+            "attention on a GPU",
+            f"{remedy}, nvcc >= 12.3)",
+        ),
     ]
 
 
@@ -152,7 +155,7 @@ def gpu() -> Check:
     found = f"{torch.cuda.device_count()} × {torch.cuda.get_device_name(0)}, sm_{capability[0]}{capability[1]}"
     # The library holds machine code of sm_80, which 8.x runs, and of sm_90a, and no PTX for what comes after.
     ok = capability[0] in (8, 9)
-    return Check("GPU", ok, False, found, needed_for, "drafter.attention_backend=reference runs on any GPU, slowly")
+    return Check("GPU", ok, False, found, needed_for, "drafter.attention_backend=flex runs on other GPUs, slower")
 
 
 def tools() -> list[Check]:

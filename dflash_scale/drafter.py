@@ -191,8 +191,9 @@ class Drafter(nn.Module):
         """One attention plan per distinct window. anchors (A,) int32, doc_ids (T,) int32."""
         windows = {self.spec.window(layer) for layer in range(len(self.layers))}
         size, causal = self.spec.block_size, self.spec.causal_block
+        group = self.spec.layers.num_attention_heads // cast(int, self.spec.layers.num_key_value_heads)
         return {
-            window: build_plan(anchors, doc_ids, block_size=size, window=window, causal_block=causal)
+            window: build_plan(anchors, doc_ids, block_size=size, window=window, causal_block=causal, group=group)
             for window in windows
         }
 

@@ -9,7 +9,7 @@ D head dim · V drafter vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import cast
 
@@ -37,12 +37,13 @@ class Memory:
     optimizer: int
     frozen: int
     activations: int
+    attention: int
     loss: int
     row: int
 
     @property
     def total(self) -> int:
-        return self.parameters + self.gradients + self.optimizer + self.frozen + self.activations + self.loss + self.row
+        return sum(getattr(self, field.name) for field in fields(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +140,7 @@ def gpu_memory(config: Config, spec: DrafterSpec, layout: Layout, sizes: Sizes) 
         optimizer=(master + 8) * sizes.trainable // (world if stage >= 1 else 1),
         frozen=number * sizes.frozen,
         activations=activation_bytes(spec, slots, config.data.row_tokens, number),
+        attention=attention_bytes(config, spec, slots),
         loss=loss_bytes(config, spec, slots, sizes.vocabulary),
         row=config.data.row_tokens * layout.bytes_per_token,
     )
@@ -166,12 +168,14 @@ def activation_bytes(spec: DrafterSpec, slots: int, tokens: int, number: int) ->
     return slots * slot + tokens * context
 
 
-def dense_scores(plan: Plan) -> int:
-    """What the plain-torch attention keeps for the backward: fp32 weights of every slot, head and key of every layer,
-    twice, because the product with the values keeps a copy of its own."""
-    layers, spec = plan.spec.layers, plan.spec
-    keys = plan.config.data.row_tokens + spec.block_size
-    return 2 * 4 * layers.num_hidden_layers * layers.num_attention_heads * plan.anchors * spec.block_size * keys
+def attention_bytes(config: Config, spec: DrafterSpec, slots: int) -> int:
+    """What the attention keeps for the backward besides its inputs and output: one fp32 statistic per slot and head of
+    every layer. The reference keeps the fp32 weights of every slot, head and key instead, twice, because the product
+    with the values keeps a copy of its own."""
+    statistics = 4 * spec.layers.num_hidden_layers * spec.layers.num_attention_heads * slots
+    if config.drafter.attention_backend != "reference":
+        return statistics
+    return 2 * statistics * (config.data.row_tokens + spec.block_size)
 
 
 def loss_bytes(config: Config, spec: DrafterSpec, slots: int, vocabulary: int) -> int:
@@ -287,6 +291,9 @@ def _memory(plan: Plan) -> Lines:
     slots = plan.anchors * plan.spec.block_size
     rows = "the fullest row" if plan.data is not None else f"a row of {ASSUMED_DOCUMENT}-token documents"
 
+    dense = plan.config.drafter.attention_backend == "reference"
+    scores = "dense scores (drafter.attention_backend is reference)" if dense else "statistics, no scores"
+
     def share(first_stage: int) -> str:
         return f" (1/{world} of all, ZeRO {stage})" if stage >= first_stage else ""
 
@@ -296,8 +303,8 @@ def _memory(plan: Plan) -> Lines:
         ("optimizer", size(memory.optimizer) + share(1)),
         ("frozen weights", size(memory.frozen)),
         ("activations", f"{size(memory.activations)} at {slots:,} slots ({plan.anchors:,} anchors, {rows})"),
+        ("attention", f"{size(memory.attention)} of {scores}"),
         ("loss", f"{size(memory.loss)} for chunks of {plan.config.loss.chunk_slots} slots"),
         ("one row's hidden states", size(memory.row)),
         ("sum", size(memory.total)),
-        ("besides, on a GPU", f"{size(dense_scores(plan))} of attention scores: no CUDA attention kernel yet"),
     ]

@@ -1,6 +1,15 @@
-"""What several test files need."""
+"""What several test files need, and which tests this machine can run."""
 
 import socket
+
+import torch
+
+HAS_CUDA = torch.cuda.is_available()
+collect_ignore = [] if HAS_CUDA else ["gpu"]
+
+
+def pytest_report_header() -> str | None:
+    return None if HAS_CUDA else "tests/gpu is left out: torch sees no GPU here"
 
 
 def free_port() -> int:

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,48 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dflash_scale import attention
+from dflash_scale import attention, attention_plan, attention_reference
 from dflash_scale.attention import Plan, anchor_attention, build_plan
+from tests.attention_cases import NAMES, Case, assert_close, case, outputs
 
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}
-NAMES = ("out", "dq", "dk_ctx", "dv_ctx", "dk_blk", "dv_blk")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One attention problem; `lengths` are the documents' tokens, padding follows them."""
-
-    lengths: tuple[int, ...]
-    padding: int
-    density: float
-    block_size: int
-    key_heads: int
-    group: int
-    head_dim: int
-    window: int | None
-    causal_block: bool
-    dtype: torch.dtype
-    seed: int
-
-    def plan(self) -> Plan:
-        generator = torch.Generator().manual_seed(self.seed)
-        doc_ids = torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths))
-        tokens = doc_ids.numel()
-        doc_ids = torch.cat([doc_ids, torch.full((self.padding,), -1)]).int()
-        anchors = torch.nonzero(torch.rand(tokens, generator=generator) < self.density).flatten().int()
-        return build_plan(
-            anchors, doc_ids, block_size=self.block_size, window=self.window, causal_block=self.causal_block
-        )
-
-    def tensors(self, plan: Plan) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(self.seed + 1)
-        slots, tokens = plan.anchors.numel() * self.block_size, plan.doc_ids.numel()
-        heads = self.key_heads * self.group
-        shapes = [(slots, heads), (tokens, self.key_heads), (tokens, self.key_heads)] + [(slots, self.key_heads)] * 2
-        return [
-            torch.randn(*shape, self.head_dim, generator=generator, dtype=torch.float64).to(self.dtype)
-            for shape in shapes
-        ]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @st.composite
@@ -68,42 +30,13 @@ def cases(draw: st.DrawFn) -> Case:
         density=draw(st.sampled_from([0.0, 0.02, 0.3, 1.0])),
         block_size=draw(st.sampled_from([1, 2, 5, 8, 16, 70])),
         key_heads=draw(st.sampled_from([1, 2, 3])),
-        group=draw(st.sampled_from([1, 2, 3, 8])),
+        group=draw(st.sampled_from([1, 2, 3, 5, 8])),
         head_dim=draw(st.sampled_from([1, 8, 20, 64])),
         window=draw(st.sampled_from([None, 1, 2, 6, 64, 1000])),
         causal_block=draw(st.booleans()),
         dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64])),
         seed=draw(st.integers(0, 1000)),
     )
-
-
-def case(**changes: object) -> Case:
-    values: dict = dict(
-        lengths=(150, 3, 1, 90), padding=20, density=0.2, block_size=4, key_heads=2, group=2, head_dim=16,
-        window=None, causal_block=False, dtype=torch.float32, seed=0,
-    )  # fmt: skip
-    return Case(**(values | changes))
-
-
-def outputs(case: Case, backend: str) -> list[Tensor]:
-    """The output and the five gradients."""
-    plan = case.plan()
-    tensors = [tensor.requires_grad_() for tensor in case.tensors(plan)]
-    out = anchor_attention(*tensors, plan, backend=backend)
-    generator = torch.Generator().manual_seed(case.seed + 2)
-    out.backward(torch.randn(out.shape, generator=generator, dtype=torch.float64).to(case.dtype))
-    grads = [tensor.grad for tensor in tensors]
-    assert all(grad is not None and grad.dtype == case.dtype for grad in grads)
-    return [out.detach(), *[grad for grad in grads if grad is not None]]
-
-
-def assert_close(case: Case, got: list[Tensor], wanted: list[Tensor]) -> None:
-    for name, x, y in zip(NAMES, got, wanted, strict=True):
-        assert x.shape == y.shape, f"{name}: {tuple(x.shape)} instead of {tuple(y.shape)} for {case}"
-        if x.numel() == 0:
-            continue
-        error = (x.double() - y.double()).abs().max().item() / max(1.0, y.double().abs().max().item())
-        assert error <= TOLERANCE[case.dtype], f"{name} {tuple(x.shape)} is off by {error:.2e} for {case}"
 
 
 @settings(max_examples=40, deadline=None)
@@ -202,11 +135,11 @@ def test_repeats_bit_for_bit_whatever_the_threads(dtype: torch.dtype) -> None:
 def test_narrower_instruction_sets(limit: str) -> None:
     """The set is chosen once per process, so each one needs a process; torch's own variable limits both."""
     code = (
-        "import test_attention as t; cases = [t.case(window=9, dtype=d) for d in t.TOLERANCE];"
+        "import tests.attention_cases as t; cases = [t.case(window=9, dtype=d) for d in t.TOLERANCE];"
         "[t.assert_close(c, t.outputs(c, 'cpu'), t.outputs(c, 'reference')) for c in cases]"
     )
     environment = os.environ | {"ATEN_CPU_CAPABILITY": limit}
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, timeout=300)
 
 
 def test_nan_is_not_hidden() -> None:
@@ -240,30 +173,40 @@ def test_strided_inputs() -> None:
 @given(cases())
 def test_plan_against_brute_force(case: Case) -> None:
     plan = case.plan()
-    seen = attention.visible_context(plan)[:, 0] if plan.block_size else None
+    seen = attention_reference.visible_context(plan)[:, 0] if plan.block_size else None
     assert seen is not None
-    tiles = math.ceil(plan.doc_ids.numel() / attention.TILE)
+    tiles = math.ceil(plan.doc_ids.numel() / attention_plan.TILE)
     assert plan.tile_ranges.shape == (tiles, 2)
     for j in range(plan.anchors.numel()):
         positions = torch.nonzero(seen[j]).flatten().tolist()
         interval = list(range(int(plan.starts[j]), int(plan.ends[j])))
         assert positions == interval, f"block {j} of {case}"
     for t in range(tiles):
-        blocks = torch.nonzero(seen[:, t * attention.TILE : (t + 1) * attention.TILE].any(dim=1)).flatten().tolist()
+        blocks = (
+            torch.nonzero(seen[:, t * attention_plan.TILE : (t + 1) * attention_plan.TILE].any(dim=1))
+            .flatten()
+            .tolist()
+        )
         first, last = plan.tile_ranges[t].tolist()
         # Inside a range there may be blocks that see nothing at all, and no other strangers.
         inside = [j for j in range(first, last) if plan.starts[j] < plan.ends[j]]
         assert inside == blocks, f"tile {t} of {case}"
-    weights = [math.ceil(int(n) / attention.TILE) for n in plan.ends - plan.starts]
-    assert plan.order.tolist() == sorted(range(len(weights)), key=lambda j: -weights[j])
+    step, positions = attention_plan.item_positions(case.group), plan.anchors.numel() * case.block_size
+    weights = []
+    for begin in range(0, positions, step):
+        blocks = [position // case.block_size for position in range(begin, min(begin + step, positions))]
+        weights.append(math.ceil((int(plan.ends[blocks[-1]]) - int(plan.starts[blocks[0]])) / attention_plan.TILE))
+    assert plan.order.tolist() == sorted(range(len(weights)), key=lambda i: -weights[i])
+    shares = [(last - first) * 1023 // max(1, plan.anchors.numel()) for first, last in plan.tile_ranges.tolist()]
+    assert plan.tile_order.tolist() == sorted(range(tiles), key=lambda t: -shares[t])
 
 
 @settings(max_examples=20, deadline=None)
 @given(cases())
 def test_plan_operator_equals_plain_torch(case: Case) -> None:
     plan = case.plan()
-    plain = attention._plan_reference(plan.anchors, plan.doc_ids, plan.window or 0)
-    for name, want in zip(("starts", "ends", "tile_ranges", "order"), plain, strict=True):
+    plain = attention_plan._plan_reference(plan.anchors, plan.doc_ids, case.block_size, plan.window or 0, case.group)
+    for name, want in zip(("starts", "ends", "tile_ranges", "order", "tile_order"), plain, strict=True):
         got = getattr(plan, name)
         assert got.dtype == torch.int32
         assert torch.equal(got, want), f"{name} for {case}"
@@ -272,15 +215,15 @@ def test_plan_operator_equals_plain_torch(case: Case) -> None:
 def operator_arguments(some: Case, requires_grad: bool) -> tuple:
     plan = some.plan()
     tensors = [tensor.requires_grad_(requires_grad) for tensor in some.tensors(plan)]
-    indices = (plan.starts, plan.ends, plan.tile_ranges, plan.order)
-    return (*tensors, *indices, plan.block_size, plan.window or 0, plan.causal_block, 0.25)
+    indices = (plan.starts, plan.ends, plan.tile_ranges, plan.order, plan.tile_order)
+    return (*tensors, *indices, plan.block_size, plan.window or 0, plan.causal_block, 0.25, 0)
 
 
 @pytest.mark.parametrize("density", [0.0, 0.2])
 def test_opcheck(density: float) -> None:
     some = case(density=density, lengths=(40, 10), window=9)
     plan = some.plan()
-    torch.library.opcheck(torch.ops.dflash_scale.build_plan.default, (plan.anchors, plan.doc_ids, 0))
+    torch.library.opcheck(torch.ops.dflash_scale.build_plan.default, (plan.anchors, plan.doc_ids, 4, 0, 2))
     torch.library.opcheck(torch.ops.dflash_scale.anchor_attention.default, operator_arguments(some, True))
     arguments = operator_arguments(some, False)
     out, lse = torch.ops.dflash_scale.anchor_attention(*arguments)
@@ -295,7 +238,7 @@ def test_compiles_without_a_graph_break() -> None:
 
     @torch.compile(backend="aot_eager", fullgraph=True)
     def step(*tensors: Tensor) -> Tensor:
-        rebuilt = build_plan(plan.anchors, plan.doc_ids, block_size=plan.block_size)
+        rebuilt = build_plan(plan.anchors, plan.doc_ids, block_size=plan.block_size, group=plan.group)
         return anchor_attention(*tensors, rebuilt)
 
     eager = [tensor.clone().requires_grad_() for tensor in tensors]
@@ -319,6 +262,7 @@ def index(*values: int) -> Tensor:
         (index(1), index(0, 0)[None], {}, "doc_ids must be (T,) int32"),
         (index(1), index(0, 0), {"block_size": 0}, "block_size must be at least 1"),
         (index(1), index(0, 0), {"window": 0}, "window must be at least 1"),
+        (index(1), index(0, 0), {"group": 0}, "group, the query heads per kv head, must be at least 1"),
         (index(2, 1), index(0, 0, 0), {}, "anchors must ascend"),
         (index(3), index(0, 0, 0), {}, "anchors must lie in [0, 3)"),
         (index(-1), index(0, 0, 0), {}, "anchors must lie in [0, 3)"),
@@ -343,14 +287,93 @@ def test_attention_refuses_what_does_not_fit() -> None:
         anchor_attention(q.double(), *rest, plan)
     with pytest.raises(ValueError, match="no multiple"):
         anchor_attention(q[:, :3], *rest, plan)
+    with pytest.raises(ValueError, match="built for 2 query heads per kv head, q and k_ctx have 2 over 2"):
+        anchor_attention(q[:, :2].contiguous(), *rest, plan)
     with pytest.raises(ValueError, match="build it where they are"):
         anchor_attention(*[x.to("meta") for x in (q, *rest)], plan)
-    for absent in ("cuda", "flex", "fast"):
-        with pytest.raises(ValueError, match="one of auto, cpu, reference"):
+    for absent in ("cuda", "fast"):
+        with pytest.raises(ValueError, match="one of auto, sm90, sm80, cpu, flex, reference"):
             anchor_attention(q, *rest, plan, backend=absent)
-    with pytest.raises(ValueError, match='use backend="reference"'):
-        anchor_attention(*[x.half() for x in (q, *rest)], plan)
-    assert anchor_attention(*[x.half() for x in (q, *rest)], plan, backend="reference").dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "message"),
+    [
+        ("cpu", torch.float16, '"cpu" takes float32, bfloat16 and float64, got torch.float16; use backend="flex"'),
+        ("sm80", torch.bfloat16, '"sm80" needs CUDA tensors, got cpu; use backend="cpu"'),
+        ("sm90", torch.bfloat16, '"sm90" needs CUDA tensors, got cpu; use backend="cpu"'),
+    ],
+)
+def test_a_named_backend_runs_or_says_why_not(backend: str, dtype: torch.dtype, message: str) -> None:
+    some = case(dtype=dtype)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        anchor_attention(*some.tensors(some.plan()), some.plan(), backend=backend)
+
+
+def test_flex_without_gradients_on_a_cpu() -> None:
+    plan = case().plan()
+    tensors = [tensor.requires_grad_() for tensor in case().tensors(plan)]
+    with pytest.raises(ValueError, match=re.escape('"flex" has no gradients on a CPU; use backend="cpu"')):
+        anchor_attention(*tensors, plan, backend="flex")
+
+
+def test_auto_takes_another_backend_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    some = case(dtype=torch.float16)
+    attention._log_choice.cache_clear()
+    with caplog.at_level("INFO", logger="dflash_scale.attention"):
+        for _ in range(2):
+            out = anchor_attention(*some.tensors(some.plan()), some.plan())
+    assert out.dtype == torch.float16
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert 'cpu runs backend "reference": "cpu" takes float32' in caplog.text
+
+
+class OnGpu:
+    """A tensor as far as the choice of a backend looks at it."""
+
+    def __init__(self, dtype: torch.dtype = torch.bfloat16, head_dim: int = 128) -> None:
+        self.device, self.dtype, self.shape, self.requires_grad = torch.device("cuda:0"), dtype, (8, 4, head_dim), True
+
+
+@pytest.mark.parametrize(
+    ("tensor", "capability", "proven", "chosen"),
+    [
+        (OnGpu(), "9.0", ("sm90", "sm80"), "sm90"),
+        (OnGpu(), "9.0", ("sm80",), "sm80"),
+        (OnGpu(), "8.0", ("sm90", "sm80"), "sm80"),
+        (OnGpu(), "10.0", ("sm90", "sm80"), "flex"),
+        (OnGpu(), "9.0", (), "flex"),
+        (OnGpu(head_dim=256), "9.0", ("sm90", "sm80"), "sm80"),
+        (OnGpu(head_dim=80), "9.0", ("sm90", "sm80"), "flex"),
+        (OnGpu(torch.float32), "9.0", ("sm90", "sm80"), "flex"),
+        (OnGpu(torch.float64), "9.0", ("sm90", "sm80"), "reference"),
+    ],
+)
+def test_choice_on_a_gpu(
+    tensor: OnGpu, capability: str, proven: tuple[str, ...], chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_capability", lambda _: capability)
+    monkeypatch.setitem(attention_plan.COMPILED, "cuda", True)
+    monkeypatch.setattr(attention, "HAS_TRITON", True)
+    monkeypatch.setattr(attention, "PROVEN", dict.fromkeys(proven))
+    assert attention._choose("auto", (tensor,) * 5, case().plan()) == chosen
+
+
+def test_autocast_casts_as_torch_does() -> None:
+    plan = case(head_dim=32).plan()
+    tensors = [tensor.requires_grad_() for tensor in case(head_dim=32).tensors(plan)]
+    halves = [tensor.detach().bfloat16().requires_grad_() for tensor in tensors]
+    for backend in ("cpu", "reference"):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = anchor_attention(tensors[0], halves[1], *tensors[2:], plan, backend=backend)
+        wanted = anchor_attention(*halves, plan, backend=backend)
+        assert out.dtype == torch.bfloat16
+        assert torch.equal(out, wanted)
+        grads = [torch.autograd.grad(x.float().square().sum(), y[0])[0] for x, y in ((out, tensors), (wanted, halves))]
+        assert grads[0].dtype == torch.float32
+        assert torch.equal(grads[0], grads[1].float())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert anchor_attention(*[x.detach().double() for x in tensors], plan).dtype == torch.float64
 
 
 def test_without_the_library_only_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,6 +381,7 @@ def test_without_the_library_only_the_reference_runs(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(attention, "MISSING", "_kernels.so has not been built")
     assert_close(case(), outputs(case(), "reference"), with_library)
     plan = case().plan()
-    for backend in ("auto", "cpu"):
-        with pytest.raises(ValueError, match=re.escape("pip install -e .")):
-            anchor_attention(*case().tensors(plan), plan, backend=backend)
+    with pytest.raises(ValueError, match=re.escape("pip install -e .")):
+        anchor_attention(*case().tensors(plan), plan, backend="cpu")
+    plain = anchor_attention(*case().tensors(plan), plan, backend="reference")
+    assert torch.equal(anchor_attention(*case().tensors(plan), plan), plain)

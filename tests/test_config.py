@@ -1,11 +1,12 @@
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from dflash_scale.addresses import is_loopback
-from dflash_scale.config import Config, default_gamma, load_config, parse_config, resolve
+from dflash_scale.attention import BACKENDS
+from dflash_scale.config import Config, DrafterSection, default_gamma, load_config, parse_config, resolve
 
 MINIMAL: dict[str, Any] = {"verifier": {"model": "Qwen/Qwen3-8B"}, "data": {"path": "data/qwen3-8b"}}
 
@@ -246,3 +247,8 @@ def test_gamma_is_the_papers_at_its_block_sizes() -> None:
 @pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("configs/*.json")), ids=lambda p: p.name)
 def test_shipped_configs_load(path: Path) -> None:
     assert load_config(path).dump()
+
+
+def test_the_configuration_knows_every_backend() -> None:
+    annotation = DrafterSection.model_fields["attention_backend"].annotation
+    assert get_args(annotation) == BACKENDS

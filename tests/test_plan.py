@@ -53,8 +53,10 @@ def test_fp32_has_no_second_master_copy() -> None:
 
 def test_the_printout_says_all_of_it() -> None:
     text = print_plan(qwen3_8b(), 8)
-    scores = 2 * 4 * 5 * 32 * (512 * 8192 // 3072) * 16 * (8192 + 16)
-    assert f"{scores / 1e9:.1f} GB of attention scores" in text
+    statistics = 4 * 5 * 32 * (512 * 8192 // 3072) * 16
+    assert f"attention                {statistics / 1e6:.1f} MB of statistics, no scores" in text
+    text_of_reference = print_plan(qwen3_8b(drafter={"attention_backend": "reference"}), 8)
+    assert f"{2 * statistics * (8192 + 16) / 1e9:.1f} GB of dense scores" in text_of_reference
     for expected in (
         "training ranks           8, one per GPU",
         "receivers                1, one per node",

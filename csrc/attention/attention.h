@@ -60,33 +60,33 @@ void attention_forward_cpu(const AttentionShape&, const AttentionInputs<T>&, con
 template <typename T, typename Acc>
 void attention_backward_cpu(const AttentionShape&, const BackwardInputs<T, Acc>&, const Gradients<T>&);
 
-// The GPU kernels' 16-bit element types.
+// 16-bit element types of the GPU kernels.
 enum class Half { kBf16, kFp16 };
 
-// Pointers to contiguous device memory, aligned to 16 bytes; shapes as above. `order` is the plan's, `items` its
-// length.
+// What the GPU kernels take: contiguous tensors that start at a multiple of 16 bytes, at least one anchor, fp32
+// statistics. Outputs come as uninitialised memory and are written in full, zeros for keys that nobody sees included.
 struct GpuForward {
   AttentionShape shape;
-  const int32_t* order;
+  const int32_t* order;  // (items,) see plan.h
   int32_t items;
   Half type;
   const void *q, *k_ctx, *v_ctx, *k_blk, *v_blk;
   void* out;
-  float* lse;
+  float* lse;  // (A*S, Hq) natural logarithm of the sum of exponentials
 };
 
 struct GpuBackward {
   AttentionShape shape;
-  const int32_t *order, *tile_ranges, *tile_order;
+  const int32_t *order, *tile_ranges, *tile_order;  // see plan.h
   int32_t items;
   Half type;
   const void *dout, *q, *k_ctx, *v_ctx, *k_blk, *v_blk, *out;
   const float* lse;
-  float* delta;  // (A*S, Hq) scratch: sum over D of the output times its gradient
+  float* delta;  // (A*S, Hq) scratch: the row sums of dout * out
   void *dq, *dk_ctx, *dv_ctx, *dk_blk, *dv_blk;
 };
 
-// On `stream` (a cudaStream_t), no host sync, no allocation; A >= 1. Each returns a cudaError_t.
+// On `stream`, a cudaStream_t, no host sync, no allocation. Each returns a cudaError_t.
 int forward_sm80(const GpuForward& args, void* stream);
 int backward_sm80(const GpuBackward& args, void* stream);
 int forward_sm90(const GpuForward& args, void* stream);

@@ -1,0 +1,331 @@
+"""How long the attention takes beside FlexAttention and torch's own attention, and how much memory.
+
+    python benchmarks/bench_attention.py [--case NAME] [--backend NAME] [--repeats 20] [--out FILE]
+
+sm90, sm80, cpu   this library's kernels, where the machine runs them
+flex by plan      this library's "flex": FlexAttention, compiled, its block lists made from the plan
+flex              FlexAttention as other trainers of such drafters use it: context and blocks in one tensor, block lists
+                  by a compiled create_block_mask from the whole mask function
+sdpa              scaled_dot_product_attention with a dense mask, keys and values repeated for each query head
+
+Times are medians of forward and backward taken in turn; on a GPU by its own events. TFLOP/s count what the mask lets
+through, 4 D per pair of query row and key forward and 2.5 times that backward, for all of them alike. Peak memory is
+what a forward and backward need beyond their inputs. The roofline is the larger one of arithmetic and of moving each
+tensor once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:  # as a script it must find its neighbour and this checkout's package
+    sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+import torch._dynamo  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.nn.attention.flex_attention import create_block_mask  # noqa: E402
+
+from benchmarks.attention_problems import (  # noqa: E402
+    CPU_PROBLEMS,
+    GPU_PROBLEMS,
+    OURS,
+    Attend,
+    Problem,
+    implementations,
+    mask_function,
+)
+from dflash_scale.attention import Plan, build_plan  # noqa: E402
+
+WARM_UP = 3
+# FLOP/s in bfloat16 and bytes/s, as measured with large products and copies. Other devices are measured here.
+DEVICES = {"NVIDIA H100 80GB HBM3": (798e12, 3.0e12)}
+
+
+@dataclass
+class Times:
+    """Medians in seconds."""
+
+    forward: float
+    backward: float
+    both: float
+
+
+def measure(attend: Attend, tensors: tuple[Tensor, ...], repeats: int) -> tuple[Times, Tensor]:
+    """The times, and the output for comparison."""
+    dout = torch.randn_like(tensors[0])
+    cuda = dout.is_cuda
+    turns: list[tuple[Any, Any, Any]] = []
+    for turn in range(repeats + WARM_UP):
+        if cuda and turn == WARM_UP:
+            torch.cuda.synchronize()  # what is timed is queued without a pause of the host's
+        begin = _mark(cuda)
+        out = attend(*tensors)
+        middle = _mark(cuda)
+        torch.autograd.grad(out, tensors, dout)
+        turns.append((begin, middle, _mark(cuda)))
+    if cuda:
+        torch.cuda.synchronize()
+
+    def median(first: int, last: int) -> float:
+        return statistics.median(_between(turn[first], turn[last]) for turn in turns[WARM_UP:])
+
+    return Times(median(0, 1), median(1, 2), median(0, 2)), out.detach()
+
+
+def _mark(cuda: bool) -> Any:
+    if not cuda:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(first: Any, last: Any) -> float:
+    return last - first if isinstance(first, float) else first.elapsed_time(last) / 1e3
+
+
+def peak_cuda(attend: Attend, tensors: tuple[Tensor, ...]) -> int:
+    dout = torch.randn_like(tensors[0])
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.autograd.grad(attend(*tensors), tensors, dout)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def peak_cpu(problem: Problem, name: str) -> int:
+    """In a process of its own, whose largest resident size is set back after the inputs are there."""
+    with get_context("spawn").Pool(1) as pool:
+        return int(pool.apply(_peak_of_process, (problem, name)))
+
+
+def _peak_of_process(problem: Problem, name: str) -> int:
+    small = Problem("warm", 256, 1, 8, problem.block, dtype=problem.dtype)
+    for each in (small, problem):  # the small one loads code and starts threads
+        plan, tensors = each.plan("cpu"), each.tensors("cpu")
+        dout = torch.randn_like(tensors[0])
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status_bytes("VmRSS")
+        attend = implementations(each, plan, tensors)[name]()
+        torch.autograd.grad(attend(*tensors), tensors, dout)
+    return _status_bytes("VmHWM") - before
+
+
+def _status_bytes(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def plan_times(problem: Problem, device: str, repeats: int) -> dict[str, float]:
+    """Seconds to make the plan, and to make FlexAttention's block lists from the mask function."""
+    plan = problem.plan(device)
+
+    def build() -> Plan:
+        return build_plan(plan.anchors, plan.doc_ids, block_size=plan.block_size, window=plan.window, group=plan.group)
+
+    rows = problem.anchors * problem.block
+    make: Callable[..., Any] = torch.compile(create_block_mask) if device == "cuda" else create_block_mask
+    times = {
+        "plan": _wall(build, repeats, device),
+        "create_block_mask": _wall(
+            lambda: make(mask_function(plan), 1, 1, rows, problem.tokens + rows, device), repeats, device
+        ),
+    }
+    if device == "cuda":
+        # Without the host's part: many launches replayed as one graph.
+        graph, launches = torch.cuda.CUDAGraph(), 50
+        with torch.cuda.graph(graph):
+            for _ in range(launches):
+                build()
+        times["plan, GPU alone"] = _wall(graph.replay, repeats, device) / launches
+    return times
+
+
+def _wall(work: Callable[[], Any], repeats: int, device: str) -> float:
+    taken = []
+    for _ in range(repeats + WARM_UP):
+        started = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken[WARM_UP:])
+
+
+def limits(device: str, dtype: torch.dtype) -> tuple[float, float]:
+    """FLOP/s and bytes/s of the device: from the table, else of a large product and a large copy."""
+    if device == "cuda" and torch.cuda.get_device_name() in DEVICES:
+        return DEVICES[torch.cuda.get_device_name()]
+    side, length = (8192, 1 << 29) if device == "cuda" else (2048, 1 << 26)
+    a = torch.randn(side, side, device=device).to(dtype)
+    source = torch.empty(length, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * side**3 / _wall(lambda: a @ a, 5, device), 2 * length / _wall(lambda: target.copy_(source), 5, device)
+
+
+def bench(problem: Problem, device: str, repeats: int, only: str | None) -> list[dict[str, Any]]:
+    plan, tensors = problem.plan(device), problem.tensors(device)
+    flop, moved = problem.flop(plan), problem.bytes_moved(tensors)
+    arithmetic, bandwidth = limits(device, tensors[0].dtype)
+    floor = [max(f / arithmetic, b / bandwidth) for f, b in zip(flop, moved, strict=True)]
+    rows: list[dict[str, Any]] = []
+    first: Tensor | None = None
+    for name, make in implementations(problem, plan, tensors).items():
+        if only is not None and name != only:
+            continue
+        row: dict[str, Any] = {"case": problem.name, "implementation": name}
+        try:
+            attend = make()
+            times, out = measure(attend, tensors, repeats)
+            peak = peak_cuda(attend, tensors) if device == "cuda" else peak_cpu(problem, name)
+        except torch.OutOfMemoryError as error:
+            row["skipped"] = f"out of memory: {str(error).split('.')[0]}"
+            rows.append(row)
+            print(f"{problem.name:<26}{name:<14} skipped, {row['skipped']}", flush=True)
+            continue
+        first = out if first is None else first
+        difference = ((out - first).float().norm() / first.float().norm()).item()
+        assert difference < 0.02, f"{name} computes something else for {problem.name}: off by {difference:.3f}"
+        row |= {f"{part}_s": value for part, value in asdict(times).items()}
+        row |= {"forward_tflops": flop[0] / times.forward / 1e12, "backward_tflops": flop[1] / times.backward / 1e12}
+        row |= {"forward_of_roofline": floor[0] / times.forward, "backward_of_roofline": floor[1] / times.backward}
+        row |= {"peak_bytes": peak}
+        rows.append(row)
+        print_row(row)
+        del attend, out
+        gc.collect()
+    return rows
+
+
+def print_row(row: dict[str, Any]) -> None:
+    print(
+        f"{row['case']:<26}{row['implementation']:<14}"
+        + "".join(f"{row[f'{part}_s'] * 1e3:>11.3f}" for part in ("forward", "backward", "both"))
+        + f"{row['forward_tflops']:>9.3g}{row['backward_tflops']:>9.3g}"
+        + f"{row['forward_of_roofline']:>8.0%}{row['backward_of_roofline']:>8.0%}{row['peak_bytes'] / 1e6:>11.1f}",
+        flush=True,
+    )
+
+
+def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How many times faster this library's fastest is than each peer, forward and backward together, and the memory."""
+    found = []
+    for case in dict.fromkeys(row["case"] for row in rows):
+        done = {row["implementation"]: row for row in rows if row["case"] == case and "both_s" in row}
+        best = min((row for name, row in done.items() if name in OURS), key=lambda row: row["both_s"], default=None)
+        if best is None:
+            continue
+        for peer in ("flex", "flex by plan", "sdpa"):
+            if peer in done and peer != best["implementation"]:
+                speed, memory = done[peer]["both_s"] / best["both_s"], best["peak_bytes"] / done[peer]["peak_bytes"]
+                found.append({"case": case, "of": best["implementation"], "to": peer, "speed": speed, "memory": memory})
+    return found
+
+
+def targets(rows: list[dict[str, Any]], plans: dict[str, dict[str, float]], device: str) -> list[dict[str, Any]]:
+    """What the kernels are meant to reach (the GPU's on an H100), and what they reached here."""
+    times = {(ratio["case"], ratio["to"]): ratio for ratio in ratios(rows)}
+    found: list[dict[str, Any]] = []
+
+    def wanted(what: str, most: bool, limit: float, got: float | None) -> None:
+        met = None if got is None else got <= limit if most else got >= limit
+        found.append({"target": what, "wanted": limit, "at": "most" if most else "least", "got": got, "met": met})
+
+    if device == "cpu":
+        for problem in CPU_PROBLEMS:
+            if problem.tokens == 4096 and (ratio := times.get((problem.name, "sdpa"))) is not None:
+                wanted(f"{problem.name}: times faster than sdpa", False, 3.0, ratio["speed"])
+                wanted(f"{problem.name}: share of the memory of sdpa", True, 0.1, ratio["memory"])
+        return found
+    kernels = [row for row in rows if row["case"] == "1 document" and row["implementation"] in ("sm90", "sm80")]
+    for part, limit in (("forward", 500.0), ("backward", 380.0)):
+        reached = max((row[f"{part}_tflops"] for row in kernels), default=None)
+        wanted(f"1 document: {part} TFLOP/s", False, limit, reached)
+    for name, limit in (("1 document", 1.5), ("4 documents", 2.0), ("12 documents", 2.0)):
+        ratio = times.get((name, "flex"))
+        mine = ratio is not None and ratio["of"] in ("sm90", "sm80")
+        wanted(f"{name}: times faster than flex", False, limit, ratio["speed"] if ratio is not None and mine else None)
+    for name, plan in plans.items():
+        wanted(f"{name}: seconds of the plan's kernel", True, 20e-6, plan["plan, GPU alone"])
+    return found
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def commit() -> str:
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    problems = GPU_PROBLEMS if device == "cuda" else CPU_PROBLEMS
+    # Masks of other trainers hold numbers that differ from case to case, and each is compiled again.
+    torch._dynamo.config.recompile_limit = 64
+    parser.add_argument("--case", choices=[problem.name for problem in problems], help="default: all")
+    parser.add_argument("--backend", help="one implementation, as named above; default: all")
+    parser.add_argument("--repeats", type=int, default=30 if device == "cuda" else 3)
+    parser.add_argument("--out", type=Path, help="file for the results, rewritten after each case")
+    args = parser.parse_args()
+    result: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": device_name(device),
+        "load_average_before": os.getloadavg()[0],
+        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()},
+        "commit": commit(),
+        "command": " ".join(sys.argv),
+        "cases": [],
+        "results": [],
+        "plans": {},
+    }
+    print(f"{result['device']}, torch {torch.__version__}, commit {result['commit']}\n")
+    print(f"{'':<40}{'fwd ms':>11}{'bwd ms':>11}{'both ms':>11}{'TFLOP/s':>9}{'bwd':>9}{'roof':>8}{'bwd':>8}{'MB':>11}")
+    for problem in problems:
+        if args.case not in (None, problem.name):
+            continue
+        result["cases"].append(asdict(problem))
+        result["plans"][problem.name] = plan_times(problem, device, args.repeats)
+        result["results"] += bench(problem, device, args.repeats, args.backend)
+        result["ratios"] = ratios(result["results"])
+        result["targets"] = targets(result["results"], result["plans"], device)
+        if args.out is not None:
+            args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print()
+    for name, plan in result["plans"].items():
+        print(f"{name:<26}" + ", ".join(f"{what} {seconds * 1e6:.1f} us" for what, seconds in plan.items()))
+    print()
+    for target in result["targets"]:
+        got = "not measured" if target["got"] is None else f"{target['got']:.3g}"
+        verdict = {True: "met", False: "NOT met", None: ""}[target["met"]]
+        print(f"{target['target']:<60} at {target['at']} {target['wanted']:g}: {got} {verdict}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The script that proves GPU kernels, tried on the CPU; and that what is called proven has been."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dflash_scale import attention
+from tests.attention_cases import case, outputs
+from tests.gpu import check
+
+RESULTS = check.ROOT / "benchmarks" / "results"
+
+
+def test_each_proven_kernel_has_passed_with_the_sources_of_today() -> None:
+    for backend, proof in attention.PROVEN.items():
+        report = json.loads((RESULTS / proof.results).read_text())
+        entry = report["backends"][backend]
+        again = "run benchmarks/gpu_check.sh on a GPU and renew attention.PROVEN"
+        assert entry["result"] == "passed", f"{backend} {entry['result']} in {proof.results}; {again}"
+        assert re.search(r"NVIDIA|GeForce|Tesla", report["device"]), report["device"]
+        assert entry["sources"] == proof.sources, f"{proof.results} was made with other sources of {backend}; {again}"
+        assert check.source_digest(backend) == proof.sources, f"{backend} has changed since {proof.results}; {again}"
+
+
+def test_the_checks_pass_on_the_cpu_operator(tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    chosen = ["no anchor", "strides and scale", "repeats bit for bit", "large"]
+    only = [word for name in chosen for word in ("--only", name)]
+    assert check.main(["--device", "cpu", "--backend", "cpu", "--out", str(out), *only]) == 0
+    report = json.loads(out.read_text())
+    assert report["plan"]["ok"] and report["backends"]["cpu"]["result"] == "passed in part"
+    assert [one["check"] for one in report["backends"]["cpu"]["checks"]] == chosen
+
+
+@pytest.mark.parametrize("index", range(6))
+@pytest.mark.parametrize("row", [0, -1])
+def test_one_wrong_row_is_seen(index: int, row: int) -> None:
+    some = case(head_dim=64, dtype=torch.bfloat16, lengths=(400, 90))
+    wanted = outputs(some, "reference", compute=torch.float64)
+    got: list[Tensor] = [tensor.clone() for tensor in wanted]
+    check.compare(some, got, wanted, 1e-12)
+    sizes = wanted[index][:, 0].square().mean(-1)
+    got[index][(sizes >= sizes.mean()).nonzero().flatten()[row], 0] *= 0.7
+    with pytest.raises(AssertionError, match=f"{check.NAMES[index]} .* is off by"):
+        check.compare(some, got, wanted, check.TOLERANCE[torch.bfloat16])
+
+
+def test_a_failing_check_is_reported_and_does_not_end_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def broken(backend: str, device: str) -> None:
+        raise RuntimeError(f"{backend} on {device} is broken")
+
+    monkeypatch.setattr(check, "CHECKS", {"fixed cases": broken, "no anchor": check.check_no_anchor})
+    out = tmp_path / "report.json"
+    assert check.main(["--device", "cpu", "--backend", "cpu", "--out", str(out)]) == 1
+    entry = json.loads(out.read_text())["backends"]["cpu"]
+    assert entry["result"] == "failed"
+    assert [(one["ok"], one["error"]) for one in entry["checks"]] == [
+        (False, "RuntimeError: cpu on cpu is broken"),
+        (True, None),
+    ]
+
+
+def test_the_digest_follows_includes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / "csrc" / "attention"
+    folder.mkdir(parents=True)
+    (folder / "sm80_x.cu").write_text('#include "attention/a.h"\n')
+    (folder / "a.h").write_text('#include "attention/b.h"\n#include <vector>\n')
+    (folder / "b.h").write_text("int b;\n")
+    (folder / "c.h").write_text("int c;\n")
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    digests = [check.source_digest("sm80")]
+    for name in ("c.h", "b.h", "sm80_x.cu"):
+        with (folder / name).open("a") as file:
+            file.write("// changed\n")
+        digests.append(check.source_digest("sm80"))
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
+    shutil.rmtree(folder)
+    assert check.source_digest("sm80") == check.source_digest("sm90")  # of nothing at all
