@@ -75,9 +75,9 @@ def kernels() -> ctypes.CDLL:
 
 def load(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
-    for name in ("sm80_forward", "sm80_backward"):
+    for name in ("forward", "backward"):
         entry = getattr(library, name)
-        entry.restype, entry.argtypes = ctypes.c_char_p, (ctypes.POINTER(Problem), ctypes.c_uint)
+        entry.restype, entry.argtypes = ctypes.c_char_p, (ctypes.POINTER(Problem), ctypes.c_int, ctypes.c_uint)
     return library
 
 

@@ -1,5 +1,4 @@
 #include "attention/sm80_backward.h"
-#include "attention/sm80_launch.h"
 
 namespace dflash {
 namespace {
@@ -17,7 +16,7 @@ int launch_key_gradient(const gpu::sm80::BackwardParameters& parameters, void* s
 
 int backward_sm80(const GpuBackward& args, void* stream) {
   using namespace gpu::sm80;
-  return for_shape(args, [&]<Half kType, int kDim>() {
+  return gpu::for_shape<64, 96, 128, 256>(args, [&]<Half kType, int kDim>() {
     const AttentionShape& s = args.shape;
     const BackwardParameters parameters{Rows::of(s),
                                         args.order,

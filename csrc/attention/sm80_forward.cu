@@ -1,11 +1,10 @@
 #include "attention/sm80_forward.h"
-#include "attention/sm80_launch.h"
 
 namespace dflash {
 
 int forward_sm80(const GpuForward& args, void* stream) {
   using namespace gpu::sm80;
-  return for_shape(args, [&]<Half kType, int kDim>() {
+  return gpu::for_shape<64, 96, 128, 256>(args, [&]<Half kType, int kDim>() {
     using Traits = ForwardTraits<kType, kDim>;
     const AttentionShape& s = args.shape;
     const ForwardParameters parameters{

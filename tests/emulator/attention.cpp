@@ -3,6 +3,8 @@
 
 #include "attention/sm80_backward.cu"
 #include "attention/sm80_forward.cu"
+#include "attention/sm90_backward.cu"
+#include "attention/sm90_forward.cu"
 
 using namespace dflash;
 
@@ -42,38 +44,41 @@ struct Problem {
   Half type() const { return fp16 != 0 ? Half::kFp16 : Half::kBf16; }
 };
 
-const char* sm80_forward(const Problem* p, unsigned seed) {
-  return emulate(seed, [&] {
-    return forward_sm80({p->shape(), p->order, p->items, p->type(), p->q, p->k_ctx, p->v_ctx, p->k_blk, p->v_blk,
-                         p->out, static_cast<float*>(p->lse)},
-                        nullptr);
-  });
+// kernel: 80 or 90.
+const char* forward(const Problem* p, int kernel, unsigned seed) {
+  const GpuForward args{p->shape(), p->order, p->items, p->type(), p->q,   p->k_ctx,
+                        p->v_ctx,   p->k_blk, p->v_blk, p->out,    static_cast<float*>(p->lse)};
+  return emulate(seed, [&] { return kernel == 90 ? forward_sm90(args, nullptr) : forward_sm80(args, nullptr); });
 }
 
-const char* sm80_backward(const Problem* p, unsigned seed) {
-  return emulate(seed, [&] {
-    return backward_sm80({p->shape(),
-                          p->order,
-                          p->tile_ranges,
-                          p->tile_order,
-                          p->items,
-                          p->type(),
-                          p->dout,
-                          p->q,
-                          p->k_ctx,
-                          p->v_ctx,
-                          p->k_blk,
-                          p->v_blk,
-                          p->out,
-                          static_cast<const float*>(p->lse),
-                          static_cast<float*>(p->delta),
-                          p->dq,
-                          p->dk_ctx,
-                          p->dv_ctx,
-                          p->dk_blk,
-                          p->dv_blk},
-                         nullptr);
-  });
+const char* backward(const Problem* p, int kernel, unsigned seed) {
+  const GpuBackward args{p->shape(),
+                         p->order,
+                         p->tile_ranges,
+                         p->tile_order,
+                         p->items,
+                         p->type(),
+                         p->dout,
+                         p->q,
+                         p->k_ctx,
+                         p->v_ctx,
+                         p->k_blk,
+                         p->v_blk,
+                         p->out,
+                         static_cast<const float*>(p->lse),
+                         static_cast<float*>(p->delta),
+                         p->dq,
+                         p->dk_ctx,
+                         p->dv_ctx,
+                         p->dk_blk,
+                         p->dv_blk};
+  return emulate(seed, [&] { return kernel == 90 ? backward_sm90(args, nullptr) : backward_sm80(args, nullptr); });
+}
+
+// wgmma's descriptors: rows by depth, and depth by rows.
+uint64_t operand(uint32_t address, int rows, int step) { return gpu::operand(address, rows, step); }
+uint64_t operand_transposed(uint32_t address, int rows, int step) {
+  return gpu::operand_transposed(address, rows, step);
 }
 
 // --- rows.h and sm80_tile.h by themselves ---
