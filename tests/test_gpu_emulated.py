@@ -449,7 +449,9 @@ def test_key_walk_passes_every_key_once(case: Case, keys: int, position: int, co
     slots = len(case.anchors) * case.block_size
     position %= slots
     tiles = torch.empty(4096, 4, dtype=torch.int32)
-    found = kernels().key_walk(ctypes.byref(run.problem), position, count, keys, ctypes.c_void_p(tiles.data_ptr()), 4096)
+    found = kernels().key_walk(
+        ctypes.byref(run.problem), position, count, keys, ctypes.c_void_p(tiles.data_ptr()), 4096
+    )
     first, last = position // case.block_size, min(position + count, slots) - 1
     wanted = visible_context(plan)[first : last // case.block_size + 1].any(0).any(0)
     own = torch.arange(slots)
