@@ -46,8 +46,17 @@ struct Problem {
 
 // kernel: 80 or 90.
 const char* forward(const Problem* p, int kernel, unsigned seed) {
-  const GpuForward args{p->shape(), p->order, p->items, p->type(), p->q,   p->k_ctx,
-                        p->v_ctx,   p->k_blk, p->v_blk, p->out,    static_cast<float*>(p->lse)};
+  const GpuForward args{p->shape(),
+                        p->order,
+                        p->items,
+                        p->type(),
+                        p->q,
+                        p->k_ctx,
+                        p->v_ctx,
+                        p->k_blk,
+                        p->v_blk,
+                        p->out,
+                        static_cast<float*>(p->lse)};
   return emulate(seed, [&] { return kernel == 90 ? forward_sm90(args, nullptr) : forward_sm80(args, nullptr); });
 }
 
