@@ -32,8 +32,11 @@ RING = f"_ring{sysconfig.get_config_var('EXT_SUFFIX')}"
 KERNELS = "_kernels.so"
 # The oldest torch whose stable ABI has all we call: 2.10, as (major << 56 | minor << 48).
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-# sm_80 and sm_90a machine code separately: -arch=sm_90a would add compute_90 PTX, in which wgmma does not exist.
-GENCODE = "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a"
+# sm_80 and sm_90a machine code separately: -arch=sm_90a would add compute_90 PTX, in which wgmma does not exist. The
+# PTX is compute_80's, which GPUs newer than both compile when the library is loaded.
+GENCODE = (
+    "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_80,code=compute_80 -gencode arch=compute_90a,code=sm_90a"
+)
 
 
 def package_dir(name: str) -> Path | None:

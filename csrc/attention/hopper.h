@@ -120,9 +120,6 @@ DFLASH_DEVICE void copy_box(uint32_t shared, const TensorMap* map, uint32_t barr
       "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2)
       : "memory");
 }
-DFLASH_DEVICE void prefetch_map(const TensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
 // Between this thread's ordinary writes to shared memory and their use by wgmma or TMA (then a barrier).
 DFLASH_DEVICE void async_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

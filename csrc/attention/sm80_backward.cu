@@ -1,5 +1,4 @@
 #include "attention/sm80_backward.h"
-#include "attention/sm80_launch.h"
 
 namespace dflash {
 namespace {
@@ -9,15 +8,15 @@ template <typename Traits>
 int launch_key_gradient(const gpu::sm80::BackwardParameters& parameters, void* stream) {
   const int64_t context = static_cast<int64_t>(parameters.context_tiles) * (kTile / Traits::kKeys);
   const int64_t own = (parameters.rows.positions + Traits::kKeys - 1) / Traits::kKeys;
-  const gpu::Launch how{(context + own) * parameters.keys.kv_heads, Traits::kThreads, Traits::kShared};
-  return gpu::launch(gpu::sm80::key_gradient<Traits>, how, parameters, stream);
+  return gpu::sm80::launch_kernel<Traits>(gpu::sm80::key_gradient<Traits>, (context + own) * parameters.keys.kv_heads,
+                                          parameters, stream);
 }
 
 }  // namespace
 
 int backward_sm80(const GpuBackward& args, void* stream) {
   using namespace gpu::sm80;
-  return for_shape(args, [&]<Half kType, int kDim>() {
+  return gpu::for_shape<64, 96, 128, 256>(args, [&]<Half kType, int kDim>() {
     const AttentionShape& s = args.shape;
     const BackwardParameters parameters{Rows::of(s),
                                         args.order,
@@ -40,8 +39,8 @@ int backward_sm80(const GpuBackward& args, void* stream) {
                                         static_cast<float>(s.scale * kLog2E)};
     using Dq = QueryGradientTraits<kType, kDim>;
     const int64_t units = static_cast<int64_t>(args.items) * 2;
-    const gpu::Launch how{units * s.kv_heads, Dq::kThreads, Dq::kShared};
-    if (const int error = gpu::launch(query_gradient<Dq>, how, parameters, stream); error != 0) return error;
+    const int error = launch_kernel<Dq>(query_gradient<Dq>, units * s.kv_heads, parameters, stream);
+    if (error != 0) return error;
     if constexpr (kDim <= 128) {
       return launch_key_gradient<KeyGradientTraits<kType, kDim, true, true>>(parameters, stream);
     } else {

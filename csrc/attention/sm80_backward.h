@@ -30,7 +30,8 @@ struct QueryGradientTraits {
   static constexpr Half kType = kHalf;
   static constexpr int kDim = kHeadDim;
   static constexpr int kThreads = kUnitRows / 16 * 32;
-  static constexpr int kKeys = kDim <= 64 ? 64 : kDim <= 128 ? 32 : 16;
+  static constexpr int kBlocks = kDim <= 96 ? 3 : kDim <= 128 ? 2 : 1;  // per multiprocessor, as registers go
+  static constexpr int kKeys = kDim <= 128 ? 32 : 16;
   static constexpr int kQueryBytes = tile_bytes<kDim>(kUnitRows);
   static constexpr int kTileBytes = tile_bytes<kDim>(kKeys);
   static constexpr int kStageBytes = 2 * kTileBytes;  // keys, values
@@ -102,11 +103,12 @@ struct QueryGradientWarp {
 };
 
 template <typename Traits>
-DFLASH_GLOBAL void DFLASH_BOUNDS(Traits::kThreads, 1) query_gradient(const DFLASH_PARAMETER BackwardParameters p) {
+DFLASH_GLOBAL void DFLASH_BOUNDS(Traits::kThreads, Traits::kBlocks)
+    query_gradient(const DFLASH_PARAMETER BackwardParameters p) {
   constexpr int kDim = Traits::kDim, kKeys = Traits::kKeys, kThreads = Traits::kThreads;
   char* const memory = shared_memory();
   const uint32_t queries = shared_address(memory);
-  Interval* const bounds = reinterpret_cast<Interval*>(memory + Traits::kBoundsAt);
+  Interval* bounds = reinterpret_cast<Interval*>(memory + Traits::kBoundsAt);
   const int head = block_index() % p.keys.kv_heads, unit = block_index() / p.keys.kv_heads;
   const int item = p.order[unit / 2], unit_row0 = unit % 2 * kUnitRows;
   const int position = (2 * item + unit % 2) * p.rows.unit_positions;
@@ -116,14 +118,14 @@ DFLASH_GLOBAL void DFLASH_BOUNDS(Traits::kThreads, 1) query_gradient(const DFLAS
   KeyWalk walk = KeyWalk::of(p.rows, position, p.rows.unit_positions);
   copy_queries<kDim, kUnitRows, kThreads>(p.q, item_rows, unit_row0, queries);
   copy_queries<kDim, kUnitRows, kThreads>(p.dout, item_rows, unit_row0, queries + Traits::kQueryBytes);
-  uint32_t stage = queries + Traits::kStagesAt, other = stage + Traits::kStageBytes;
-  copy_keys<kDim, kKeys, kThreads>(p.keys, head, walk, stage);
+  const uint32_t stages = queries + Traits::kStagesAt;
+  uint32_t now = 0;  // the stage in use; the other one is at kStageBytes - now
+  copy_keys<kDim, kKeys, kThreads>(p.keys, head, walk, stages);
   write_bounds(p.rows, item, unit_row0, kUnitRows, bounds);
   sync_threads();
 
   const int row0 = warp() * 16;
-  const Interval* warp_bounds = bounds + row0;
-  Cover cover = warp_cover<16>(p.rows, warp_bounds, item, unit_row0 + row0);
+  Cover cover = warp_cover<16>(p.rows, bounds + row0, item, unit_row0 + row0);
   Segment segment = Segment::kContext;
   QueryGradientWarp<Traits> state;
   state.begin(p, item_rows, unit_row0 + row0);
@@ -132,22 +134,20 @@ DFLASH_GLOBAL void DFLASH_BOUNDS(Traits::kThreads, 1) query_gradient(const DFLAS
     next.advance(kKeys);
     copy_async_wait<0>();
     sync_threads();  // this stage has arrived for all, and all have left the other one
-    if (!next.done()) copy_keys<kDim, kKeys, kThreads>(p.keys, head, next, other);
+    if (!next.done()) copy_keys<kDim, kKeys, kThreads>(p.keys, head, next, stages + Traits::kStageBytes - now);
     if (walk.segment != segment) {
       segment = walk.segment;
-      warp_bounds += kUnitRows;
-      cover = warp_cover<16>(p.rows, warp_bounds, item, unit_row0 + row0);
+      bounds += kUnitRows;
+      cover = warp_cover<16>(p.rows, bounds + row0, item, unit_row0 + row0);
     }
     const uint32_t warp_queries = queries + tile_bytes<kDim>(row0);
     if (cover.interior(walk.p, kKeys)) {
-      state.template add_tile<true>(warp_queries, stage, warp_bounds, cover, walk.p, p.log2_scale);
+      state.template add_tile<true>(warp_queries, stages + now, bounds + row0, cover, walk.p, p.log2_scale);
     } else if (!cover.dead(walk.p, kKeys)) {
-      state.template add_tile<false>(warp_queries, stage, warp_bounds, cover, walk.p, p.log2_scale);
+      state.template add_tile<false>(warp_queries, stages + now, bounds + row0, cover, walk.p, p.log2_scale);
     }
     walk = next;
-    const uint32_t swapped = stage;
-    stage = other;
-    other = swapped;
+    now = Traits::kStageBytes - now;
   }
   stage_rows<Traits::kType, kDim>(memory, row0, state.dq, {{p.scale, p.scale}});
   store_rows<kDim, 16>(memory, row0, [&](int r) {
@@ -179,6 +179,7 @@ struct KeyGradientTraits {
   static constexpr bool kDk = kWantDk, kDv = kWantDv;
   static constexpr int kKeys = kDim <= 128 ? kTile : kTile / 2;
   static constexpr int kThreads = kKeys / 16 * 32;
+  static constexpr int kBlocks = 1;
   static constexpr int kQueries = kDim <= 128 ? 32 : 16;
   static_assert(kQueries <= 32, "one warp prepares a stage's rows, a lane each");
   static constexpr int kKeyBytes = tile_bytes<kDim>(kKeys);
@@ -326,14 +327,15 @@ DFLASH_DEVICE void write_gradient(const float (&sum)[1][Traits::kDim / 8][4], fl
 }
 
 template <typename Traits>
-DFLASH_GLOBAL void DFLASH_BOUNDS(Traits::kThreads, 1) key_gradient(const DFLASH_PARAMETER BackwardParameters p) {
+DFLASH_GLOBAL void DFLASH_BOUNDS(Traits::kThreads, Traits::kBlocks)
+    key_gradient(const DFLASH_PARAMETER BackwardParameters p) {
   constexpr int kDim = Traits::kDim, kQueries = Traits::kQueries;
   using Statistics = QueryStatistics<kQueries>;
   char* const memory = shared_memory();
   const uint32_t keys = shared_address(memory);
-  Statistics* statistics = reinterpret_cast<Statistics*>(memory + Traits::kStatisticsAt);
-  Statistics* other_statistics = statistics + 1;
-  uint32_t stage = keys + Traits::kStagesAt, other = stage + Traits::kStageBytes;
+  Statistics* const statistics = reinterpret_cast<Statistics*>(memory + Traits::kStatisticsAt);
+  const uint32_t stages = keys + Traits::kStagesAt;
+  uint32_t now = 0;  // the stage in use; the other one is at kStageBytes - now
   const KeyTile tile = KeyTile::of<Traits::kKeys>(p, block_index());
   if (tile.p >= tile.end) return;  // the context's last tile may be short of its second half
   const bool own = tile.segment == Segment::kOwn;
@@ -347,7 +349,7 @@ DFLASH_GLOBAL void DFLASH_BOUNDS(Traits::kThreads, 1) key_gradient(const DFLASH_
     if constexpr (Traits::kDk)
       copy_rows<kDim, Traits::kKeys, Traits::kThreads>(keys + Traits::kKeyBytes,
                                                        rows_of(own ? p.keys.v_blk : p.keys.v_ctx));
-    copy_stage<Traits>(p, tile, tile.first_row, stage);
+    copy_stage<Traits>(p, tile, tile.first_row, stages);
     if (warp() == 0) write_statistics(read_statistic<kQueries>(p, tile, tile.first_row), *statistics);
   }
   const int row0 = warp() * 16;
@@ -358,24 +360,20 @@ DFLASH_GLOBAL void DFLASH_BOUNDS(Traits::kThreads, 1) key_gradient(const DFLASH_
     sync_threads();  // this stage has arrived for all, and all have left the other one
     QueryStatistic ahead;
     if (more) {
-      copy_stage<Traits>(p, tile, row + kQueries, other);
+      copy_stage<Traits>(p, tile, row + kQueries, stages + Traits::kStageBytes - now);
       if (warp() == 0) ahead = read_statistic<kQueries>(p, tile, row + kQueries);
     }
-    const Cover cover = statistics->cover;
+    const Statistics& rows = statistics[now != 0];
+    const Cover cover = rows.cover;
     const uint32_t warp_keys = keys + tile_bytes<kDim>(row0);
     if (cover.interior(tile.p + row0, 16)) {
-      state.template add_stage<true>(warp_keys, stage, *statistics, tile.p + row0, p.log2_scale);
+      state.template add_stage<true>(warp_keys, stages + now, rows, tile.p + row0, p.log2_scale);
     } else if (!cover.dead(tile.p + row0, 16)) {
-      state.template add_stage<false>(warp_keys, stage, *statistics, tile.p + row0, p.log2_scale);
+      state.template add_stage<false>(warp_keys, stages + now, rows, tile.p + row0, p.log2_scale);
     }
     // Read before the products and written after them, so that nobody waits for global memory.
-    if (more && warp() == 0) write_statistics(ahead, *other_statistics);
-    Statistics* const swapped_statistics = statistics;
-    statistics = other_statistics;
-    other_statistics = swapped_statistics;
-    const uint32_t swapped = stage;
-    stage = other;
-    other = swapped;
+    if (more && warp() == 0) write_statistics(ahead, statistics[now == 0]);
+    now = Traits::kStageBytes - now;
   }
   if constexpr (Traits::kDk) {
     write_gradient<Traits>(state.dk, p.scale, own ? p.dk_blk : p.dk_ctx, p, tile, row0, memory);

@@ -28,11 +28,13 @@ struct ForwardTraits {
   // registers with 16.
   static constexpr int kM = kDim <= 128 ? 2 : 1;
   static constexpr int kThreads = kItemRows / (16 * kM) * 32;
+  static constexpr int kBlocks = kDim <= 128 ? 2 : 1;  // per multiprocessor, as registers go
   static constexpr int kKeys = kDim <= 64 ? 64 : kDim <= 128 ? 32 : 16;
   static constexpr int kQueryBytes = tile_bytes<kDim>(kItemRows);
   static constexpr int kTileBytes = tile_bytes<kDim>(kKeys);
   static constexpr int kStageBytes = 2 * kTileBytes;  // keys, values
-  static constexpr int kBoundsAt = kQueryBytes + 2 * kStageBytes;
+  static constexpr int kStagesAt = kQueryBytes;
+  static constexpr int kBoundsAt = kStagesAt + 2 * kStageBytes;
   static constexpr int kShared = kBoundsAt + 2 * kItemRows * static_cast<int>(sizeof(Interval));
 };
 
@@ -147,24 +149,25 @@ DFLASH_DEVICE void write_output(ForwardWarp<Traits>& state, const ItemRows& item
 }
 
 template <typename Traits>
-DFLASH_GLOBAL void DFLASH_BOUNDS(Traits::kThreads, 1) forward(const DFLASH_PARAMETER ForwardParameters p) {
+DFLASH_GLOBAL void DFLASH_BOUNDS(Traits::kThreads, Traits::kBlocks)
+    forward(const DFLASH_PARAMETER ForwardParameters p) {
   constexpr int kDim = Traits::kDim, kWarpRows = 16 * Traits::kM;
   char* const memory = shared_memory();
   const uint32_t queries = shared_address(memory);
-  Interval* const bounds = reinterpret_cast<Interval*>(memory + Traits::kBoundsAt);
+  Interval* bounds = reinterpret_cast<Interval*>(memory + Traits::kBoundsAt);
   const int item = p.order[block_index() / p.keys.kv_heads], head = block_index() % p.keys.kv_heads;
   const ItemRows item_rows{p.rows, item, p.q_heads, head * p.rows.group.by};
 
   KeyWalk walk = KeyWalk::of(p.rows, item * 2 * p.rows.unit_positions, 2 * p.rows.unit_positions);
   copy_queries<kDim, kItemRows, Traits::kThreads>(p.q, item_rows, 0, queries);
-  uint32_t stage = queries + Traits::kQueryBytes, other = stage + Traits::kStageBytes;
-  copy_keys<kDim, Traits::kKeys, Traits::kThreads>(p.keys, head, walk, stage);
+  const uint32_t stages = queries + Traits::kStagesAt;
+  uint32_t now = 0;  // the stage in use; the other one is at kStageBytes - now
+  copy_keys<kDim, Traits::kKeys, Traits::kThreads>(p.keys, head, walk, stages);
   write_bounds(p.rows, item, 0, kItemRows, bounds);
   sync_threads();
 
   const int row0 = warp() * kWarpRows;
-  const Interval* warp_bounds = bounds + row0;
-  Cover cover = warp_cover<kWarpRows>(p.rows, warp_bounds, item, row0);
+  Cover cover = warp_cover<kWarpRows>(p.rows, bounds + row0, item, row0);
   Segment segment = Segment::kContext;
   ForwardWarp<Traits> state;
   state.begin(p.scale);
@@ -173,22 +176,21 @@ DFLASH_GLOBAL void DFLASH_BOUNDS(Traits::kThreads, 1) forward(const DFLASH_PARAM
     next.advance(Traits::kKeys);
     copy_async_wait<0>();
     sync_threads();  // this stage has arrived for all, and all have left the other one
-    if (!next.done()) copy_keys<kDim, Traits::kKeys, Traits::kThreads>(p.keys, head, next, other);
+    if (!next.done())
+      copy_keys<kDim, Traits::kKeys, Traits::kThreads>(p.keys, head, next, stages + Traits::kStageBytes - now);
     if (walk.segment != segment) {
       segment = walk.segment;
-      warp_bounds += kItemRows;
-      cover = warp_cover<kWarpRows>(p.rows, warp_bounds, item, row0);
+      bounds += kItemRows;
+      cover = warp_cover<kWarpRows>(p.rows, bounds + row0, item, row0);
     }
     const uint32_t warp_queries = queries + tile_bytes<kDim>(row0);
     if (cover.interior(walk.p, Traits::kKeys)) {
-      state.template add_tile<true>(warp_queries, stage, warp_bounds, cover, walk.p);
+      state.template add_tile<true>(warp_queries, stages + now, bounds + row0, cover, walk.p);
     } else if (!cover.dead(walk.p, Traits::kKeys)) {
-      state.template add_tile<false>(warp_queries, stage, warp_bounds, cover, walk.p);
+      state.template add_tile<false>(warp_queries, stages + now, bounds + row0, cover, walk.p);
     }
     walk = next;
-    const uint32_t swapped = stage;
-    stage = other;
-    other = swapped;
+    now = Traits::kStageBytes - now;
   }
   write_output(state, item_rows, memory, row0, p);
 }

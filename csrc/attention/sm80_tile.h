@@ -7,8 +7,7 @@
 // D = kDim head dim · a warp owns 16 * kM rows of the left operand · kSteps steps of 16 rows of the right operand
 #pragma once
 
-#include "attention/ptx.h"
-#include "attention/rows.h"
+#include "attention/launch.h"
 
 namespace dflash::gpu::sm80 {
 
@@ -132,7 +131,8 @@ DFLASH_DEVICE void multiply_columns(float (&d)[kM][kDim / 8][4], const float (&p
 template <int kDim, int kRows, int kThreads, typename Source>
 DFLASH_DEVICE void copy_rows(uint32_t tile, const Source& source) {
   constexpr int kChunks = kDim / 8;
-#pragma unroll 4
+  // Not unrolled: addresses kept for all rounds are registers that the products need.
+#pragma unroll 1
   for (int i = 0; i < (kRows * kChunks + kThreads - 1) / kThreads; ++i) {
     const int index = thread_index() + i * kThreads, row = index / kChunks, chunk = index % kChunks;
     if (kRows * kChunks % kThreads != 0 && row >= kRows) continue;
@@ -186,6 +186,15 @@ DFLASH_DEVICE void store_rows(const char* tile, int row0, const Target& target) 
     *reinterpret_cast<Chunk*>(to + chunk * 16) =
         *reinterpret_cast<const Chunk*>(tile + swizzled<kDim>(row0 + row, chunk));
   }
+}
+
+// Every kernel runs on every device from compute capability 8.0 on: 8.6 and 8.9 have the least shared memory.
+inline constexpr int kLeastShared = 99 * 1024;
+
+template <typename Traits, typename Parameters>
+int launch_kernel(void (*kernel)(Parameters), int64_t blocks, const Parameters& parameters, void* stream) {
+  static_assert(Traits::kShared + kSharedAlign <= kLeastShared);
+  return launch(kernel, Launch{blocks, Traits::kThreads, Traits::kShared}, parameters, stream);
 }
 
 }  // namespace dflash::gpu::sm80

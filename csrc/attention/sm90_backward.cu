@@ -1,26 +1,13 @@
-// The Hopper backward: its head dims and element types.
 #include "attention/sm90_dkv.h"
+#include "attention/sm90_dq.h"
 
 namespace dflash {
 
 int backward_sm90(const GpuBackward& args, void* stream) {
-  const bool bf16 = args.type == Half::kBf16;
-  switch (args.shape.head_dim) {
-    case 64:
-      return bf16 ? sm90::launch_backward<64, Half::kBf16>(args, stream)
-                  : sm90::launch_backward<64, Half::kFp16>(args, stream);
-    case 96:
-      return bf16 ? sm90::launch_backward<96, Half::kBf16>(args, stream)
-                  : sm90::launch_backward<96, Half::kFp16>(args, stream);
-    case 128:
-      return bf16 ? sm90::launch_backward<128, Half::kBf16>(args, stream)
-                  : sm90::launch_backward<128, Half::kFp16>(args, stream);
-    case 256:
-      // Two accumulators of 64 x 256 do not fit a warpgroup's registers.
-      return backward_sm80(args, stream);
-    default:
-      return static_cast<int>(cudaErrorInvalidValue);
-  }
+  return gpu::for_shape<64, 96, 128>(args, [&]<Half kType, int kDim>() {
+    const int error = gpu::sm90::launch_dq<kDim, kType>(args, stream);
+    return error != 0 ? error : gpu::sm90::launch_dkv<kDim, kType>(args, stream);
+  });
 }
 
 }  // namespace dflash

@@ -5,9 +5,9 @@
 // Every key row is written by one block, so the result is the same on every run.
 #pragma once
 
-#include "attention/sm90_dq.h"
+#include "attention/sm90_tile.h"
 
-namespace dflash::sm90 {
+namespace dflash::gpu::sm90 {
 
 struct DkvParameters {
   Rows rows;
@@ -312,10 +312,4 @@ int launch_dkv(const GpuBackward& args, void* stream) {
   return launch(backward_dkv<kD, kType>, {(p.tiles + own_tiles) * s.kv_heads, kThreads, Shape::kShared}, p, stream);
 }
 
-template <int kD, Half kType>
-int launch_backward(const GpuBackward& args, void* stream) {
-  const int error = launch_dq<kD, kType>(args, stream);
-  return error != 0 ? error : launch_dkv<kD, kType>(args, stream);
-}
-
-}  // namespace dflash::sm90
+}  // namespace dflash::gpu::sm90

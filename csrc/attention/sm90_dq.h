@@ -5,7 +5,7 @@
 
 #include "attention/sm90_tile.h"
 
-namespace dflash::sm90 {
+namespace dflash::gpu::sm90 {
 
 struct DqParameters {
   Rows rows;
@@ -246,4 +246,4 @@ int launch_dq(const GpuBackward& args, void* stream) {
                 stream);
 }
 
-}  // namespace dflash::sm90
+}  // namespace dflash::gpu::sm90

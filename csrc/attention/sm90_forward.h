@@ -5,7 +5,7 @@
 
 #include "attention/sm90_tile.h"
 
-namespace dflash::sm90 {
+namespace dflash::gpu::sm90 {
 
 struct ForwardParameters {
   Rows rows;
@@ -20,7 +20,7 @@ struct ForwardParameters {
 
 template <int kD>
 struct ForwardShape {
-  static constexpr int kKeys = kD <= 128 ? 128 : 64;
+  static constexpr int kKeys = 128;
   static constexpr int kStages = kD <= 64 ? 4 : 2;
   static constexpr int kUnit = tile_bytes(kD, kUnitRows);
   using Rings = KeyRings<kD, kKeys, kStages>;
@@ -292,4 +292,4 @@ int launch_forward(const GpuForward& args, void* stream) {
                 stream);
 }
 
-}  // namespace dflash::sm90
+}  // namespace dflash::gpu::sm90

@@ -9,11 +9,9 @@
 #include <cmath>
 
 #include "attention/hopper.h"
-#include "attention/rows.h"
+#include "attention/launch.h"
 
-namespace dflash::sm90 {
-
-using namespace dflash::gpu;
+namespace dflash::gpu::sm90 {
 
 inline constexpr int kWarpgroup = 128;
 inline constexpr int kConsumers = 2;
@@ -282,4 +280,4 @@ struct KeyRings {
   }
 };
 
-}  // namespace dflash::sm90
+}  // namespace dflash::gpu::sm90

@@ -28,6 +28,7 @@
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 #if !defined(__x86_64__)
@@ -46,6 +47,8 @@ inline constexpr unsigned kAllLanes = 0xffffffffu;
 inline constexpr int kWarp = 32;
 // Where the emulated shared memory starts: real addresses do not start at 0 either.
 inline constexpr uint32_t kSharedBase = 1024;
+// As ptx.h has it; here it costs nothing.
+inline constexpr int kSharedAlign = 1024;
 inline constexpr size_t kStackBytes = 512 * 1024;
 
 struct Fault : std::runtime_error {
@@ -258,41 +261,73 @@ inline void start_block(int threads, size_t shared) {
     t.waits_on = nullptr;
     t.copies.clear();
     t.groups.clear();
+#if defined(__SANITIZE_ADDRESS__)
+    // What the last fiber on this stack left marked: it never returned from its outermost function.
+    __asan_unpoison_memory_region(t.stack.get(), kStackBytes);
+#endif
     make_context(t.context, t.stack.get(), kStackBytes, fiber_entry);
   }
 }
 
+// Who runs when, in one block: warps sleep at random while others run on, and the background work of some blocks is
+// quick, of others only ever done when nobody can go on without it.
+struct Schedule {
+  std::vector<int> turns, wakes;  // wakes: the round at which a warp may run again
+  unsigned laziness;              // background steps come one in this many times; 0: never
+  int round = 0;
+
+  explicit Schedule(size_t warps, std::mt19937& random) : turns(warps), wakes(warps, 0) {
+    for (size_t w = 0; w < warps; ++w) turns[w] = static_cast<int>(w);
+    const unsigned choices[] = {2, 16, 0};
+    laziness = choices[random() % 3];
+  }
+  void next(std::mt19937& random) {
+    ++round;
+    std::shuffle(turns.begin(), turns.end(), random);
+    for (int& wake : wakes)
+      if (random() % 16 == 0) wake = round + static_cast<int>(random() % 64);
+  }
+};
+
+// Lets every warp that is awake go on to where it has to wait; false if none could.
+inline bool run_round(Schedule& schedule) {
+  Machine& m = machine();
+  bool moved = false;
+  for (const int w : schedule.turns) {
+    if (schedule.wakes[w] > schedule.round) continue;
+    const bool backwards = m.random() % 2 != 0;
+    for (int l = 0; l < kWarp; ++l) {
+      const size_t index = w * kWarp + (backwards ? kWarp - 1 - l : l);
+      if (index >= m.threads.size() || !m.threads[index].ready()) continue;
+      moved = true;
+      resume(m.threads[index]);
+    }
+    if (m.background && schedule.laziness > 0 && m.random() % schedule.laziness == 0) m.background->step(m.random);
+  }
+  return moved;
+}
+
 inline void run_block() {
   Machine& m = machine();
-  const int warps = static_cast<int>(m.warps.size());
-  std::vector<int> turns(warps);
-  for (int w = 0; w < warps; ++w) turns[w] = w;
+  Schedule schedule(m.warps.size(), m.random);
   for (;;) {
-    bool moved = false;
-    std::shuffle(turns.begin(), turns.end(), m.random);
-    for (const int w : turns) {
-      const bool backwards = m.random() % 2 != 0;
-      for (int l = 0; l < kWarp; ++l) {
-        const size_t index = w * kWarp + (backwards ? kWarp - 1 - l : l);
-        if (index >= m.threads.size()) continue;
-        if (!m.threads[index].ready()) continue;
-        moved = true;
-        resume(m.threads[index]);
-      }
-      if (m.background && m.background->pending() && m.random() % 4 == 0) m.background->step(m.random);
-      // A warp that could go on sometimes has to wait while others run.
-      if (m.random() % 8 == 0) break;
-    }
-    if (moved) continue;
+    schedule.next(m.random);
+    if (run_round(schedule)) continue;
     bool alive = false, ready = false;
     for (const Thread& t : m.threads) {
       alive = alive || !t.done;
       ready = ready || t.ready();
     }
-    if (ready) continue;
-    if (!alive && !(m.background && m.background->pending())) return;
-    if (!m.background || !m.background->pending()) throw Fault("deadlock: " + who_waits());
-    m.background->step(m.random);
+    if (ready) {
+      std::fill(schedule.wakes.begin(), schedule.wakes.end(), 0);
+      continue;
+    }
+    if (m.background && m.background->pending()) {
+      m.background->step(m.random);
+      continue;
+    }
+    if (alive) throw Fault("deadlock: " + who_waits());
+    return;
   }
 }
 

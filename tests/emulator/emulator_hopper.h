@@ -249,7 +249,6 @@ inline void copy_box(uint32_t shared, const TensorMap* map, uint32_t barrier, in
   for (int row = 0; row < copy.rows(); ++row) std::memset(shared_at(shared + row * 128, 128), 0xff, 128);
   hopper().copies.push_back(copy);
 }
-inline void prefetch_map(const TensorMap*) {}
 inline void async_fence() {}
 
 template <int kCount>
