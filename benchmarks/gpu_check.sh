@@ -75,12 +75,20 @@ PYTHON
 }
 
 main() {
+    local kernel
+    if ! "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
+        echo "gpu_check: $python has no torch that sees a GPU; name another with PYTHON=..."
+        return 1
+    fi
     nvidia-smi --query-gpu=name,driver_version,clocks.sm --format=csv 2>&1
     if ! loads; then
         step build 200 "$python" setup.py -q build_ext --inplace
         step library 30 "$python" -c 'from dflash_scale import attention_plan as p; assert p.COMPILED["cuda"], p.MISSING'
     fi
-    step kernels 130 "$python" tests/gpu/check.py --out "$out/attention-check.json"
+    # A process each: a kernel that faults takes its process's GPU context with it.
+    for kernel in $("$python" -c 'from tests.gpu.check import usable; print(*usable("cuda"))'); do
+        step "$kernel" 75 "$python" tests/gpu/check.py --backend "$kernel" --out "$out/attention-check-$kernel.json"
+    done
     summarise
     step benchmark 150 "$python" benchmarks/bench_attention.py --out "$out/attention.json"
     if command -v compute-sanitizer >/dev/null; then

@@ -106,7 +106,7 @@ def check_fixed_cases(backend: str, device: str) -> None:
             compare_with_definition(some, backend, device)
 
 
-def check_random_cases(backend: str, device: str, seconds: float = 40.0) -> None:
+def check_random_cases(backend: str, device: str, seconds: float = 25.0) -> None:
     generator, until, done = random.Random(20), time.monotonic() + seconds, 0
     while done < 5 or (time.monotonic() < until and done < 150):
         some = drawn(generator)
