@@ -114,17 +114,17 @@ struct ForwardPass {
   const ForwardOutputs<T, Acc>& outputs;
   const Layout l{s};
   const int64_t square = int64_t(s.head_dim) * kStride;
+  Transposer<Acc> transposer{s.head_dim, l.dp};
   Bounds<Acc> bounds{};
   Buffer<Acc> qt{square}, ot{square}, peak{kColumns}, total{kColumns}, rescaling{kColumns};
   Buffer<Acc> k{int64_t(kRows) * l.dp}, v{int64_t(kRows) * l.dp}, scores{int64_t(kRows) * kStride};
 
   void run(const Unit& unit) {
     const Rows rows{unit.head, unit.first, unit.last};
-    const Acc scale = static_cast<Acc>(s.scale);
-    for_each_row(s, l, rows, [&](int64_t c, int64_t row) {
-      for (int d = 0; d < s.head_dim; ++d)
-        qt[int64_t(d) * kStride + c] = load(in.q[row * s.head_dim + d]) * scale;
-    });
+    const int64_t n = unit.last - unit.first;
+    const auto row = [&](int64_t c) { return query_row(s, l, unit.head, unit.first + c); };
+    transposer.template load<T>(
+        n, static_cast<Acc>(s.scale), [&](int64_t c) { return in.q + row(c) * s.head_dim; }, qt);
     std::fill_n(ot + 0, square, Acc{0});
     std::fill_n(peak + 0, kColumns, std::numeric_limits<Acc>::lowest());
     std::fill_n(total + 0, kColumns, Acc{0});
@@ -132,12 +132,10 @@ struct ForwardPass {
     const ForwardState<Acc> state{s.head_dim, l.dp, qt, ot, peak, total, rescaling, scores};
     for (const Keys<T>& keys : {own_rows(s, in), context(s, in)})
       for_each_tile<T, Acc>(l, keys, rows, bounds, k, v, [&](const KeyTile<Acc>& t) { routines.forward(state, t); });
-    for_each_row(s, l, rows, [&](int64_t c, int64_t row) {
-      const Acc inverse = Acc{1} / total[c];
-      for (int d = 0; d < s.head_dim; ++d)
-        outputs.out[row * s.head_dim + d] = store<T, Acc>(ot[int64_t(d) * kStride + c] * inverse);
-      outputs.lse[row] = peak[c] + std::log(total[c]);
-    });
+    transposer.template store<T>(
+        n, [&](int64_t c) { return Acc{1} / total[c]; }, [&](int64_t c) { return outputs.out + row(c) * s.head_dim; },
+        ot);
+    for (int64_t c = 0; c < n; ++c) outputs.lse[row(c)] = peak[c] + std::log(total[c]);
   }
 };
 
@@ -156,6 +154,7 @@ struct QueryPass {
   const AttentionShape& s{x.s};
   const Layout l{s};
   const int64_t square = int64_t(s.head_dim) * kStride;
+  Transposer<Acc> transposer{s.head_dim, l.dp};
   Bounds<Acc> bounds{};
   Buffer<Acc> qt{square}, dot{square}, dqt{square}, lse{kColumns}, delta{kColumns};
   Buffer<Acc> k{int64_t(kRows) * l.dp}, v{int64_t(kRows) * l.dp};
@@ -163,29 +162,24 @@ struct QueryPass {
 
   void run(const Unit& unit) {
     const Rows rows{unit.head, unit.first, unit.last};
+    const int64_t n = unit.last - unit.first;
     const Acc scale = static_cast<Acc>(s.scale);
-    for_each_row(s, l, rows, [&](int64_t c, int64_t row) {
-      Acc sum = 0;
-      for (int d = 0; d < s.head_dim; ++d) {
-        const int64_t from = row * s.head_dim + d;
-        const Acc dout = load(x.in.dout[from]);
-        qt[int64_t(d) * kStride + c] = load(x.in.in.q[from]) * scale;
-        dot[int64_t(d) * kStride + c] = dout;
-        sum += dout * load(x.in.out[from]);
-      }
-      x.delta[row] = delta[c] = sum;
-      lse[c] = x.in.lse[row];
-    });
+    const auto row = [&](int64_t c) { return query_row(s, l, unit.head, unit.first + c); };
+    transposer.template load<T>(n, scale, [&](int64_t c) { return x.in.in.q + row(c) * s.head_dim; }, qt);
+    transposer.template load<T>(n, Acc{1}, [&](int64_t c) { return x.in.dout + row(c) * s.head_dim; }, dot);
+    for (int64_t c = 0; c < n; ++c) {
+      const int64_t from = row(c) * s.head_dim;
+      x.delta[row(c)] = delta[c] = inner_product<T, Acc>(s.head_dim, x.in.dout + from, x.in.out + from);
+      lse[c] = x.in.lse[row(c)];
+    }
     std::fill_n(dqt + 0, square, Acc{0});
     const TileRoutines<Acc>& routines = tile_routines<Acc>();
     const QueryState<Acc> state{s.head_dim, l.dp, qt, dot, lse, delta, dqt, scores, dscores};
     for (const Keys<T>& keys : {own_rows(s, x.in.in), context(s, x.in.in)})
       for_each_tile<T, Acc>(l, keys, rows, bounds, k, v,
                             [&](const KeyTile<Acc>& t) { routines.query_gradient(state, t); });
-    for_each_row(s, l, rows, [&](int64_t c, int64_t row) {
-      for (int d = 0; d < s.head_dim; ++d)
-        x.out.dq[row * s.head_dim + d] = store<T, Acc>(dqt[int64_t(d) * kStride + c] * scale);
-    });
+    transposer.template store<T>(
+        n, [&](int64_t) { return scale; }, [&](int64_t c) { return x.out.dq + row(c) * s.head_dim; }, dqt);
   }
 };
 
@@ -196,6 +190,7 @@ struct KeyPass {
   const AttentionShape& s{x.s};
   const Layout l{s};
   const int64_t square = int64_t(s.head_dim) * kStride;
+  Transposer<Acc> transposer{s.head_dim, l.dp};
   Bounds<Acc> bounds{};
   Buffer<Acc> kt{square}, vt{square}, dkt{square}, dvt{square};
   Buffer<Acc> q{int64_t(kRows) * l.dp}, dout{int64_t(kRows) * l.dp}, lse{kRows}, delta{kRows};
@@ -203,26 +198,20 @@ struct KeyPass {
 
   void run(const Unit& unit) {
     const Keys<T> keys = unit.own ? own_rows(s, x.in.in) : context(s, x.in.in);
-    const auto element = [&](int64_t c, int d) { return ((unit.first + c) * s.kv_heads + unit.head) * s.head_dim + d; };
     const int64_t n = unit.last - unit.first;
-    for (int64_t c = 0; c < n; ++c) {
-      for (int d = 0; d < s.head_dim; ++d) {
-        kt[int64_t(d) * kStride + c] = load(keys.k[element(c, d)]);
-        vt[int64_t(d) * kStride + c] = load(keys.v[element(c, d)]);
-      }
-    }
+    const auto at = [&](int64_t c) { return keys.at(unit.first + c, unit.head); };
+    transposer.template load<T>(n, Acc{1}, [&](int64_t c) { return keys.k + at(c); }, kt);
+    transposer.template load<T>(n, Acc{1}, [&](int64_t c) { return keys.v + at(c); }, vt);
     std::fill_n(dkt + 0, square, Acc{0});
     std::fill_n(dvt + 0, square, Acc{0});
     const auto [begin, end] = seeing_blocks(keys, unit.first, unit.last);
-    const int64_t step = l.step(kRows);
-    for (int64_t r = begin * l.block_rows; r < end * l.block_rows; r += step)
-      stream(keys, unit, {unit.head, r, std::min(r + step, end * l.block_rows)});
-    for (int64_t c = 0; c < n; ++c) {
-      for (int d = 0; d < s.head_dim; ++d) {
-        (unit.own ? x.out.dk_blk : x.out.dk_ctx)[element(c, d)] = store<T, Acc>(dkt[int64_t(d) * kStride + c]);
-        (unit.own ? x.out.dv_blk : x.out.dv_ctx)[element(c, d)] = store<T, Acc>(dvt[int64_t(d) * kStride + c]);
-      }
-    }
+    const int64_t step = l.step(kRows), rows = end * l.block_rows;
+    for (int64_t r = begin * l.block_rows; r < rows; r += step)
+      stream(keys, unit, {unit.head, r, std::min(r + step, rows)});
+    T *dk = unit.own ? x.out.dk_blk : x.out.dk_ctx, *dv = unit.own ? x.out.dv_blk : x.out.dv_ctx;
+    const auto one = [](int64_t) { return Acc{1}; };
+    transposer.template store<T>(n, one, [&](int64_t c) { return dk + at(c); }, dkt);
+    transposer.template store<T>(n, one, [&](int64_t c) { return dv + at(c); }, dvt);
   }
 
   void stream(const Keys<T>& keys, const Unit& unit, const Rows& rows) {
@@ -231,17 +220,16 @@ struct KeyPass {
     const int64_t c1 = padded(std::min(to, unit.last) - unit.first);
     if (c0 >= c1) return;
     bounds.fill(l, keys, rows, unit.first);
-    const Acc scale = static_cast<Acc>(s.scale);
-    for_each_row(s, l, rows, [&](int64_t i, int64_t row) {
-      for (int d = 0; d < s.head_dim; ++d) {
-        q[i * l.dp + d] = load(x.in.in.q[row * s.head_dim + d]) * scale;
-        dout[i * l.dp + d] = load(x.in.dout[row * s.head_dim + d]);
-      }
-      lse[i] = x.in.lse[row];
-      delta[i] = x.delta[row];
-    });
-    const KeyState<Acc> state{s.head_dim, l.dp, kt, vt, dkt, dvt, scores, dscores};
     const int n = static_cast<int>(rows.last - rows.first);
+    const auto row = [&](int64_t i) { return query_row(s, l, rows.head, rows.first + i); };
+    load_rows<T, Acc>(
+        s.head_dim, l.dp, n, static_cast<Acc>(s.scale), [&](int64_t i) { return x.in.in.q + row(i) * s.head_dim; }, q);
+    load_rows<T, Acc>(s.head_dim, l.dp, n, Acc{1}, [&](int64_t i) { return x.in.dout + row(i) * s.head_dim; }, dout);
+    for (int i = 0; i < n; ++i) {
+      lse[i] = x.in.lse[row(i)];
+      delta[i] = x.delta[row(i)];
+    }
+    const KeyState<Acc> state{s.head_dim, l.dp, kt, vt, dkt, dvt, scores, dscores};
     tile_routines<Acc>().key_gradients(
         state, {q, dout, lse, delta, bounds.lo, bounds.hi, 0, n, static_cast<int>(c0), static_cast<int>(c1)});
   }

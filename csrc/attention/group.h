@@ -1,9 +1,9 @@
 // Which queries meet which keys on the CPU, and how rows get from tensors into scratch and back.
 //
-// The query rows of one kv head are numbered position by position, its G query heads side by side: packed row r is query
-// head r % G of the kv head at position r / G. A block's S * G packed rows are consecutive.
-// Keys are two sequences: the context, and the blocks' own rows. In both a block sees part of one interval, and neither
-// end of the interval falls from block to block.
+// The query rows of one kv head are numbered position by position, its G query heads side by side: packed row r is
+// query head r % G of the kv head at position r / G. A block's S * G packed rows are consecutive. Keys are two
+// sequences: the context, and the blocks' own rows. In both a block sees part of one interval, and neither end of the
+// interval falls from block to block.
 #pragma once
 
 #include <algorithm>
@@ -84,6 +84,7 @@ struct Keys {
   // Block j sees nothing outside [start(j), end(j)).
   int64_t start(int64_t j) const { return own ? j * s.block_size : s.starts[j]; }
   int64_t end(int64_t j) const { return own ? (j + 1) * s.block_size : s.ends[j]; }
+  int64_t at(int64_t row, int head) const { return (row * s.kv_heads + head) * s.head_dim; }
   int64_t rows() const { return own ? s.anchors * s.block_size : s.tokens; }
   // Own rows are seen by one block only, so a tile holds no more of them than fill a vector of its queries.
   int most(int block_rows) const {
@@ -124,20 +125,60 @@ struct Bounds {
   }
 };
 
-// Calls visit(i, row) with the row number in a (A*S, Hq, D) or (A*S, Hq) tensor of each packed row.
-template <typename Visit>
-void for_each_row(const AttentionShape& s, const Layout& l, const Rows& rows, const Visit& visit) {
-  for (int64_t r = rows.first; r < rows.last; ++r)
-    visit(r - rows.first, r / l.group * s.q_heads + rows.head * l.group + r % l.group);
+// Row number of a packed row in a (A*S, Hq, D) or (A*S, Hq) tensor.
+inline int64_t query_row(const AttentionShape& s, const Layout& l, int head, int64_t r) {
+  return r / l.group * s.q_heads + head * l.group + r % l.group;
 }
 
-// Unpacks n rows of one kv head from `row` on into (n, DP).
-template <typename T, typename Acc>
-void stream_keys(const AttentionShape& s, int dp, const T* source, int head, int64_t row, int64_t n, Acc* target) {
+// Between tensors and scratch, D = s.head_dim elements at a time; row_of(i) is where row i starts in the tensor.
+template <typename T, typename Acc, typename RowOf>
+void load_rows(int d, int dp, int64_t n, Acc scale, const RowOf& row_of, Acc* target) {
   for (int64_t i = 0; i < n; ++i) {
-    const T* from = source + ((row + i) * s.kv_heads + head) * s.head_dim;
-    for (int d = 0; d < s.head_dim; ++d) target[i * dp + d] = load(from[d]);
+    const T* from = row_of(i);
+    for (int x = 0; x < d; ++x) target[i * dp + x] = load(from[x]) * scale;
   }
+}
+
+// Transposes four rows at a time: writes of four neighbours, and (de)coding of contiguous elements, vectorise.
+template <typename Acc>
+struct Transposer {
+  static constexpr int kStep = 4;
+  int d, dp;
+  Buffer<Acc> stage{int64_t(kStep) * dp};
+
+  // Rows into columns [0, n) of (D, kStride).
+  template <typename T, typename RowOf>
+  void load(int64_t n, Acc scale, const RowOf& row_of, Acc* target) {
+    for (int64_t c = 0; c < n; c += kStep) {
+      load_rows<T, Acc>(d, dp, std::min<int64_t>(kStep, n - c), scale, [&](int64_t i) { return row_of(c + i); }, stage);
+      for (int x = 0; x < d; ++x)
+        for (int i = 0; i < kStep; ++i) target[int64_t(x) * kStride + c + i] = stage[i * dp + x];
+    }
+  }
+
+  // The reverse; scale_of(c) is what column c is multiplied by.
+  template <typename T, typename ScaleOf, typename RowOf>
+  void store(int64_t n, const ScaleOf& scale_of, const RowOf& row_of, const Acc* source) {
+    for (int64_t c = 0; c < n; c += kStep) {
+      for (int x = 0; x < d; ++x)
+        for (int i = 0; i < kStep; ++i) stage[i * dp + x] = source[int64_t(x) * kStride + c + i];
+      for (int64_t i = 0; i < std::min<int64_t>(kStep, n - c); ++i) {
+        T* to = row_of(c + i);
+        const Acc scale = scale_of(c + i);
+        for (int x = 0; x < d; ++x) to[x] = dflash::store<T, Acc>(stage[i * dp + x] * scale);
+      }
+    }
+  }
+};
+
+// Sum over D of the products, in eight sums side by side: one alone would wait for each addition.
+template <typename T, typename Acc>
+Acc inner_product(int d, const T* a, const T* b) {
+  constexpr int kSums = 8;
+  Acc sums[kSums] = {};
+  for (int x = 0; x < d; x += kSums)
+    for (int i = 0; i < std::min(kSums, d - x); ++i) sums[i] += Acc{load(a[x + i])} * load(b[x + i]);
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
 }
 
 // Calls visit(tile) for every tile of the sequence that the rows see. k and v are scratch for the tile.
@@ -156,8 +197,10 @@ void for_each_tile(const Layout& l, const Keys<T>& keys, const Rows& rows, Bound
       p = keys.start(first);
       continue;
     }
-    stream_keys(keys.s, l.dp, keys.k, rows.head, p, n, k);
-    stream_keys(keys.s, l.dp, keys.v, rows.head, p, n, v);
+    load_rows<T, Acc>(
+        keys.s.head_dim, l.dp, n, Acc{1}, [&](int64_t i) { return keys.k + keys.at(p + i, rows.head); }, k);
+    load_rows<T, Acc>(
+        keys.s.head_dim, l.dp, n, Acc{1}, [&](int64_t i) { return keys.v + keys.at(p + i, rows.head); }, v);
     const int64_t c0 = std::max<int64_t>(0, first * l.block_rows - rows.first) / kPad * kPad;
     const int64_t c1 = padded(std::min(last * l.block_rows, rows.last) - rows.first);
     visit(KeyTile<Acc>{k, v, bounds.lo, bounds.hi, p - origin, n, static_cast<int>(c0), static_cast<int>(c1)});
