@@ -1,0 +1,65 @@
+"""The CPU operators under the address and undefined-behaviour sanitizers: a build of their own, and their tests with it.
+
+The tests run in a copy of the package that holds the sanitized library, so the product needs no switch for it. Every
+scratch array of the operators has an allocation of its own, so that an overrun of one is seen.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARY = ROOT / "build" / "sanitize" / "_kernels.so"
+TESTS = ("conftest.py", "test_attention.py", "test_attention_cpu.py")
+RUN = (
+    "tests/test_attention_cpu.py::test_operator_equals_the_definition_in_float64",
+    "tests/test_attention.py::test_plan_operator_equals_plain_torch",
+    "tests/test_attention.py::test_narrower_instruction_sets",
+)
+# Stops at the first test if it is not the sanitized library that runs.
+CONFTEST = """
+from pathlib import Path
+from dflash_scale import attention
+assert attention.MISSING is None, attention.MISSING
+assert attention.LIBRARY.resolve().is_relative_to(Path(__file__).resolve().parent)
+assert b"__asan_init" in attention.LIBRARY.read_bytes()
+"""
+
+
+def sanitized_copy(folder: Path) -> None:
+    build = [sys.executable, "setup.py", "-q", "build_ext", "--sanitize"]
+    subprocess.run(build, cwd=ROOT, check=True, timeout=600)
+    shutil.copytree(ROOT / "dflash_scale", folder / "dflash_scale", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copy2(LIBRARY, folder / "dflash_scale")
+    (folder / "tests").mkdir()
+    for name in TESTS:
+        shutil.copy2(ROOT / "tests" / name, folder / "tests")
+    (folder / "conftest.py").write_text(CONFTEST)
+
+
+def runtime(name: str) -> str:
+    """A sanitizer's runtime library of the compiler that setup.py takes."""
+    compiler = os.environ.get("CXX") or "g++"
+    found = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+    path = found.stdout.strip()
+    assert Path(path).is_file(), f"{compiler} has no {name}; install its sanitizer runtimes"
+    return path
+
+
+def test_cpu_operators_under_the_sanitizers(tmp_path: Path) -> None:
+    sanitized_copy(tmp_path)
+    environment = os.environ | {
+        # First of all libraries, as the address sanitizer demands; the C++ runtime with it, so that it finds its throw.
+        "LD_PRELOAD": " ".join(runtime(name) for name in ("libasan.so", "libubsan.so", "libstdc++.so")),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "PYTHONPATH": str(tmp_path),
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--hypothesis-profile=few", *RUN]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-8000:]
+    assert "passed" in result.stdout
