@@ -5,8 +5,8 @@ dflash_scale/_kernels.so      torch operators over LibTorch's stable ABI; not a 
                               operators and, where nvcc is found, the sm_80 and sm_90a kernels; it loads in a CPU-only
                               torch and in any torch >= 2.10.
 
-`python setup.py build_ext --sanitize` makes build/sanitize/_kernels.so instead: the CPU operators alone, with address and
-undefined-behaviour checks, for tests/test_sanitizers.py.
+`python setup.py build_ext --sanitize` makes build/sanitize/_kernels.so instead: the CPU operators alone, with address
+and undefined-behaviour checks, for tests/test_sanitizers.py.
 
 torch's own CUDAExtension is not used: it refuses to build CUDA code beside a CPU-only torch, and ties the result to one
 torch release. The build directory is build/native; a second build with nothing changed runs no compiler.
@@ -25,6 +25,7 @@ import sys
 import sysconfig
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -227,8 +228,11 @@ def publish(name: str, folder: Path) -> None:
 class NinjaBuild(build_ext):
     """build_ext that writes build/native/build.ninja, runs ninja, and places what it made."""
 
-    user_options = [*build_ext.user_options, ("sanitize", None, "make build/sanitize/_kernels.so, and nothing else")]
-    boolean_options = [*build_ext.boolean_options, "sanitize"]
+    user_options: ClassVar[list] = [
+        *build_ext.user_options,
+        ("sanitize", None, "make build/sanitize/_kernels.so, and nothing else"),
+    ]
+    boolean_options: ClassVar[list] = [*build_ext.boolean_options, "sanitize"]
 
     def initialize_options(self) -> None:
         super().initialize_options()
