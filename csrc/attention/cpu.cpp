@@ -82,7 +82,10 @@ int64_t first_block(const AttentionShape& s, const Past& past) {
   int64_t low = 0, high = s.anchors;
   while (low < high) {
     const int64_t middle = (low + high) / 2;
-    (past(middle) ? high : low) = past(middle) ? middle : middle + 1;
+    if (past(middle))
+      high = middle;
+    else
+      low = middle + 1;
   }
   return low;
 }
