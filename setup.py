@@ -33,7 +33,7 @@ from setuptools.command.build_ext import build_ext
 HERE = Path(__file__).resolve().parent
 BUILD = HERE / "build" / "native"
 SANITIZED = HERE / "build" / "sanitize"
-SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O2"
+SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -O2"
 RING = f"_ring{sysconfig.get_config_var('EXT_SUFFIX')}"
 KERNELS = "_kernels.so"
 # The oldest torch whose stable ABI has all we call: 2.10, as (major << 56 | minor << 48).

@@ -2,11 +2,6 @@
 
 import socket
 
-from hypothesis import settings
-
-# For runs under a sanitizer, which are ten times slower.
-settings.register_profile("few", max_examples=15, deadline=None)
-
 
 def free_port() -> int:
     """A TCP port on loopback that was free a moment ago."""

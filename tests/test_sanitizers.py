@@ -13,34 +13,38 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ROOT / "build" / "sanitize" / "_kernels.so"
-TESTS = ("conftest.py", "test_attention.py", "test_attention_cpu.py")
-RUN = (
-    "tests/test_attention_cpu.py::test_operator_equals_the_definition_in_float64",
-    "tests/test_attention.py::test_plan_operator_equals_plain_torch",
-    "tests/test_attention.py::test_narrower_instruction_sets",
-)
-# Stops at the first test if it is not the sanitized library that runs.
+TESTS = "tests/test_attention_cpu.py::test_operator_equals_the_definition_in_float64"
+# Stops before the first test if it is not the sanitized library that runs. Fewer examples: each is ten times slower.
 CONFTEST = """
 from pathlib import Path
+from hypothesis import settings
 from dflash_scale import attention
+
+settings.register_profile("few", max_examples=8)
 assert attention.MISSING is None, attention.MISSING
 assert attention.LIBRARY.resolve().is_relative_to(Path(__file__).resolve().parent)
 assert b"__asan_init" in attention.LIBRARY.read_bytes()
 """
 
 
-def sanitized_copy(folder: Path) -> None:
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the package and of the tests' files, with the sanitized library."""
     build = [sys.executable, "setup.py", "-q", "build_ext", "--sanitize"]
     subprocess.run(build, cwd=ROOT, check=True, timeout=600)
+    folder = tmp_path_factory.mktemp("sanitized")
     unwanted = shutil.ignore_patterns("*.so", "__pycache__")
     shutil.copytree(ROOT / "dflash_scale", folder / "dflash_scale", ignore=unwanted)
     shutil.copy2(LIBRARY, folder / "dflash_scale")
     (folder / "tests").mkdir()
-    for name in TESTS:
-        shutil.copy2(ROOT / "tests" / name, folder / "tests")
+    for path in (ROOT / "tests").glob("*.py"):
+        shutil.copy2(path, folder / "tests")
     (folder / "conftest.py").write_text(CONFTEST)
+    return folder
 
 
 def runtime(name: str) -> str:
@@ -52,19 +56,20 @@ def runtime(name: str) -> str:
     return path
 
 
-def test_cpu_operators_under_the_sanitizers(tmp_path: Path) -> None:
-    sanitized_copy(tmp_path)
+@pytest.mark.parametrize("limit", ["avx512", "avx2", "default"])
+def test_cpu_operators_under_the_sanitizers(copy: Path, limit: str) -> None:
     environment = os.environ | {
+        "ATEN_CPU_CAPABILITY": limit,
         # First of all libraries, as the address sanitizer demands; the C++ runtime with it, so that it finds its throw.
         "LD_PRELOAD": " ".join(runtime(name) for name in ("libasan.so", "libubsan.so", "libstdc++.so")),
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
-        "PYTHONPATH": str(tmp_path),
+        "PYTHONPATH": str(copy),
     }
     # Uncaptured: a sanitizer writes its report and ends the process.
     options = ("-q", "-s", "-x", "-p", "no:cacheprovider", "--hypothesis-profile=few")
-    command = [sys.executable, "-m", "pytest", *options, *RUN]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    command = [sys.executable, "-m", "pytest", *options, TESTS]
+    result = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=600)
     report = re.search(r"[^\n]*(AddressSanitizer|runtime error):.*", result.stderr, re.S)
     assert report is None, report[0][:6000]
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-6000:]
