@@ -5,6 +5,9 @@ dflash_scale/_kernels.so      torch operators over LibTorch's stable ABI; not a 
                               operators and, where nvcc is found, the sm_80 and sm_90a kernels; it loads in a CPU-only
                               torch and in any torch >= 2.10.
 
+`python setup.py build_ext --sanitize` makes build/sanitize/_kernels.so instead: the CPU operators alone, with address
+and undefined-behaviour checks, for tests/test_sanitizers.py.
+
 torch's own CUDAExtension is not used: it refuses to build CUDA code beside a CPU-only torch, and ties the result to one
 torch release. The build directory is build/native; a second build with nothing changed runs no compiler.
 """
@@ -20,14 +23,17 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE / "build" / "native"
+SANITIZED = HERE / "build" / "sanitize"
+SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -O2"
 RING = f"_ring{sysconfig.get_config_var('EXT_SUFFIX')}"
 KERNELS = "_kernels.so"
 # The oldest torch whose stable ABI has all we call: 2.10, as (major << 56 | minor << 48).
@@ -66,6 +72,7 @@ class Tools:
     ninja: str
     torch: Path
     nvcc: str | None
+    sanitizers: str = ""
 
 
 def find_nvcc() -> str | None:
@@ -138,8 +145,8 @@ def rules(tools: Tools) -> list[str]:
         "-isystem",
         tools.torch / "include" / "torch" / "csrc" / "api" / "include",
     )
-    flags = "-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -MMD -MF $out.d"
-    libraries = quoted(f"-L{tools.torch / 'lib'}", "-ltorch_cpu")
+    flags = f"-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -MMD -MF $out.d {tools.sanitizers}"
+    libraries = quoted(f"-L{tools.torch / 'lib'}", "-ltorch_cpu") + f" {tools.sanitizers}"
     text = [
         "ninja_required_version = 1.5",
         "builddir = .",
@@ -224,26 +231,43 @@ def publish(name: str, folder: Path) -> None:
 class NinjaBuild(build_ext):
     """build_ext that writes build/native/build.ninja, runs ninja, and places what it made."""
 
+    user_options: ClassVar[list] = [
+        *build_ext.user_options,
+        ("sanitize", None, "make build/sanitize/_kernels.so, and nothing else"),
+    ]
+    boolean_options: ClassVar[list] = [*build_ext.boolean_options, "sanitize"]
+
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.sanitize = False
+
     def names(self) -> list[str]:
         return ([RING] if sources("ring", ".cpp") else []) + ([KERNELS] if sources("attention", ".cpp") else [])
 
     def run(self) -> None:
         tools = find_tools()
-        BUILD.mkdir(parents=True, exist_ok=True)
+        if self.sanitize:
+            tools = replace(tools, nvcc=None, sanitizers=SANITIZERS)
+            self.ninja(tools, SANITIZED, [*rules(tools), *kernel_edges(tools)])
+            return
         parts = rules(tools)
         if RING in self.names():
             parts += ring_edges(tools)
         if KERNELS in self.names():
             parts += kernel_edges(tools)
-        (BUILD / "build.ninja").write_text("\n".join(parts) + "\n")
-        jobs = os.environ.get("MAX_JOBS")
-        command = [tools.ninja, "-C", str(BUILD), *(["-j", jobs] if jobs else [])]
-        if subprocess.run(command).returncode != 0:
-            raise fail("the native build failed; the compiler's message is above.")
+        self.ninja(tools, BUILD, parts)
         if tools.nvcc:
             check_ptxas()
         for name in self.names():
             publish(name, self.destination())
+
+    def ninja(self, tools: Tools, folder: Path, parts: list[str]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "build.ninja").write_text("\n".join(parts) + "\n")
+        jobs = os.environ.get("MAX_JOBS")
+        command = [tools.ninja, "-C", str(folder), *(["-j", jobs] if jobs else [])]
+        if subprocess.run(command).returncode != 0:
+            raise fail("the native build failed; the compiler's message is above.")
 
     def destination(self) -> Path:
         return (HERE if self.inplace else Path(self.build_lib)) / "dflash_scale"

@@ -1,9 +1,10 @@
 // Attention on the CPU: which tiles, and in what order. The arithmetic of a tile is in tile_isa.cpp.
 //
-// Forward: a unit is a group of consecutive blocks for one kv head. Backward: a unit is a run of blocks whose context
-// intervals hang together, in practice one document, for one kv head. No other unit writes its rows of dk_ctx and
-// dv_ctx, so one pass of five products gives all five gradients without atomics, and the result does not depend on
-// the number of threads.
+// The forward and the queries' gradient take a unit of queries and stream the keys that it sees past it; the keys'
+// gradients take a tile of keys and stream the queries that see it. So every row of every output is written by one unit
+// alone, which sums it in one order: no atomics, no scratch that grows with the row, work for all threads also in one
+// long document, and a result that does not depend on their number. The price is that the backward computes scores and
+// the probabilities' gradients twice: 7 products where 5 would do.
 #include <torch/csrc/stable/ops.h>
 
 #include <atomic>
@@ -39,162 +40,230 @@ const TileRoutines<Acc>& tile_routines() {
   return chosen;
 }
 
-// Threads take units one by one, heaviest first: units differ by orders of magnitude.
+// Work that one thread does alone: packed rows, or keys, [first, last) of one kv head.
+struct Unit {
+  int head;
+  int64_t first, last;
+  bool own;  // which sequence the keys are of
+  int64_t weight;
+};
+
+// Each thread calls run(next), and next() hands it units until nullptr, heaviest first: units differ by orders of
+// magnitude.
 template <typename Run>
-void run_units(std::vector<Span>& units, const AttentionShape& s, const Run& run) {
-  const auto keys = [&](const Span& u) {
-    int64_t sum = 0;
-    for (int64_t j = u.first; j < u.last; ++j) sum += s.ends[j] - s.starts[j] + s.block_size;
-    return sum;
-  };
-  std::vector<std::pair<int64_t, size_t>> order;
-  for (size_t i = 0; i < units.size(); ++i) order.emplace_back(-keys(units[i]), i);
-  std::sort(order.begin(), order.end());
-  std::atomic<size_t> next{0};
+void run_units(std::vector<Unit>& units, const Run& run) {
+  std::stable_sort(units.begin(), units.end(), [](const Unit& a, const Unit& b) { return a.weight > b.weight; });
+  std::atomic<size_t> taken{0};
   torch::stable::parallel_for(0, static_cast<int64_t>(units.size()), 1, [&](int64_t, int64_t) {
-    for (size_t i = next++; i < order.size(); i = next++) run(units[order[i].second]);
+    run([&]() -> const Unit* {
+      const size_t i = taken++;
+      return i < units.size() ? &units[i] : nullptr;
+    });
   });
+}
+
+std::vector<Unit> query_units(const AttentionShape& s) {
+  const Layout l(s);
+  std::vector<Unit> units;
+  const int64_t rows = s.anchors * l.block_rows, step = l.step(kColumns);
+  for (int head = 0; head < s.kv_heads; ++head) {
+    for (int64_t r = 0; r < rows; r += step) {
+      const int64_t last = std::min(r + step, rows);
+      const int64_t keys = s.ends[(last - 1) / l.block_rows] - s.starts[r / l.block_rows];
+      units.push_back({head, r, last, false, (last - r) * (keys + s.block_size)});
+    }
+  }
+  return units;
+}
+
+// The first block for which `past` holds; it holds for all after that.
+template <typename Past>
+int64_t first_block(const AttentionShape& s, const Past& past) {
+  int64_t low = 0, high = s.anchors;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (past(middle))
+      high = middle;
+    else
+      low = middle + 1;
+  }
+  return low;
+}
+
+// Blocks that see keys [first, last), as a range; inside it there may be blocks that see nothing at all.
+template <typename T>
+std::pair<int64_t, int64_t> seeing_blocks(const Keys<T>& keys, int64_t first, int64_t last) {
+  return {first_block(keys.s, [&](int64_t j) { return keys.end(j) > first; }),
+          first_block(keys.s, [&](int64_t j) { return keys.start(j) >= last; })};
+}
+
+template <typename T>
+std::vector<Unit> key_units(const AttentionShape& s, const AttentionInputs<T>& in) {
+  std::vector<Unit> units;
+  for (const Keys<T>& keys : {context(s, in), own_rows(s, in)}) {
+    for (int64_t p = 0; p < keys.rows(); p += kColumns) {
+      const int64_t last = std::min(p + kColumns, keys.rows());
+      const auto [begin, end] = seeing_blocks(keys, p, last);
+      for (int head = 0; head < s.kv_heads; ++head) units.push_back({head, p, last, keys.own, end - begin});
+    }
+  }
+  return units;
 }
 
 template <typename T, typename Acc>
-void forward_group(const AttentionShape& s, const AttentionInputs<T>& in, const ForwardOutputs<T, Acc>& outputs,
-                   const Span& span) {
-  const GroupShape g(s);
-  const int64_t square = int64_t(s.head_dim) * g.columns, tile = int64_t(g.keys) * g.dp;
-  Arena arena(2 * Arena::bytes<Acc>(square) + 3 * Arena::bytes<Acc>(g.columns) + 2 * Arena::bytes<Acc>(tile) +
-              Arena::bytes<Acc>(int64_t(g.keys) * g.columns) + Bounds<Acc>::bytes(g));
-  Bounds<Acc> bounds(arena, g);
-  bounds.fill(s, g, span);
-  Acc *qt = arena.take<Acc>(square), *ot = arena.take<Acc>(square);
-  Acc *peak = arena.take<Acc>(g.columns), *total = arena.take<Acc>(g.columns), *rescaling = arena.take<Acc>(g.columns);
-  Acc *k = arena.take<Acc>(tile), *v = arena.take<Acc>(tile), *scores = arena.take<Acc>(int64_t(g.keys) * g.columns);
-  std::fill_n(qt, square, Acc{0});
-  std::fill_n(ot, square, Acc{0});
-  std::fill_n(peak, g.columns, std::numeric_limits<Acc>::lowest());
-  std::fill_n(total, g.columns, Acc{0});
-  const Acc scale = static_cast<Acc>(s.scale);
-  for_each_row(s, g, span, [&](int c, int64_t offset) {
-    for (int d = 0; d < s.head_dim; ++d) qt[int64_t(d) * g.columns + c] = load(in.q[offset + d]) * scale;
-  });
+struct ForwardPass {
+  const AttentionShape& s;
+  const AttentionInputs<T>& in;
+  const ForwardOutputs<T, Acc>& outputs;
+  const Layout l{s};
+  const int64_t square = int64_t(s.head_dim) * kStride;
+  Transposer<Acc> transposer{s.head_dim, l.dp};
+  Bounds<Acc> bounds{};
+  Buffer<Acc> qt{square}, ot{square}, peak{kColumns}, total{kColumns}, rescaling{kColumns};
+  Buffer<Acc> k{int64_t(kRows) * l.dp}, v{int64_t(kRows) * l.dp}, scores{int64_t(kRows) * kStride};
 
-  const TileRoutines<Acc>& routines = tile_routines<Acc>();
-  const ForwardGroup<Acc> state{s.head_dim, g.dp, g.columns, qt, ot, peak, total, scores, rescaling};
-  for_each_tile(s, g, in, span, bounds, k, v, [&](const Tile<Acc>& t, bool, int64_t) { routines.forward(state, t); });
-
-  for_each_row(s, g, span, [&](int c, int64_t offset) {
-    const Acc inverse = Acc{1} / total[c];
-    for (int d = 0; d < s.head_dim; ++d)
-      outputs.out[offset + d] = store<T, Acc>(ot[int64_t(d) * g.columns + c] * inverse);
-    outputs.lse[offset / s.head_dim] = peak[c] + std::log(total[c]);
-  });
-}
-
-// Scratch of a backward unit, one arena for all its groups.
-template <typename Acc>
-struct BackwardScratch {
-  Arena arena;
-  Bounds<Acc> bounds;
-  Acc *qt, *dot, *dqt, *q, *dout, *lse, *delta, *k, *v, *scores, *dscores, *dk_own, *dv_own, *dk, *dv;
-
-  static size_t bytes(const AttentionShape& s, const GroupShape& g, int64_t keys) {
-    return 3 * Arena::bytes<Acc>(int64_t(s.head_dim) * g.columns) + 2 * Arena::bytes<Acc>(int64_t(g.columns) * g.dp) +
-           2 * Arena::bytes<Acc>(g.columns) + 4 * Arena::bytes<Acc>(int64_t(g.keys) * g.dp) +
-           2 * Arena::bytes<Acc>(int64_t(g.keys) * g.columns) + 2 * Arena::bytes<Acc>(keys * g.dp) +
-           Bounds<Acc>::bytes(g);
-  }
-  BackwardScratch(const AttentionShape& s, const GroupShape& g, int64_t keys)
-      : arena(bytes(s, g, keys)), bounds(arena, g) {
-    for (Acc** p : {&qt, &dot, &dqt}) *p = arena.take<Acc>(int64_t(s.head_dim) * g.columns);
-    for (Acc** p : {&q, &dout}) *p = arena.take<Acc>(int64_t(g.columns) * g.dp);
-    for (Acc** p : {&lse, &delta}) *p = arena.take<Acc>(g.columns);
-    for (Acc** p : {&k, &v, &dk_own, &dv_own}) *p = arena.take<Acc>(int64_t(g.keys) * g.dp);
-    for (Acc** p : {&scores, &dscores}) *p = arena.take<Acc>(int64_t(g.keys) * g.columns);
-    for (Acc** p : {&dk, &dv}) {
-      *p = arena.take<Acc>(keys * g.dp);
-      std::fill_n(*p, keys * g.dp, Acc{0});
-    }
+  void run(const Unit& unit) {
+    const Rows rows{unit.head, unit.first, unit.last};
+    const int64_t n = unit.last - unit.first;
+    const auto row = [&](int64_t c) { return query_row(s, l, unit.head, unit.first + c); };
+    transposer.template load<T>(
+        n, static_cast<Acc>(s.scale), [&](int64_t c) { return in.q + row(c) * s.head_dim; }, qt);
+    std::fill_n(ot + 0, square, Acc{0});
+    std::fill_n(peak + 0, kColumns, std::numeric_limits<Acc>::lowest());
+    std::fill_n(total + 0, kColumns, Acc{0});
+    const TileRoutines<Acc>& routines = tile_routines<Acc>();
+    const ForwardState<Acc> state{s.head_dim, l.dp, qt, ot, peak, total, rescaling, scores};
+    for (const Keys<T>& keys : {own_rows(s, in), context(s, in)})
+      for_each_tile<T, Acc>(l, keys, rows, bounds, k, v, [&](const KeyTile<Acc>& t) { routines.forward(state, t); });
+    transposer.template store<T>(
+        n, [&](int64_t c) { return Acc{1} / total[c]; }, [&](int64_t c) { return outputs.out + row(c) * s.head_dim; },
+        ot);
+    for (int64_t c = 0; c < n; ++c) outputs.lse[row(c)] = peak[c] + std::log(total[c]);
   }
 };
 
 template <typename T, typename Acc>
-void load_group(const AttentionShape& s, const GroupShape& g, const BackwardInputs<T, Acc>& in, const Span& span,
-                const BackwardScratch<Acc>& x) {
-  for (Acc* p : {x.qt, x.dot, x.dqt}) std::fill_n(p, int64_t(s.head_dim) * g.columns, Acc{0});
-  for (Acc* p : {x.q, x.dout}) std::fill_n(p, int64_t(g.columns) * g.dp, Acc{0});
-  for (Acc* p : {x.lse, x.delta}) std::fill_n(p, g.columns, Acc{0});
-  const Acc scale = static_cast<Acc>(s.scale);
-  for_each_row(s, g, span, [&](int c, int64_t offset) {
-    Acc delta = 0;
-    for (int d = 0; d < s.head_dim; ++d) {
-      const Acc q = load(in.in.q[offset + d]) * scale, dout = load(in.dout[offset + d]);
-      x.q[int64_t(c) * g.dp + d] = x.qt[int64_t(d) * g.columns + c] = q;
-      x.dout[int64_t(c) * g.dp + d] = x.dot[int64_t(d) * g.columns + c] = dout;
-      delta += dout * load(in.out[offset + d]);
-    }
-    x.delta[c] = delta;
-    x.lse[c] = in.lse[offset / s.head_dim];
-  });
-}
+struct Backward {
+  const AttentionShape& s;
+  const BackwardInputs<T, Acc>& in;
+  const Gradients<T>& out;
+  Acc* delta;  // (A*S, Hq) from the queries' pass to the keys'
+};
 
+// dq and delta.
 template <typename T, typename Acc>
-void backward_unit(const AttentionShape& s, const BackwardInputs<T, Acc>& in, const Gradients<T>& out,
-                   const Span& unit) {
-  const GroupShape g(s);
-  const TileRoutines<Acc>& routines = tile_routines<Acc>();
-  const int64_t base = s.starts[unit.first], keys = s.ends[unit.last - 1] - base;
-  BackwardScratch<Acc> x(s, g, keys);
-  const BackwardGroup<Acc> state{s.head_dim, g.dp,  g.columns, x.qt,  x.q,      x.dot,
-                                 x.dout,     x.lse, x.delta,   x.dqt, x.scores, x.dscores};
-  for (int64_t first = unit.first; first < unit.last; first += g.blocks) {
-    const Span span{unit.head, first, std::min(first + g.blocks, unit.last)};
-    x.bounds.fill(s, g, span);
-    load_group(s, g, in, span, x);
-    for_each_tile(s, g, in.in, span, x.bounds, x.k, x.v, [&](const Tile<Acc>& t, bool own, int64_t row) {
-      if (!own) {
-        routines.backward(state, t, x.dk + (row - base) * g.dp, x.dv + (row - base) * g.dp);
-        return;
-      }
-      for (Acc* p : {x.dk_own, x.dv_own}) std::fill_n(p, int64_t(t.n) * g.dp, Acc{0});
-      routines.backward(state, t, x.dk_own, x.dv_own);
-      pack(s, g.dp, span.head, x.dk_own, row, t.n, out.dk_blk);
-      pack(s, g.dp, span.head, x.dv_own, row, t.n, out.dv_blk);
-    });
+struct QueryPass {
+  const Backward<T, Acc>& x;
+  const AttentionShape& s{x.s};
+  const Layout l{s};
+  const int64_t square = int64_t(s.head_dim) * kStride;
+  Transposer<Acc> transposer{s.head_dim, l.dp};
+  Bounds<Acc> bounds{};
+  Buffer<Acc> qt{square}, dot{square}, dqt{square}, lse{kColumns}, delta{kColumns};
+  Buffer<Acc> k{int64_t(kRows) * l.dp}, v{int64_t(kRows) * l.dp};
+  Buffer<Acc> scores{int64_t(kRows) * kStride}, dscores{int64_t(kRows) * kStride};
+
+  void run(const Unit& unit) {
+    const Rows rows{unit.head, unit.first, unit.last};
+    const int64_t n = unit.last - unit.first;
     const Acc scale = static_cast<Acc>(s.scale);
-    for_each_row(s, g, span, [&](int c, int64_t offset) {
-      for (int d = 0; d < s.head_dim; ++d)
-        out.dq[offset + d] = store<T, Acc>(x.dqt[int64_t(d) * g.columns + c] * scale);
-    });
+    const auto row = [&](int64_t c) { return query_row(s, l, unit.head, unit.first + c); };
+    transposer.template load<T>(n, scale, [&](int64_t c) { return x.in.in.q + row(c) * s.head_dim; }, qt);
+    transposer.template load<T>(n, Acc{1}, [&](int64_t c) { return x.in.dout + row(c) * s.head_dim; }, dot);
+    for (int64_t c = 0; c < n; ++c) {
+      const int64_t from = row(c) * s.head_dim;
+      x.delta[row(c)] = delta[c] = inner_product<T, Acc>(s.head_dim, x.in.dout + from, x.in.out + from);
+      lse[c] = x.in.lse[row(c)];
+    }
+    std::fill_n(dqt + 0, square, Acc{0});
+    const TileRoutines<Acc>& routines = tile_routines<Acc>();
+    const QueryState<Acc> state{s.head_dim, l.dp, qt, dot, lse, delta, dqt, scores, dscores};
+    for (const Keys<T>& keys : {own_rows(s, x.in.in), context(s, x.in.in)})
+      for_each_tile<T, Acc>(l, keys, rows, bounds, k, v,
+                            [&](const KeyTile<Acc>& t) { routines.query_gradient(state, t); });
+    transposer.template store<T>(
+        n, [&](int64_t) { return scale; }, [&](int64_t c) { return x.out.dq + row(c) * s.head_dim; }, dqt);
   }
-  pack(s, g.dp, unit.head, x.dk, base, keys, out.dk_ctx);
-  pack(s, g.dp, unit.head, x.dv, base, keys, out.dv_ctx);
-}
+};
+
+// dk_ctx and dv_ctx, dk_blk and dv_blk.
+template <typename T, typename Acc>
+struct KeyPass {
+  const Backward<T, Acc>& x;
+  const AttentionShape& s{x.s};
+  const Layout l{s};
+  const int64_t square = int64_t(s.head_dim) * kStride;
+  Transposer<Acc> transposer{s.head_dim, l.dp};
+  Bounds<Acc> bounds{};
+  Buffer<Acc> kt{square}, vt{square}, dkt{square}, dvt{square};
+  Buffer<Acc> q{int64_t(kRows) * l.dp}, dout{int64_t(kRows) * l.dp}, lse{kRows}, delta{kRows};
+  Buffer<Acc> scores{int64_t(kRows) * kStride}, dscores{int64_t(kRows) * kStride};
+
+  void run(const Unit& unit) {
+    const Keys<T> keys = unit.own ? own_rows(s, x.in.in) : context(s, x.in.in);
+    const int64_t n = unit.last - unit.first;
+    const auto at = [&](int64_t c) { return keys.at(unit.first + c, unit.head); };
+    transposer.template load<T>(n, Acc{1}, [&](int64_t c) { return keys.k + at(c); }, kt);
+    transposer.template load<T>(n, Acc{1}, [&](int64_t c) { return keys.v + at(c); }, vt);
+    std::fill_n(dkt + 0, square, Acc{0});
+    std::fill_n(dvt + 0, square, Acc{0});
+    const auto [begin, end] = seeing_blocks(keys, unit.first, unit.last);
+    const int64_t step = l.step(kRows), rows = end * l.block_rows;
+    for (int64_t r = begin * l.block_rows; r < rows; r += step)
+      stream(keys, unit, {unit.head, r, std::min(r + step, rows)});
+    T *dk = unit.own ? x.out.dk_blk : x.out.dk_ctx, *dv = unit.own ? x.out.dv_blk : x.out.dv_ctx;
+    const auto one = [](int64_t) { return Acc{1}; };
+    transposer.template store<T>(n, one, [&](int64_t c) { return dk + at(c); }, dkt);
+    transposer.template store<T>(n, one, [&](int64_t c) { return dv + at(c); }, dvt);
+  }
+
+  void stream(const Keys<T>& keys, const Unit& unit, const Rows& rows) {
+    const int64_t from = keys.start(rows.first / l.block_rows), to = keys.end((rows.last - 1) / l.block_rows);
+    const int64_t c0 = std::max<int64_t>(0, from - unit.first) / kPad * kPad;
+    const int64_t c1 = padded(std::min(to, unit.last) - unit.first);
+    if (c0 >= c1) return;
+    bounds.fill(l, keys, rows, unit.first);
+    const int n = static_cast<int>(rows.last - rows.first);
+    const auto row = [&](int64_t i) { return query_row(s, l, rows.head, rows.first + i); };
+    load_rows<T, Acc>(
+        s.head_dim, l.dp, n, static_cast<Acc>(s.scale), [&](int64_t i) { return x.in.in.q + row(i) * s.head_dim; }, q);
+    load_rows<T, Acc>(s.head_dim, l.dp, n, Acc{1}, [&](int64_t i) { return x.in.dout + row(i) * s.head_dim; }, dout);
+    for (int i = 0; i < n; ++i) {
+      lse[i] = x.in.lse[row(i)];
+      delta[i] = x.delta[row(i)];
+    }
+    const KeyState<Acc> state{s.head_dim, l.dp, kt, vt, dkt, dvt, scores, dscores};
+    tile_routines<Acc>().key_gradients(
+        state, {q, dout, lse, delta, bounds.lo, bounds.hi, 0, n, static_cast<int>(c0), static_cast<int>(c1)});
+  }
+};
 
 }  // namespace
 
 template <typename T, typename Acc>
 void attention_forward_cpu(const AttentionShape& s, const AttentionInputs<T>& in,
                            const ForwardOutputs<T, Acc>& outputs) {
-  const int64_t step = GroupShape(s).blocks;
-  std::vector<Span> units;
-  for (int head = 0; head < s.kv_heads; ++head)
-    for (int64_t j = 0; j < s.anchors; j += step) units.push_back({head, j, std::min(j + step, s.anchors)});
-  run_units(units, s, [&](const Span& span) { forward_group(s, in, outputs, span); });
+  std::vector<Unit> units = query_units(s);
+  run_units(units, [&](const auto& next) {
+    ForwardPass<T, Acc> pass{s, in, outputs};
+    while (const Unit* unit = next()) pass.run(*unit);
+  });
 }
 
 template <typename T, typename Acc>
 void attention_backward_cpu(const AttentionShape& s, const BackwardInputs<T, Acc>& in, const Gradients<T>& out) {
-  // Context that no block sees has no unit, and a gradient of zero.
-  const int64_t context = s.tokens * s.kv_heads * s.head_dim;
-  for (T* p : {out.dk_ctx, out.dv_ctx}) std::fill_n(p, context, T{});
-  std::vector<Span> units;
-  for (int head = 0; head < s.kv_heads; ++head) {
-    for (int64_t first = 0, j = 1; first < s.anchors; ++j) {
-      if (j < s.anchors && s.starts[j] < s.ends[j - 1]) continue;
-      units.push_back({head, first, j});
-      first = j;
-    }
-  }
-  run_units(units, s, [&](const Span& unit) { backward_unit(s, in, out, unit); });
+  const Buffer<Acc> delta(s.anchors * s.block_size * s.q_heads);
+  const Backward<T, Acc> x{s, in, out, delta};
+  std::vector<Unit> queries = query_units(s);
+  run_units(queries, [&](const auto& next) {
+    QueryPass<T, Acc> pass{x};
+    while (const Unit* unit = next()) pass.run(*unit);
+  });
+  std::vector<Unit> keys = key_units(s, in.in);
+  run_units(keys, [&](const auto& next) {
+    KeyPass<T, Acc> pass{x};
+    while (const Unit* unit = next()) pass.run(*unit);
+  });
 }
 
 #define DFLASH_INSTANTIATE(T, Acc)                                                                   \

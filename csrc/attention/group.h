@@ -1,14 +1,15 @@
-// A group on the CPU: consecutive blocks whose query rows are packed side by side, for one kv head.
+// Which queries meet which keys on the CPU, and how rows get from tensors into scratch and back.
 //
-// Column b * block_columns + k * G + g holds slot k of the group's block b for query head g of the kv head; a block's
-// columns are padded to kPad, and columns of padding see nothing.
+// The query rows of one kv head are numbered position by position, its G query heads side by side: packed row r is
+// query head r % G of the kv head at position r / G. A block's S * G packed rows are consecutive. Keys are two
+// sequences: the context, and the blocks' own rows. In both a block sees part of one interval, and neither end of the
+// interval falls from block to block.
 #pragma once
 
 #include <algorithm>
 #include <bit>
 #include <cmath>
 #include <limits>
-#include <memory>
 #include <new>
 
 #include "attention/attention.h"
@@ -32,148 +33,177 @@ inline Bf16 store<Bf16, float>(float x) {
   return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
 }
 
-// One allocation, cut into arrays that each start on a cache line.
-class Arena {
+// A zeroed array on a cache line of its own. Each has its own allocation, so that a sanitizer sees every overrun.
+template <typename X>
+class Buffer {
  public:
-  explicit Arena(size_t bytes) : memory_(static_cast<char*>(::operator new(bytes, kAlign))) {}
-  ~Arena() { ::operator delete(memory_, kAlign); }
-  Arena(const Arena&) = delete;
-  Arena& operator=(const Arena&) = delete;
-
-  template <typename X>
-  X* take(int64_t count) {
-    X* taken = reinterpret_cast<X*>(memory_ + used_);
-    used_ += bytes<X>(count);
-    return taken;
+  explicit Buffer(int64_t count)
+      : data_(static_cast<X*>(::operator new(static_cast<size_t>(count) * sizeof(X), kAlign))) {
+    std::fill_n(data_, count, X{0});
   }
-  template <typename X>
-  static size_t bytes(int64_t count) {
-    return (static_cast<size_t>(count) * sizeof(X) + 63) / 64 * 64;
-  }
+  ~Buffer() { ::operator delete(data_, kAlign); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  operator X*() const { return data_; }
 
  private:
   static constexpr std::align_val_t kAlign{64};
-  char* memory_;
-  size_t used_ = 0;
+  X* data_;
 };
 
-inline int padded(int n) { return (n + kPad - 1) / kPad * kPad; }
+inline int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 
-struct GroupShape {
-  int group;          // query heads per kv head
-  int block_columns;  // columns of one block
-  int blocks;         // most blocks in a group
-  int columns;        // blocks * block_columns
-  int dp;             // head dim padded
-  int keys;           // most keys in a tile
+struct Layout {
+  int group;       // query heads per kv head
+  int block_rows;  // packed rows of one block
+  int dp;          // row stride of a streamed tile: an odd number of cache lines, as kStride
 
-  explicit GroupShape(const AttentionShape& s)
+  explicit Layout(const AttentionShape& s)
       : group(s.q_heads / s.kv_heads),
-        block_columns(padded(s.block_size * group)),
-        // 128 columns: keys are unpacked once for many rows, and a group's scratch still fits the second-level cache.
-        blocks(std::max(1, 128 / block_columns)),
-        columns(blocks * block_columns),
-        dp(padded(s.head_dim)),
-        keys(kKeys) {}
+        block_rows(s.block_size * group),
+        dp(static_cast<int>(padded(s.head_dim)) | kPad) {}
+
+  // Packed rows to take at a time, `most` or a little less: whole blocks where one fits.
+  int64_t step(int most) const { return block_rows <= most ? most / block_rows * block_rows : most; }
 };
 
-// Blocks [first, last) of one kv head.
-struct Span {
+// Packed rows [first, last) of one kv head.
+struct Rows {
   int head;
   int64_t first, last;
 };
 
-// Which keys each column sees: lo <= p < hi, once for the context and once for the block's own rows.
+// One of the two sequences of keys.
+template <typename T>
+struct Keys {
+  const T* k;  // (rows, Hkv, D)
+  const T* v;
+  const AttentionShape& s;
+  bool own;
+
+  // Block j sees nothing outside [start(j), end(j)).
+  int64_t start(int64_t j) const { return own ? j * s.block_size : s.starts[j]; }
+  int64_t end(int64_t j) const { return own ? (j + 1) * s.block_size : s.ends[j]; }
+  int64_t at(int64_t row, int head) const { return (row * s.kv_heads + head) * s.head_dim; }
+  int64_t rows() const { return own ? s.anchors * s.block_size : s.tokens; }
+  // Own rows are seen by one block only, so a tile holds no more of them than fill a vector of its queries.
+  int most(int block_rows) const {
+    return own ? std::min(kRows, s.block_size * std::max(1, kPad / block_rows)) : kRows;
+  }
+};
+
+template <typename T>
+Keys<T> context(const AttentionShape& s, const AttentionInputs<T>& in) {
+  return {in.k_ctx, in.v_ctx, s, false};
+}
+template <typename T>
+Keys<T> own_rows(const AttentionShape& s, const AttentionInputs<T>& in) {
+  return {in.k_blk, in.v_blk, s, true};
+}
+
+// Which keys each of some packed rows sees, counted from `origin`: lo <= key < hi.
 template <typename Acc>
 struct Bounds {
   using Index = typename IndexOf<Acc>::type;
-  Index *context_lo, *context_hi, *own_lo, *own_hi;
+  Buffer<Index> lo{kColumns}, hi{kColumns};
 
-  static size_t bytes(const GroupShape& g) { return 4 * Arena::bytes<Index>(g.columns); }
-  Bounds(Arena& arena, const GroupShape& g)
-      : context_lo(arena.take<Index>(g.columns)),
-        context_hi(arena.take<Index>(g.columns)),
-        own_lo(arena.take<Index>(g.columns)),
-        own_hi(arena.take<Index>(g.columns)) {}
+  template <typename T>
+  void fill(const Layout& l, const Keys<T>& keys, const Rows& rows, int64_t origin) {
+    const AttentionShape& s = keys.s;
+    for (int64_t r = rows.first; r < rows.last; ++r) {
+      const int64_t j = r / l.block_rows, slot = r % l.block_rows / l.group;
+      const int64_t start = keys.start(j), end = keys.end(j);
+      // The window counts back from the query itself, which stands at slot k of its block, the context's end at slot 0.
+      const int64_t query = keys.own ? start + slot : end + slot;
+      const int64_t first = s.window > 0 ? std::max(start, query - s.window + 1) : start;
+      const int64_t last = keys.own && s.causal_block ? query + 1 : end;
+      lo[r - rows.first] = static_cast<Index>(first - origin);
+      hi[r - rows.first] = static_cast<Index>(last - origin);
+    }
+    std::fill(lo + (rows.last - rows.first), lo + kColumns, Index{0});
+    std::fill(hi + (rows.last - rows.first), hi + kColumns, Index{0});
+  }
+};
 
-  void fill(const AttentionShape& s, const GroupShape& g, const Span& span) {
-    for (Index* bound : {context_lo, context_hi, own_lo, own_hi}) std::fill_n(bound, g.columns, Index{0});
-    for (int64_t j = span.first; j < span.last; ++j) {
-      for (int r = 0; r < s.block_size * g.group; ++r) {
-        const int64_t c = (j - span.first) * g.block_columns + r;
-        const int slot = r / g.group;
-        context_hi[c] = s.ends[j];
-        // The window counts back from the query itself, so slot k's bound is k above slot 0's.
-        context_lo[c] = s.window > 0 ? std::max(s.starts[j], s.ends[j] + slot - s.window + 1) : s.starts[j];
-        own_hi[c] = s.causal_block ? slot + 1 : s.block_size;
-        own_lo[c] = s.window > 0 ? std::max(0, slot - s.window + 1) : 0;
+// Row number of a packed row in a (A*S, Hq, D) or (A*S, Hq) tensor.
+inline int64_t query_row(const AttentionShape& s, const Layout& l, int head, int64_t r) {
+  return r / l.group * s.q_heads + head * l.group + r % l.group;
+}
+
+// Between tensors and scratch, D = s.head_dim elements at a time; row_of(i) is where row i starts in the tensor.
+template <typename T, typename Acc, typename RowOf>
+void load_rows(int d, int dp, int64_t n, Acc scale, const RowOf& row_of, Acc* target) {
+  for (int64_t i = 0; i < n; ++i) {
+    const T* from = row_of(i);
+    for (int x = 0; x < d; ++x) target[i * dp + x] = load(from[x]) * scale;
+  }
+}
+
+// Transposes four rows at a time: writes of four neighbours, and (de)coding of contiguous elements, vectorise.
+template <typename Acc>
+struct Transposer {
+  static constexpr int kStep = 4;
+  int d, dp;
+  Buffer<Acc> stage{int64_t(kStep) * dp};
+
+  // Rows into columns [0, n) of (D, kStride).
+  template <typename T, typename RowOf>
+  void load(int64_t n, Acc scale, const RowOf& row_of, Acc* target) {
+    for (int64_t c = 0; c < n; c += kStep) {
+      load_rows<T, Acc>(d, dp, std::min<int64_t>(kStep, n - c), scale, [&](int64_t i) { return row_of(c + i); }, stage);
+      for (int x = 0; x < d; ++x)
+        for (int i = 0; i < kStep; ++i) target[int64_t(x) * kStride + c + i] = stage[i * dp + x];
+    }
+  }
+
+  // The reverse; scale_of(c) is what column c is multiplied by.
+  template <typename T, typename ScaleOf, typename RowOf>
+  void store(int64_t n, const ScaleOf& scale_of, const RowOf& row_of, const Acc* source) {
+    for (int64_t c = 0; c < n; c += kStep) {
+      for (int x = 0; x < d; ++x)
+        for (int i = 0; i < kStep; ++i) stage[i * dp + x] = source[int64_t(x) * kStride + c + i];
+      for (int64_t i = 0; i < std::min<int64_t>(kStep, n - c); ++i) {
+        T* to = row_of(c + i);
+        const Acc scale = scale_of(c + i);
+        for (int x = 0; x < d; ++x) to[x] = dflash::store<T, Acc>(stage[i * dp + x] * scale);
       }
     }
   }
 };
 
-// Element offset of query row (block j, row r of its columns) in a (A*S, Hq, D) tensor; / D for (A*S, Hq).
-inline int64_t query_offset(const AttentionShape& s, const GroupShape& g, int head, int64_t j, int r) {
-  const int64_t slot = j * s.block_size + r / g.group;
-  return (slot * s.q_heads + head * g.group + r % g.group) * s.head_dim;
-}
-
-// Calls visit(column, query_offset) for every query row of the span.
-template <typename Visit>
-void for_each_row(const AttentionShape& s, const GroupShape& g, const Span& span, const Visit& visit) {
-  for (int64_t j = span.first; j < span.last; ++j)
-    for (int r = 0; r < s.block_size * g.group; ++r)
-      visit(static_cast<int>(j - span.first) * g.block_columns + r, query_offset(s, g, span.head, j, r));
-}
-
-// Unpacks n rows of (rows, Hkv, D) from `row` on into (n, DP), padded with zeros.
+// Sum over D of the products, in eight sums side by side: one alone would wait for each addition.
 template <typename T, typename Acc>
-void unpack(const AttentionShape& s, int dp, int head, const T* source, int64_t row, int n, Acc* target) {
-  for (int i = 0; i < n; ++i) {
-    const T* from = source + ((row + i) * s.kv_heads + head) * s.head_dim;
-    for (int d = 0; d < s.head_dim; ++d) target[i * dp + d] = load(from[d]);
-    std::fill(target + i * dp + s.head_dim, target + (i + 1) * dp, Acc{0});
-  }
+Acc inner_product(int d, const T* a, const T* b) {
+  constexpr int kSums = 8;
+  Acc sums[kSums] = {};
+  for (int x = 0; x < d; x += kSums)
+    for (int i = 0; i < std::min(kSums, d - x); ++i) sums[i] += Acc{load(a[x + i])} * load(b[x + i]);
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
 }
 
-// The reverse: writes n rows from (n, DP).
-template <typename T, typename Acc>
-void pack(const AttentionShape& s, int dp, int head, const Acc* source, int64_t row, int64_t n, T* target) {
-  for (int64_t i = 0; i < n; ++i) {
-    T* to = target + ((row + i) * s.kv_heads + head) * s.head_dim;
-    for (int d = 0; d < s.head_dim; ++d) to[d] = store<T, Acc>(source[i * dp + d]);
-  }
-}
-
-// Calls visit(tile) for every tile of keys that the span sees: each block's own rows, then the context. `own` says
-// whether tile rows are rows of k_blk or of k_ctx, from row `row` on. k and v are scratch that visit may not keep.
+// Calls visit(tile) for every tile of the sequence that the rows see. k and v are scratch for the tile.
 template <typename T, typename Acc, typename Visit>
-void for_each_tile(const AttentionShape& s, const GroupShape& g, const AttentionInputs<T>& in, const Span& span,
-                   const Bounds<Acc>& bounds, Acc* k, Acc* v, const Visit& visit) {
-  for (int64_t j = span.first; j < span.last; ++j) {
-    const int c0 = static_cast<int>(j - span.first) * g.block_columns;
-    for (int p = 0; p < s.block_size; p += g.keys) {
-      const int n = std::min(g.keys, s.block_size - p);
-      const int64_t row = j * s.block_size + p;
-      unpack(s, g.dp, span.head, in.k_blk, row, n, k);
-      unpack(s, g.dp, span.head, in.v_blk, row, n, v);
-      visit(Tile<Acc>{k, v, bounds.own_lo, bounds.own_hi, p, n, c0, c0 + g.block_columns}, true, row);
-    }
-  }
-  int64_t first = span.first, last = span.first;  // blocks that see the tile: both only move forward
-  for (int64_t p = s.starts[span.first]; p < s.ends[span.last - 1];) {
-    const int n = static_cast<int>(std::min<int64_t>(g.keys, s.ends[span.last - 1] - p));
-    while (s.ends[first] <= p) ++first;
-    while (last < span.last && s.starts[last] < p + n) ++last;
+void for_each_tile(const Layout& l, const Keys<T>& keys, const Rows& rows, Bounds<Acc>& bounds, Acc* k, Acc* v,
+                   const Visit& visit) {
+  const int64_t begin = rows.first / l.block_rows, end = (rows.last - 1) / l.block_rows + 1;
+  const int64_t origin = keys.start(begin), limit = keys.end(end - 1);
+  bounds.fill(l, keys, rows, origin);
+  int64_t first = begin, last = begin;  // blocks that see the tile: both only move forward
+  for (int64_t p = origin; p < limit;) {
+    const int n = static_cast<int>(std::min<int64_t>(keys.most(l.block_rows), limit - p));
+    while (keys.end(first) <= p) ++first;
+    while (last < end && keys.start(last) < p + n) ++last;
     if (first >= last) {  // a gap that no block sees
-      p = s.starts[first];
+      p = keys.start(first);
       continue;
     }
-    unpack(s, g.dp, span.head, in.k_ctx, p, n, k);
-    unpack(s, g.dp, span.head, in.v_ctx, p, n, v);
-    const int c0 = static_cast<int>(first - span.first) * g.block_columns;
-    const int c1 = static_cast<int>(last - span.first) * g.block_columns;
-    visit(Tile<Acc>{k, v, bounds.context_lo, bounds.context_hi, p, n, c0, c1}, false, p);
+    load_rows<T, Acc>(
+        keys.s.head_dim, l.dp, n, Acc{1}, [&](int64_t i) { return keys.k + keys.at(p + i, rows.head); }, k);
+    load_rows<T, Acc>(
+        keys.s.head_dim, l.dp, n, Acc{1}, [&](int64_t i) { return keys.v + keys.at(p + i, rows.head); }, v);
+    const int64_t c0 = std::max<int64_t>(0, first * l.block_rows - rows.first) / kPad * kPad;
+    const int64_t c1 = padded(std::min(last * l.block_rows, rows.last) - rows.first);
+    visit(KeyTile<Acc>{k, v, bounds.lo, bounds.hi, p - origin, n, static_cast<int>(c0), static_cast<int>(c1)});
     p += n;
   }
 }

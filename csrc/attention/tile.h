@@ -1,18 +1,21 @@
 // How to do a tile on the CPU: dense arithmetic on packed scratch, no idea of anchors or documents.
 //
-// Queries are the vector dimension. A tile's scores are kept transposed, (keys, columns), one column per query row, so
-// the softmax is a walk down columns with no horizontal sums, and rows of blocks with different anchors share vectors.
-// Keys and values are then only ever read as scalars to broadcast, in whatever order a product needs them.
+// One side of a product stays and is the vector dimension: kColumns queries in the forward and for their gradient,
+// kColumns keys for theirs. It is kept transposed, (D, kStride). The other side streams past in tiles of up to kRows
+// rows, (n, DP), and is only ever read element by element to broadcast, in whatever order a product needs it. So no
+// product needs a horizontal sum, and rows of blocks with different anchors share vectors.
 //
-// D head dim · DP = D rounded up to kPad · C columns of the group's scratch, a multiple of kPad
+// D head dim · DP row stride of a streamed tile
 #pragma once
 
 #include <cstdint>
 
 namespace dflash {
 
-inline constexpr int kPad = 16;   // columns are padded to this many: one AVX-512 vector of float
-inline constexpr int kKeys = 64;  // most keys in one tile
+inline constexpr int kPad = 16;       // tiles are cut at multiples of this many columns: one AVX-512 vector of float
+inline constexpr int kColumns = 128;  // a streamed row is unpacked once for all, and scratch fits the L2 cache
+inline constexpr int kStride = kColumns + kPad;  // an odd number of cache lines, or columns would share cache sets
+inline constexpr int kRows = 64;
 
 template <typename Acc>
 struct IndexOf;
@@ -25,10 +28,10 @@ struct IndexOf<double> {
   using type = int64_t;
 };
 
-// Keys p0 .. p0 + n - 1 against columns [c0, c1): column c sees key p if lo[c] <= p < hi[c]. A column of padding has
-// lo = hi = 0. c0 and c1 are multiples of kPad.
+// Keys p0 .. p0 + n - 1 streaming past columns [c0, c1) of queries: column c sees key p if lo[c] <= p < hi[c]. A column
+// of padding has lo = hi. c0 and c1 are multiples of kPad.
 template <typename Acc>
-struct Tile {
+struct KeyTile {
   using Index = typename IndexOf<Acc>::type;
   const Acc* k;  // (n, DP)
   const Acc* v;  // (n, DP)
@@ -38,39 +41,64 @@ struct Tile {
   int n, c0, c1;
 };
 
-// State of a group of query rows in the forward: online softmax over the tiles seen so far.
+// n queries streaming past columns [c0, c1) of keys, of which column c is key p0 + c: row i sees it if
+// lo[i] <= p0 + c < hi[i].
 template <typename Acc>
-struct ForwardGroup {
-  int d, dp, c;
-  const Acc* qt;   // (D, C) queries, scaled, transposed
-  Acc* ot;         // (D, C) output so far, not normalised
-  Acc* peak;       // (C,) largest score so far
-  Acc* total;      // (C,) sum of exp(score - peak)
-  Acc* scores;     // (kKeys, C)
-  Acc* rescaling;  // (C,)
+struct QueryTile {
+  using Index = typename IndexOf<Acc>::type;
+  const Acc* q;     // (n, DP) scaled
+  const Acc* dout;  // (n, DP) gradient of the output
+  const Acc* lse;   // (n,)
+  const Acc* delta;
+  const Index* lo;
+  const Index* hi;
+  int64_t p0;
+  int n, c0, c1;
 };
 
-// A group of query rows in the backward.
+// Queries in the forward: online softmax over the tiles seen so far.
 template <typename Acc>
-struct BackwardGroup {
-  int d, dp, c;
-  const Acc* qt;     // (D, C) scaled
-  const Acc* q;      // (C, DP) scaled, padded with zeros
-  const Acc* dot;    // (D, C) gradient of the output, transposed
-  const Acc* dout;   // (C, DP)
-  const Acc* lse;    // (C,)
-  const Acc* delta;  // (C,) sum over D of output * its gradient
-  Acc* dqt;          // (D, C) gradient of the scaled queries, accumulated
-  Acc* scores;       // (kKeys, C)
-  Acc* dscores;      // (kKeys, C)
+struct ForwardState {
+  int d, dp;
+  const Acc* qt;   // (D, kStride) scaled
+  Acc* ot;         // (D, kStride) output so far, not normalised
+  Acc* peak;       // (kColumns,) largest score so far
+  Acc* total;      // (kColumns,) sum of exp(score - peak)
+  Acc* rescaling;  // (kColumns,)
+  Acc* scores;     // (kRows, kStride)
+};
+
+// Queries in the backward.
+template <typename Acc>
+struct QueryState {
+  int d, dp;
+  const Acc* qt;     // (D, kStride) scaled
+  const Acc* dot;    // (D, kStride) gradient of the output
+  const Acc* lse;    // (kColumns,)
+  const Acc* delta;  // (kColumns,) sum over D of output * its gradient
+  Acc* dqt;          // (D, kStride) gradient of the scaled queries, accumulated
+  Acc* scores;       // (kRows, kStride)
+  Acc* dscores;      // (kRows, kStride)
+};
+
+// Keys in the backward.
+template <typename Acc>
+struct KeyState {
+  int d, dp;
+  const Acc* kt;  // (D, kStride)
+  const Acc* vt;  // (D, kStride)
+  Acc* dkt;       // (D, kStride) accumulated
+  Acc* dvt;       // (D, kStride) accumulated
+  Acc* scores;    // (kRows, kStride)
+  Acc* dscores;   // (kRows, kStride)
 };
 
 // One instruction set's routines; cpu.cpp chooses the best one that this CPU has, once.
 template <typename Acc>
 struct TileRoutines {
-  void (*forward)(const ForwardGroup<Acc>&, const Tile<Acc>&);
-  // Adds to dk and dv, (n, DP).
-  void (*backward)(const BackwardGroup<Acc>&, const Tile<Acc>&, Acc* dk, Acc* dv);
+  void (*forward)(const ForwardState<Acc>&, const KeyTile<Acc>&);
+  void (*query_gradient)(const QueryState<Acc>&, const KeyTile<Acc>&);
+  void (*key_gradients)(const KeyState<Acc>&, const QueryTile<Acc>&);
 };
 
 // One per build of tile_isa.cpp (setup.py compiles it once per instruction set).
