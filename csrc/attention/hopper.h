@@ -70,7 +70,7 @@ inline EncodeTiled encode_function() {
 
 // Returns a cudaError_t.
 inline int encode(TensorMap* map, const TensorShape& shape, Half type) {
-  static const EncodeTiled encode_tiled = encode_function();
+  const EncodeTiled encode_tiled = encode_function();
   if (encode_tiled == nullptr) return static_cast<int>(cudaErrorNotSupported);
   const cuuint32_t steps[3] = {1, 1, 1};
   const CUresult result =
@@ -144,6 +144,11 @@ DFLASH_DEVICE void products_commit() { asm volatile("wgmma.commit_group.sync.ali
 template <int kPending>
 DFLASH_DEVICE void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+// Work that is to overlap with products ends here, before their wait; x >= 0 is a result of it. ptxas moves a wait to
+// the start of its basic block, above the work; a branch on the result ends the block.
+DFLASH_DEVICE void before_wait(float x) {
+  if (x < 0) asm volatile("nanosleep.u32 0;" ::: "memory");
 }
 // Keeps the compiler from moving uses of d across a wait: it does not know that products write d in the background.
 template <int kCount>

@@ -114,8 +114,8 @@ struct Cover {
 
 // The key tiles that the blocks of `count` positions from `position` on need, in ascending order: the context's, whose
 // gaps between documents are left out, then the blocks' own. Tiles start where a block's interval does, at no
-// particular multiple. Copies of a tile must not read rows outside `limits()`: padding may hold anything, and
-// 0 * NaN is NaN.
+// particular multiple. A tile may reach beyond `limits()`, to rows that nobody here sees: a kernel that
+// copies them needs them finite, as 0 * NaN is NaN.
 struct KeyWalk {
   const int32_t* starts;
   const int32_t* ends;

@@ -52,22 +52,32 @@ struct DkvShape {
 };
 static_assert(sizeof(RowStatistics) % 8 == 0);
 
-// Which keys a block of threads has, and the query positions that may see them.
+// Which keys a block of threads has, and the units of query positions that may see them. Units are walked from the last
+// to the first: tiles of one document have their last unit in common, so that blocks of threads that run at the same
+// time read the same units from the second-level cache.
 struct KeyTile {
   Segment segment;
   int first_key, keys;  // keys: those that exist
-  int first_position, last_position;
+  int first_position, units;
 
   DFLASH_DEVICE static KeyTile of(const DkvParameters& p, int rank) {
     const int size = p.rows.block_size.by;
     if (rank < p.tiles) {
       const int tile = p.tile_order[rank];
-      return {Segment::kContext, tile * kTile, smaller(kTile, p.rows.tokens - tile * kTile),
-              p.tile_ranges[2 * tile] * size, p.tile_ranges[2 * tile + 1] * size};
+      return over({Segment::kContext, tile * kTile, smaller(kTile, p.rows.tokens - tile * kTile), 0, 0}, p.rows,
+                  p.tile_ranges[2 * tile] * size, p.tile_ranges[2 * tile + 1] * size);
     }
     const int first = (rank - p.tiles) * kTile, keys = smaller(kTile, p.rows.positions - first);
-    return {Segment::kOwn, first, keys, p.rows.block_size.quotient(first) * size,
-            (p.rows.block_size.quotient(first + keys - 1) + 1) * size};
+    return over({Segment::kOwn, first, keys, 0, 0}, p.rows, p.rows.block_size.quotient(first) * size,
+                (p.rows.block_size.quotient(first + keys - 1) + 1) * size);
+  }
+  DFLASH_DEVICE int position(const Rows& rows, int unit) const { return first_position + unit * rows.unit_positions; }
+
+ private:
+  DFLASH_DEVICE static KeyTile over(KeyTile tile, const Rows& rows, int first, int last) {
+    tile.first_position = first;
+    tile.units = (larger(0, last - first) + rows.unit_positions - 1) / rows.unit_positions;
+    return tile;
   }
 };
 
@@ -116,7 +126,8 @@ DFLASH_DEVICE void feed_dkv(const DkvParameters& p, const KeyTile& tile, int hea
              tile.first_key);
   }
   Cursor<Shape::kStages> cursor;
-  for (int position = tile.first_position; position < tile.last_position; position += p.rows.unit_positions) {
+  for (int unit = tile.units - 1; unit >= 0; --unit) {
+    const int position = tile.position(p.rows, unit);
     barrier_wait(stages.empty(cursor.stage), cursor.parity ^ 1);
     const uint32_t full = stages.full(cursor.stage);
     barrier_arrive_expect(full, 2 * unit_bytes<kD>(p.rows));
@@ -126,12 +137,16 @@ DFLASH_DEVICE void feed_dkv(const DkvParameters& p, const KeyTile& tile, int hea
   }
 }
 
-// The producer's second warp: the statistics of every unit, two rows a lane.
+inline constexpr int kDescribers = 3;  // warps
+
+// The producer's other warps: the statistics of every unit, two rows a lane. They take turns, because one warp's loads
+// and shuffles take longer than a unit's products where the head dim is small.
 template <int kD>
 DFLASH_DEVICE void describe_units(const DkvParameters& p, const KeyTile& tile, int head, const DkvStages<kD>& stages) {
   const int lane = thread_index() % 32;
-  Cursor<DkvShape<kD>::kStages> cursor;
-  for (int first = tile.first_position; first < tile.last_position; first += p.rows.unit_positions) {
+  for (int turn = thread_index() / 32 - 1; turn < tile.units; turn += kDescribers) {
+    const int first = tile.position(p.rows, tile.units - 1 - turn);
+    const int stage = turn % DkvShape<kD>::kStages, parity = turn / DkvShape<kD>::kStages % 2;
     float lse[2], delta[2];
     Interval sees[2];
     Cover cover;
@@ -149,8 +164,8 @@ DFLASH_DEVICE void describe_units(const DkvParameters& p, const KeyTile& tile, i
     for (int mask = 16; mask > 0; mask /= 2)
       cover.add(Cover{shuffle_xor(cover.first, mask), shuffle_xor(cover.last, mask), shuffle_xor(cover.from, mask),
                       shuffle_xor(cover.until, mask)});
-    barrier_wait(stages.empty(cursor.stage), cursor.parity ^ 1);
-    RowStatistics* statistics = stages.statistics(cursor.stage);
+    barrier_wait(stages.empty(stage), parity ^ 1);
+    RowStatistics* statistics = stages.statistics(stage);
     for (int half = 0; half < 2; ++half) {
       const int row = lane + 32 * half;
       statistics->lse[row] = lse[half];
@@ -160,8 +175,7 @@ DFLASH_DEVICE void describe_units(const DkvParameters& p, const KeyTile& tile, i
     }
     if (lane == 0) statistics->cover = cover;
     sync_warp();
-    if (lane == 0) barrier_arrive(stages.full(cursor.stage));
-    cursor.advance();
+    if (lane == 0) barrier_arrive(stages.full(stage));
   }
 }
 
@@ -171,12 +185,14 @@ DFLASH_DEVICE void weigh(float (&d)[kUnitRows / 2], float scale_log2, const RowS
   const int lane = thread_index() % 32, key = first_key + thread_index() % kWarpgroup / 32 * 16 + lane / 4;
 #pragma unroll
   for (int i = 0; i < kUnitRows / 2; i += 4) {
-    const int row = register_column(lane, i);
-    const Pair<float> lse = pair_at(rows.lse, row);
+    const Pair<float> lse = pair_at(rows.lse, register_column(lane, i));
 #pragma unroll
     for (int j = 0; j < 4; ++j) d[i + j] = exp2_fast(d[i + j] * scale_log2 - lse.x[j % 2]);
-    if (interior) continue;
-    const Pair<int> lo = pair_at(rows.lo, row), hi = pair_at(rows.hi, row);
+  }
+  if (interior) return;
+#pragma unroll
+  for (int i = 0; i < kUnitRows / 2; i += 4) {
+    const Pair<int> lo = pair_at(rows.lo, register_column(lane, i)), hi = pair_at(rows.hi, register_column(lane, i));
 #pragma unroll
     for (int j = 0; j < 4; ++j)
       if (key + j / 2 * 8 < lo.x[j % 2] || key + j / 2 * 8 >= hi.x[j % 2]) d[i + j] = 0.0f;
@@ -204,7 +220,7 @@ DFLASH_DEVICE void consume_dkv(const DkvParameters& p, const KeyTile& tile, int 
   float dk[kD / 2] = {}, dv[kD / 2] = {};
   Cursor<Shape::kStages> cursor;
   barrier_wait(stages.keys_full(), 0);
-  for (int position = tile.first_position; position < tile.last_position; position += p.rows.unit_positions) {
+  for (int unit = 0; unit < tile.units; ++unit) {
     barrier_wait(stages.full(cursor.stage), cursor.parity);
     const RowStatistics& rows = *stages.statistics(cursor.stage);
     const Cover cover = rows.cover;
@@ -273,7 +289,7 @@ DFLASH_GLOBAL void DFLASH_BOUNDS(kThreads, 1) backward_dkv(const DFLASH_PARAMETE
   if (thread_index() < kWarpgroup) {
     give_registers<40>();
     if (thread_index() == 0) feed_dkv<kD>(p, tile, head, stages);
-    if (thread_index() / 32 == 1) describe_units<kD>(p, tile, head, stages);
+    if (thread_index() >= 32) describe_units<kD>(p, tile, head, stages);
   } else {
     take_registers<232>();
     consume_dkv<kD, kType>(p, tile, head, stages);

@@ -32,8 +32,9 @@ struct DqShape {
   static constexpr int kShared = kBarriers + 8 * (kConsumers + Rings::kBarriers);
 };
 
+// By value: from references the chunks would be read word by word.
 template <Half kType>
-DFLASH_DEVICE float dot(const Chunk& a, const Chunk& b) {
+DFLASH_DEVICE float dot(Chunk a, Chunk b) {
   float sum = 0;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -45,23 +46,33 @@ DFLASH_DEVICE float dot(const Chunk& a, const Chunk& b) {
   return sum;
 }
 
-// A warp's 16 rows of delta, two at a time, to global memory and to `delta`, (64,) in shared memory.
+// A warp's 16 rows of delta, half a warp a row, to global memory and to `delta`, (64,) in shared memory. All of a
+// lane's loads are issued before the first is waited for.
 template <int kD, Half kType>
 DFLASH_DEVICE void make_delta(const DqParameters& p, int item, int head, float* delta) {
+  constexpr int kPairs = 8;
   const int index = thread_index() / kWarpgroup - 1, warp = thread_index() % kWarpgroup / 32,
             lane = thread_index() % 32;
-  for (int pair = 0; pair < 8; ++pair) {
-    const int row = warp * 16 + pair * 2 + lane / 16;
-    const int64_t at = query_row(p.rows, p.q_heads, head, p.rows.item_position(item, index * kUnitRows + row), row);
-    float sum = 0;
-    for (int chunk = lane % 16; chunk < kD / 8 && at >= 0; chunk += 16)
-      sum += dot<kType>(static_cast<const Chunk*>(p.dout_rows)[at * (kD / 8) + chunk],
-                        static_cast<const Chunk*>(p.out_rows)[at * (kD / 8) + chunk]);
+  const int chunk = smaller(lane % 16, kD / 8 - 1);
+  const Chunk *dout = static_cast<const Chunk*>(p.dout_rows), *out = static_cast<const Chunk*>(p.out_rows);
+  float sums[kPairs];
+  int64_t rows[kPairs];
 #pragma unroll
-    for (int mask = 8; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+  for (int pair = 0; pair < kPairs; ++pair) {
+    const int row = warp * 16 + pair * 2 + lane / 16;
+    rows[pair] = query_row(p.rows, p.q_heads, head, p.rows.item_position(item, index * kUnitRows + row), row);
+    // Padding reads row 0, and throws it away.
+    const int64_t at = (rows[pair] < 0 ? 0 : rows[pair]) * (kD / 8) + chunk;
+    sums[pair] = dot<kType>(dout[at], out[at]);
+    if (rows[pair] < 0 || lane % 16 >= kD / 8) sums[pair] = 0.0f;
+  }
+#pragma unroll
+  for (int pair = 0; pair < kPairs; ++pair) {
+#pragma unroll
+    for (int mask = 8; mask > 0; mask /= 2) sums[pair] += shuffle_xor(sums[pair], mask);
     if (lane % 16 != 0) continue;
-    delta[row] = sum;
-    if (at >= 0) p.delta[at] = sum;
+    delta[warp * 16 + pair * 2 + lane / 16] = sums[pair];
+    if (rows[pair] >= 0) p.delta[rows[pair]] = sums[pair];
   }
   sync_warp();
 }
@@ -107,9 +118,10 @@ struct DqConsumer {
     products_commit();
     products_wait<1>();
     settle(weights);
-    if (!interior) hide(weights, at, sees);
 #pragma unroll
     for (int i = 0; i < kN / 2; ++i) weights[i] = exp2_fast(weights[i] * p.scale_log2 - lse[register_row(i)]);
+    // After the exponentials, not before: this branch keeps the wait behind them (`before_wait`).
+    if (!interior) hide(weights, at, sees, 0.0f);
     products_wait<0>();
     settle(scores);
 #pragma unroll

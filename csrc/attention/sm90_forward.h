@@ -117,7 +117,7 @@ struct ForwardConsumer {
     products_wait<0>();
     settle(scores);
     release_keys();
-    if (!unit.context.interior(at, kKeys)) hide(scores, at, sees);
+    if (!unit.context.interior(at, kKeys)) hide(scores, at, sees, -INFINITY);
     softmax.step(scores, p.scale_log2, rescale);  // the output is still zero: nothing to rescale
     pack_all<kType>(scores, weights);
   }
@@ -133,8 +133,9 @@ struct ForwardConsumer {
     products_wait<1>();
     settle(scores);
     release_keys();
-    if (!unit.context.interior(at, kKeys)) hide(scores, at, sees);
+    if (!unit.context.interior(at, kKeys)) hide(scores, at, sees, -INFINITY);
     softmax.step(scores, p.scale_log2, rescale);
+    before_wait(softmax.total[0] + softmax.total[1]);
     products_wait<0>();
     settle(out);
     release_values();
@@ -167,7 +168,7 @@ struct ForwardConsumer {
       products_commit();
       products_wait<0>();
       settle(scores);
-      hide(scores, key, sees);
+      hide(scores, key, sees, -INFINITY);
       softmax.step(scores, p.scale_log2, rescale);
       multiply_rows(out, rescale);
       pack_all<kType>(scores, weights);

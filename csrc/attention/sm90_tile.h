@@ -141,15 +141,15 @@ DFLASH_DEVICE void pack_all(const float (&d)[kCount], uint32_t (&a)[kCount / 2])
 DFLASH_DEVICE int register_row(int i) { return i / 2 % 2; }
 DFLASH_DEVICE int register_column(int lane, int i) { return i / 4 * 8 + lane % 4 * 2 + i % 2; }
 
-// Hides keys that the thread's two rows do not see; column 0 of d is key p.
+// Sets to `nothing` what the thread's two rows do not see; column 0 of d is key p.
 template <int kCount>
-DFLASH_DEVICE void hide(float (&d)[kCount], int p, const Interval (&sees)[2]) {
+DFLASH_DEVICE void hide(float (&d)[kCount], int p, const Interval (&sees)[2], float nothing) {
   const int lane = thread_index() % 32;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const int key = p + register_column(lane, i);
     const Interval row = sees[register_row(i)];
-    if (key < row.lo || key >= row.hi) d[i] = -INFINITY;
+    if (key < row.lo || key >= row.hi) d[i] = nothing;
   }
 }
 
@@ -173,8 +173,10 @@ struct ThreadRows {
 
 DFLASH_DEVICE void sync_warpgroup() { sync_named(1 + thread_index() / kWarpgroup, kWarpgroup); }
 
-// One arrival per consumer warp: products are done for a warp when its own wait returns.
+// One arrival per consumer warp: products are done for a warp when its own wait returns. The other lanes' reads and
+// waits come first, or one of them could miss a phase that lane 0's arrival lets begin.
 DFLASH_DEVICE void release(uint32_t barrier) {
+  sync_warp();
   if (thread_index() % 32 == 0) barrier_arrive(barrier);
 }
 

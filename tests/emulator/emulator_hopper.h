@@ -270,6 +270,7 @@ template <int kPending>
 void products_wait() {
   meet_warpgroup("wgmma.wait_group", nullptr, [](const std::vector<void*>&) { hopper().wait(queue(), kPending); });
 }
+inline void before_wait(float) {}
 template <int kCount>
 void settle(float (&)[kCount]) {}
 
