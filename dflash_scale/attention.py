@@ -45,7 +45,8 @@ KERNELS = {"cpu": 0, "sm80": 80, "sm90": 90}  # the operator's number of each co
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 GPU_DTYPES = (torch.bfloat16, torch.float16)
 GPU_HEAD_DIMS = {"sm90": (64, 96, 128), "sm80": (64, 96, 128, 256)}
-GPU_CAPABILITIES = {"sm90": ("9.0",), "sm80": ("8.0", "8.6", "8.7", "8.9", "9.0")}
+# First and last compute capability: sm_80 code is also in the library as PTX, for GPUs newer than both machine codes.
+GPU_CAPABILITIES = {"sm90": ((9, 0), (9, 0)), "sm80": ((8, 0), None)}
 GPU_MAX_GROUP = GPU_MAX_BLOCK = 64
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -82,7 +83,7 @@ def anchor_attention(
     backend, one name = one implementation:
       "auto"       the fastest of these that takes the tensors, GPU kernels only where PROVEN; logged once
       "sm90"       Hopper: bfloat16 and float16, head dims 64, 96, 128
-      "sm80"       Ampere to Hopper: bfloat16 and float16, head dims 64, 96, 128, 256
+      "sm80"       Ampere and newer: bfloat16 and float16, head dims 64, 96, 128, 256
       "cpu"        float32, bfloat16 with float32 arithmetic, float64
       "flex"       FlexAttention fed by the plan: any GPU with Triton; forward only on a CPU
       "reference"  plain torch with a dense mask: any device and floating dtype, in O(A * S * Hq * T) memory
@@ -98,7 +99,7 @@ def anchor_attention(
     _check_tensors(q, k_ctx, v_ctx, k_blk, v_blk, plan)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     tensors = (q, k_ctx, v_ctx, k_blk, v_blk)
-    chosen = _choose(backend, tensors, plan)
+    chosen = _choose(backend, tensors, plan, scale)
     if chosen == "reference" or (chosen == "flex" and plan.anchors.shape[0] == 0):  # flex takes no empty tensors
         return attention_reference(*tensors, plan, scale)
     if chosen == "flex":
@@ -151,20 +152,20 @@ def _check_tensors(q: Tensor, k_ctx: Tensor, v_ctx: Tensor, k_blk: Tensor, v_blk
             )
 
 
-def _choose(backend: str, tensors: tuple[Tensor, ...], plan: Plan) -> str:
+def _choose(backend: str, tensors: tuple[Tensor, ...], plan: Plan, scale: float) -> str:
     """The backend that runs, never "auto"."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}.")
     if backend != "auto":
-        reason = obstacle(backend, tensors, plan)
+        reason = obstacle(backend, tensors, plan, scale)
         if reason is not None:
-            others = [name for name in BACKENDS[1:] if obstacle(name, tensors, plan) is None]
+            others = [name for name in BACKENDS[1:] if obstacle(name, tensors, plan, scale) is None]
             raise ValueError(f'attention backend "{backend}" {reason}; use backend="{others[0]}" or "auto".')
         return backend
     device = tensors[0].device.type
     passed: list[str] = []
     for name in FASTEST.get(device, ("reference",)):
-        reason = obstacle(name, tensors, plan)
+        reason = obstacle(name, tensors, plan, scale)
         if reason is None and name in ("sm90", "sm80") and name not in PROVEN:
             reason = "has not been proven against the reference on a GPU yet"
         if reason is None:
@@ -181,10 +182,12 @@ def _log_choice(device: str, chosen: str, passed: str) -> None:
     log.log(level, 'attention on %s runs backend "%s"%s', device, chosen, f": {passed}" if passed else "")
 
 
-def obstacle(backend: str, tensors: tuple[Tensor, ...], plan: Plan) -> str | None:
+def obstacle(backend: str, tensors: tuple[Tensor, ...], plan: Plan, scale: float = 1.0) -> str | None:
     """Why a backend cannot run these tensors, as the rest of a sentence that starts with its name; None if it can."""
     if backend in ("sm90", "sm80"):
-        return _gpu_obstacle(backend, tensors[0], plan)
+        return _gpu_obstacle(backend, tensors[0], plan) or (
+            f"takes a positive scale, got {scale}" if scale <= 0 else None
+        )
     if backend == "cpu":
         return _cpu_obstacle(tensors[0])
     if backend == "flex":
@@ -192,20 +195,24 @@ def obstacle(backend: str, tensors: tuple[Tensor, ...], plan: Plan) -> str | Non
     return None
 
 
-def _gpu_obstacle(backend: str, q: Tensor, plan: Plan) -> str | None:
+def _gpu_obstacle(backend: str, q: Tensor, plan: Plan, scale: float) -> str | None:
     if q.device.type != "cuda":
         return f"needs CUDA tensors, got {q.device}"
     if not COMPILED["cuda"]:
         return f"needs the compiled operators, but {MISSING or f'{LIBRARY.name} was built without nvcc'}"
     capability = _capability(q.device)
-    if capability not in GPU_CAPABILITIES[backend]:
-        return f"needs a GPU of compute capability {' or '.join(GPU_CAPABILITIES[backend])}, got {capability}"
+    first, last = GPU_CAPABILITIES[backend]
+    if capability < first or (last is not None and capability > last):
+        wanted = f"{first[0]}.{first[1]}" + (" or newer" if last is None else "")
+        return f"needs a GPU of compute capability {wanted}, got {capability[0]}.{capability[1]}"
     if q.dtype not in GPU_DTYPES:
         return f"takes bfloat16 and float16, got {q.dtype}"
     if q.shape[2] not in GPU_HEAD_DIMS[backend]:
         return f"takes head dims {', '.join(map(str, GPU_HEAD_DIMS[backend]))}, got {q.shape[2]}"
     if plan.group > GPU_MAX_GROUP:
         return f"takes up to {GPU_MAX_GROUP} query heads per kv head, got {plan.group}"
+    if scale <= 0:
+        return f"takes a positive scale, got {scale}"
     if plan.block_size > GPU_MAX_BLOCK:
         return f"takes blocks of up to {GPU_MAX_BLOCK} slots, got {plan.block_size}"
     return None
@@ -238,9 +245,9 @@ def _flex_obstacle(tensors: tuple[Tensor, ...]) -> str | None:
     return None
 
 
-def _capability(device: torch.device) -> str:
+def _capability(device: torch.device) -> tuple[int, int]:
     properties = torch.cuda.get_device_properties(device)  # a constant to torch.compile
-    return f"{properties.major}.{properties.minor}"
+    return properties.major, properties.minor
 
 
 def _fake_forward(q: Tensor, *_: Tensor | int | float) -> tuple[Tensor, Tensor]:

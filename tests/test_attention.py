@@ -338,25 +338,30 @@ class OnGpu:
 @pytest.mark.parametrize(
     ("tensor", "capability", "proven", "chosen"),
     [
-        (OnGpu(), "9.0", ("sm90", "sm80"), "sm90"),
-        (OnGpu(), "9.0", ("sm80",), "sm80"),
-        (OnGpu(), "8.0", ("sm90", "sm80"), "sm80"),
-        (OnGpu(), "10.0", ("sm90", "sm80"), "flex"),
-        (OnGpu(), "9.0", (), "flex"),
-        (OnGpu(head_dim=256), "9.0", ("sm90", "sm80"), "sm80"),
-        (OnGpu(head_dim=80), "9.0", ("sm90", "sm80"), "flex"),
-        (OnGpu(torch.float32), "9.0", ("sm90", "sm80"), "flex"),
-        (OnGpu(torch.float64), "9.0", ("sm90", "sm80"), "reference"),
+        (OnGpu(), (9, 0), ("sm90", "sm80"), "sm90"),
+        (OnGpu(), (9, 0), ("sm80",), "sm80"),
+        (OnGpu(), (8, 0), ("sm90", "sm80"), "sm80"),
+        (OnGpu(), (10, 0), ("sm90", "sm80"), "sm80"),
+        (OnGpu(), (7, 5), ("sm90", "sm80"), "flex"),
+        (OnGpu(), (9, 0), (), "flex"),
+        (OnGpu(head_dim=256), (9, 0), ("sm90", "sm80"), "sm80"),
+        (OnGpu(head_dim=80), (9, 0), ("sm90", "sm80"), "flex"),
+        (OnGpu(torch.float32), (9, 0), ("sm90", "sm80"), "flex"),
+        (OnGpu(torch.float64), (9, 0), ("sm90", "sm80"), "reference"),
     ],
 )
 def test_choice_on_a_gpu(
-    tensor: OnGpu, capability: str, proven: tuple[str, ...], chosen: str, monkeypatch: pytest.MonkeyPatch
+    tensor: OnGpu, capability: tuple[int, int], proven: tuple[str, ...], chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "_capability", lambda _: capability)
     monkeypatch.setitem(attention_plan.COMPILED, "cuda", True)
     monkeypatch.setattr(attention, "HAS_TRITON", True)
     monkeypatch.setattr(attention, "PROVEN", dict.fromkeys(proven))
-    assert attention._choose("auto", (tensor,) * 5, case().plan()) == chosen
+    assert attention._choose("auto", (tensor,) * 5, case().plan(), 0.1) == chosen
+    if chosen.startswith("sm"):
+        assert attention._choose("auto", (tensor,) * 5, case().plan(), -0.1) == "flex"
+        with pytest.raises(ValueError, match=re.escape("takes a positive scale, got -0.1; use backend")):
+            attention._choose(chosen, (tensor,) * 5, case().plan(), -0.1)
 
 
 def test_autocast_casts_as_torch_does() -> None:
