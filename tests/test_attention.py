@@ -231,7 +231,9 @@ def test_opcheck(density: float) -> None:
     torch.library.opcheck(torch.ops.dflash_scale.anchor_attention_backward.default, backward)
 
 
-def test_compiles_without_a_graph_break() -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("backend", ["auto", "cpu"])
+def test_compiles_without_a_graph_break(backend: str, autocast: bool) -> None:
     some = case()
     plan = some.plan()
     tensors = some.tensors(plan)
@@ -239,11 +241,15 @@ def test_compiles_without_a_graph_break() -> None:
     @torch.compile(backend="aot_eager", fullgraph=True)
     def step(*tensors: Tensor) -> Tensor:
         rebuilt = build_plan(plan.anchors, plan.doc_ids, block_size=plan.block_size, group=plan.group)
-        return anchor_attention(*tensors, rebuilt)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return anchor_attention(*tensors, rebuilt, backend=backend)
 
     eager = [tensor.clone().requires_grad_() for tensor in tensors]
     traced = [tensor.clone().requires_grad_() for tensor in tensors]
-    wanted, got = anchor_attention(*eager, plan), step(*traced)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        wanted = anchor_attention(*eager, plan, backend=backend)
+    got = step(*traced)
+    assert got.dtype == (torch.bfloat16 if autocast else torch.float32)
     assert torch.equal(got, wanted)
     wanted.sum().backward()
     got.sum().backward()
