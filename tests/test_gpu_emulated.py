@@ -23,15 +23,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dflash_scale.attention import TILE, Plan, build_plan, visible_block, visible_context
+from dflash_scale.attention import Plan, build_plan, visible_block, visible_context
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "emulator"
 FLAGS = ("-std=c++20", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DDFLASH_EMULATE")
 GUARD = 256  # bytes before and after each buffer that nobody may touch
-UNIT_ROWS = 64  # kUnitRows in csrc/attention/rows.h
 # Largest norm of a row's error, in parts of the row's norm and the tensor's mean norm.
 TOLERANCE = {torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+PLAN = ("starts", "ends", "order", "tile_ranges", "tile_order")
 GRADIENTS = ("dq", "dk_ctx", "dv_ctx", "dk_blk", "dv_blk")
 
 
@@ -41,8 +41,7 @@ def build(name: str, *flags: str) -> Path:
     sources = [*(ROOT / "csrc" / "attention").iterdir(), *(ROOT / "tests" / "emulator").iterdir(), Path(__file__)]
     if not target.is_file() or target.stat().st_mtime < max(path.stat().st_mtime for path in sources):
         compiler = shutil.which("g++")
-        if compiler is None:
-            pytest.fail("no g++ to compile the emulated kernels with")
+        assert compiler is not None, "the emulated kernels need g++"
         BUILD.mkdir(parents=True, exist_ok=True)
         include = (f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'emulator'}")
         aside = target.with_suffix(".tmp")
@@ -62,7 +61,7 @@ class Problem(ctypes.Structure):
             for name in ("block_size", "q_heads", "kv_heads", "head_dim", "window", "causal_block", "fp16", "items")
         ),
         ("scale", ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in ("starts", "ends", "order", "tile_ranges", "tile_order")),
+        *((name, ctypes.c_void_p) for name in PLAN),
         *((name, ctypes.c_void_p) for name in ("q", "k_ctx", "v_ctx", "k_blk", "v_blk", "dout")),
         *((name, ctypes.c_void_p) for name in ("out", "lse", "delta", *GRADIENTS)),
     )
@@ -122,7 +121,12 @@ class Case:
         doc_ids = torch.cat([doc_ids, torch.full((self.padding,), -1)]).int()
         anchors = torch.tensor(self.anchors, dtype=torch.int32)
         return build_plan(
-            anchors, doc_ids, block_size=self.block_size, window=self.window, causal_block=self.causal_block
+            anchors,
+            doc_ids,
+            block_size=self.block_size,
+            window=self.window,
+            causal_block=self.causal_block,
+            group=self.group,
         )
 
     def inputs(self) -> dict[str, Tensor]:
@@ -163,24 +167,6 @@ def expected(case: Case) -> dict[str, Tensor]:
     return wanted
 
 
-def gpu_plan(case: Case) -> dict[str, Tensor]:
-    """What the kernels take from the plan; any order of items and tiles will do, so it is a random one."""
-    plan = case.plan()
-    generator = torch.Generator().manual_seed(case.seed)
-    positions, per_item = len(case.anchors) * case.block_size, 2 * (UNIT_ROWS // case.group)
-    begins = torch.arange(0, plan.doc_ids.numel(), TILE, dtype=torch.int32)
-    ends = torch.clamp(begins + TILE, max=plan.doc_ids.numel())
-    first = torch.searchsorted(plan.ends, begins, right=True, out_int32=True)
-    last = torch.searchsorted(plan.starts, ends, right=False, out_int32=True)
-    return {
-        "starts": plan.starts,
-        "ends": plan.ends,
-        "order": torch.randperm(-(-positions // per_item), generator=generator).int(),
-        "tile_ranges": torch.stack([first, last], 1),
-        "tile_order": torch.randperm(begins.numel(), generator=generator).int(),
-    }
-
-
 @dataclass
 class Run:
     """A case's buffers, and the struct of pointers to them that the kernels get."""
@@ -192,7 +178,8 @@ class Run:
 
     @classmethod
     def of(cls, case: Case, kernel: int = 80) -> Run:
-        inputs, plan = case.inputs(), gpu_plan(case)
+        inputs, made = case.inputs(), case.plan()
+        plan = {name: getattr(made, name) for name in PLAN}
         for name in ("k_ctx", "v_ctx"):
             # Hopper's copies take whole tiles, so there, as in the definition, what nobody sees has to be finite.
             inputs[name][sum(case.lengths) :] = float("nan") if kernel == 80 else 1000.0
