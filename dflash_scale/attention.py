@@ -185,9 +185,7 @@ def _log_choice(device: str, chosen: str, passed: str) -> None:
 def obstacle(backend: str, tensors: tuple[Tensor, ...], plan: Plan, scale: float = 1.0) -> str | None:
     """Why a backend cannot run these tensors, as the rest of a sentence that starts with its name; None if it can."""
     if backend in ("sm90", "sm80"):
-        return _gpu_obstacle(backend, tensors[0], plan) or (
-            f"takes a positive scale, got {scale}" if scale <= 0 else None
-        )
+        return _gpu_obstacle(backend, tensors[0], plan, scale)
     if backend == "cpu":
         return _cpu_obstacle(tensors[0])
     if backend == "flex":
