@@ -1,19 +1,13 @@
 // Registers the operators of dflash_scale::* and hands their tensors to the kernels as pointers. No logic: the Python
 // layer (dflash_scale/attention.py) checks what users give, and holds fake kernels and autograd.
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <tuple>
 
 #include "attention/attention.h"
 #include "attention/plan.h"
-
-#ifdef DFLASH_CUDA
-// In libtorch_cuda only: weak, so that the library also loads in a CPU-only torch.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
-#endif
+#include "tensors.h"
 
 namespace dflash {
 namespace {
@@ -22,16 +16,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using PlanTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using GradientTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-template <typename T>
-const T* in(const Tensor& t) {
-  STD_TORCH_CHECK(t.is_contiguous(), "dflash_scale: operators take contiguous tensors");
-  return static_cast<const T*>(t.const_data_ptr());
-}
-template <typename T>
-T* out(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
 
 PlanArgs plan_args(const Tensor& anchors, const Tensor& doc_ids, int64_t window, const PlanTensors& plan) {
   const auto& [starts, ends, tile_ranges, order] = plan;
@@ -62,13 +46,9 @@ PlanTensors build_plan_cpu(Tensor anchors, Tensor doc_ids, int64_t window) {
 PlanTensors build_plan_cuda(Tensor anchors, Tensor doc_ids, int64_t window) {
   STD_TORCH_CHECK(doc_ids.numel() <= kMaxPlanTokens, "dflash_scale: the CUDA plan takes rows of up to ", kMaxPlanTokens,
                   " tokens, got ", doc_ids.numel());
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "dflash_scale: this torch has no CUDA");
-  const torch::stable::accelerator::DeviceGuard guard(anchors.get_device_index());
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(anchors.get_device_index(), &stream));
   PlanTensors plan = empty_plan(anchors, doc_ids);
-  const int error = plan_cuda(plan_args(anchors, doc_ids, window, plan), stream);
-  STD_TORCH_CHECK(error == 0, "dflash_scale: the plan kernel failed with cudaError ", error);
+  const PlanArgs args = plan_args(anchors, doc_ids, window, plan);
+  on_stream(anchors, "plan", [&](void* stream) { return plan_cuda(args, stream); });
   return plan;
 }
 #endif
