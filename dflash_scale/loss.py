@@ -24,6 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dflash_scale.config import Config
 from dflash_scale.softmax_loss import TERMS, empty_logits, softmax_loss_
 
 TOP = (4, 8)  # a label among this many of the drafter's best tokens is a hit; 1 is `correct`
@@ -64,6 +65,20 @@ class LossSpec:
         return self.soft or self.labels == "verifier"
 
 
+def loss_spec(config: Config) -> LossSpec:
+    """The loss that the configuration asks for."""
+    loss = config.loss
+    return LossSpec(
+        weights=loss.weights,
+        gamma=config.gamma,
+        alpha=loss.dpace_alpha,
+        chunk_slots=loss.chunk_slots,
+        terms=loss.terms.weights,
+        labels=loss.labels,
+        kernel=loss.kernel,
+    )
+
+
 def trained_mask(trained: Ints, block_size: int) -> Mask:
     """(A, S-1) slots 1..S-1 that are trained, from `RowPlan.trained` (A,): slots 1..trained[j] of block j."""
     return np.arange(1, block_size) <= trained[:, None]
@@ -84,10 +99,10 @@ def normaliser(trained: Mask, spec: LossSpec) -> float:
 class BlockSums:
     """Sums over blocks that add up over chunks, rows, micro-steps and ranks; fp32 on the loss's device.
 
-    loss () sum of w*l · blocks () how many blocks · terms (4,) sums of w times each of TERMS · top (2,) labels among the
-    drafter's best TOP tokens · compared, agreed () labels, and those that are the verifier's argmax, where it was made
-    for that · trained, correct, accepted (S-1,) per slot 1..S-1: how many were trained, how many predicted their label,
-    how many did with all slots before them right.
+    loss () sum of w*l · blocks () how many blocks · terms (4,) sums of w times each of TERMS · top (2,) labels among
+    the drafter's best TOP tokens · compared, agreed () labels, and those that are the verifier's argmax, where the two
+    were compared · trained, correct, accepted (S-1,) per slot 1..S-1: how many were trained, how many predicted their
+    label, how many did with all slots before them right.
     """
 
     loss: Tensor
@@ -132,8 +147,11 @@ class VerifierStates:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Whole blocks. rows: their trained slots among the N · labels (n,) the data's · block, slot (n,) where they lie in
-    the grid (blocks, S-1) · positions (m,) the different positions that they predict from, source (n,) which of them."""
+    """Whole blocks.
+
+    rows: their trained slots among the N · labels (n,) the data's · block, slot (n,) where they lie in the grid
+    (blocks, S-1) · positions (m,) the different positions that they predict from, source (n,) which of them.
+    """
 
     rows: slice
     labels: Tensor
@@ -178,12 +196,17 @@ def chosen_chunk(device: torch.device, row_bytes: int) -> int:
 
     On a GPU it depends on the memory that is free at the first step, but only where that is short.
     """
-    limit = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"])
+    limit = CHUNK_BYTES["cuda" if device.type == "cuda" else "cpu"]
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         limit = min(limit, (torch.cuda.mem_get_info(device)[0] + unused) // FREE_SHARE)
+    return fitting_rows(limit, row_bytes)
+
+
+def fitting_rows(limit: int, row_bytes: int) -> int:
+    """The largest power of two of rows that fit `limit` bytes, within CHUNK_SLOTS."""
     least, most = CHUNK_SLOTS
-    return min(most, max(least, 1 << (limit // row_bytes).bit_length() - 1 if limit >= row_bytes else least))
+    return min(most, 1 << max(limit // row_bytes, least).bit_length() - 1)
 
 
 def chunks(labels: Tensor, trained: Mask, chunk_slots: int, anchors: Ints | None) -> Iterator[Chunk]:
@@ -205,7 +228,8 @@ def chunks(labels: Tensor, trained: Mask, chunk_slots: int, anchors: Ints | None
         on_device = [torch.from_numpy(array).to(labels.device, non_blocking=True) for array in arrays]
         own = labels.flatten().index_select(0, on_device[2]).int()
         places = (on_device[3], on_device[4].int()) if anchors is not None else (None, None)
-        yield Chunk(slice(used, int(ends[stop - 1])), own, *on_device[:2], (stop - start, width), *places)
+        grid, rows = (stop - start, width), slice(used, int(ends[stop - 1]))
+        yield Chunk(rows, own, on_device[0], on_device[1], grid, *places)
         start = stop
 
 
@@ -231,8 +255,8 @@ class Job:
         logits = self.verifier.logits(self.verifier.states.index_select(0, chunk.positions))
         if logits.shape[1] != len(self.head):
             raise ValueError(
-                f"the verifier's logits are {logits.shape[1]} wide, wanted {len(self.head)} as the drafter's; give them "
-                "over the drafter's vocabulary"
+                f"the verifier's logits are {logits.shape[1]} wide, wanted {len(self.head)} as the drafter's; give "
+                "them over the drafter's vocabulary"
             )
         return logits.to(self.head.dtype)
 
@@ -317,7 +341,9 @@ def drafter_loss(
 
 def _check(hidden: Tensor, trained: Mask, spec: LossSpec, verifier: VerifierStates | None) -> None:
     if len(hidden) != trained.sum():
-        raise ValueError(f"hidden has {len(hidden)} rows, wanted the {trained.sum()} trained slots; index by kept_slots")
+        raise ValueError(
+            f"hidden has {len(hidden)} rows, wanted the {trained.sum()} trained slots; index by kept_slots"
+        )
     if spec.needs_verifier and verifier is None:
         raise ValueError("a soft term or the verifier's labels need its states, got none; give `verifier`")
 

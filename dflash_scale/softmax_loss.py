@@ -28,7 +28,8 @@ SLICE_NUMBERS = 1 << 24  # logits that plain torch holds in fp32 at once
 # "auto" takes the CUDA kernel only once tests/test_loss.py passed on a GPU; until then "cuda" has to be asked for.
 CUDA_PROVEN = False
 COMPILED = {
-    device.lower(): not MISSING and torch._C._dispatch_has_kernel_for_dispatch_key("dflash_scale::softmax_loss_", device)
+    device.lower(): not MISSING
+    and torch._C._dispatch_has_kernel_for_dispatch_key("dflash_scale::softmax_loss_", device)
     for device in ("CPU", "CUDA")
 }
 
@@ -78,7 +79,7 @@ def empty_logits(count: int, vocabulary: int, like: Tensor) -> Tensor:
 def _aligned(matrix: Tensor, kernel: str) -> Tensor:
     if kernel == "cpu" or (matrix.stride(0) * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0):
         return matrix
-    return empty_logits(*matrix.shape, matrix).copy_(matrix)
+    return empty_logits(matrix.shape[0], matrix.shape[1], matrix).copy_(matrix)
 
 
 def choose(kernel: str, logits: Tensor) -> str:
@@ -126,7 +127,9 @@ def _softmax_loss_torch(
     for first in range(0, len(logits), step):
         here = slice(first, first + step)
         z = logits[here].to(statistics)
-        other = verifier.index_select(0, rows[here]).to(statistics) if verifier is not None and rows is not None else None
+        other = None
+        if verifier is not None and rows is not None:
+            other = verifier.index_select(0, rows[here]).to(statistics)
         gradient, values[here], ranks[here] = _slice_loss(z, labels[here].long(), weights, other)
         logits[here] = gradient
     return values, ranks
