@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 
 import pytest
@@ -17,7 +20,7 @@ from torch import Tensor
 
 from dflash_scale.loss import term_values
 from dflash_scale.softmax_loss import COMPILED, TERMS, choose, empty_logits, softmax_loss_
-from tests.test_gpu_emulated import Guarded, build
+from tests.test_gpu_emulated import ROOT, Guarded, build
 
 HALVES = (torch.bfloat16, torch.float16)
 NUMBER = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -240,6 +243,18 @@ def run_other_order(case: Case) -> tuple[Tensor, Tensor, Tensor]:
             return case.tensors()
 
     return run_emulated(Reordered(**{**vars(case), "seed": case.seed + 1}))
+
+
+@pytest.mark.parametrize("limit", ["default", "avx2"])
+def test_narrower_instruction_sets(limit: str) -> None:
+    """Smaller CPUs run other builds of the same source; torch's own variable asks for them here."""
+    code = (
+        "import torch; from tests.test_softmax_loss import ALL, Case, check;"
+        "[check('cpu', Case(3, 2, 301, ALL, kind, dtype, 4)) for kind in ('random', 'huge', 'masked', 'equal')"
+        " for dtype in (torch.float32, torch.bfloat16)]"
+    )
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": limit, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, timeout=300)
 
 
 def test_operator_contract() -> None:
