@@ -27,7 +27,7 @@ from dflash_scale.verifier import VerifierShape, verifier_shape
 
 GPUS_PER_NODE = 8  # what "per node" means in the printout
 ROW_BUFFERS_BESIDES_LOOKAHEAD = 2  # one row ready, one in use (assembler.py)
-TORCH_SLICES = 6  # fp32 matrices of a slice that plain torch holds at once (softmax_loss.py)
+TORCH_SLICES = (5, 12)  # fp32 matrices of a slice that plain torch holds at once, without and with soft terms
 ASSUMED_DOCUMENT = 3072  # tokens, where there is no data set yet: the paper's length (arXiv 2602.06036)
 
 
@@ -183,7 +183,7 @@ def loss_bytes(config: Config, spec: DrafterSpec, slots: int, vocabulary: int) -
     number = 2 if config.train.precision == "bf16" else 4
     chunk = min(chunk_slots(config, vocabulary), slots)
     matrices = 2 if loss_spec(config).needs_verifier else 1
-    slices = TORCH_SLICES * min(SLICE_NUMBERS, chunk * vocabulary) * 4
+    slices = TORCH_SLICES[loss_spec(config).soft] * min(SLICE_NUMBERS, chunk * vocabulary) * 4
     hidden = spec.layers.hidden_size
     return matrices * chunk * vocabulary * number + slices + slots * hidden * number + chunk * hidden * (4 + number)
 

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 TERMS = ("ce", "kl", "reverse_kl", "tv")
 KERNELS = ("auto", "cuda", "cpu", "torch")
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
-SLICE_NUMBERS = 1 << 24  # logits that plain torch holds in fp32 at once
+SLICE_NUMBERS = 1 << 23  # logits that plain torch holds in fp32 at once
 # "auto" takes the CUDA kernel only once tests/test_loss.py passed on a GPU; until then "cuda" has to be asked for.
 CUDA_PROVEN = False
 COMPILED = {

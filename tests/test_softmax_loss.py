@@ -48,7 +48,7 @@ def emulated_kernel() -> ctypes._CFuncPtr:
 
 @dataclass(frozen=True)
 class Case:
-    """kind: how the logits look. Every row but the first of "equal" has its own scale."""
+    """kind: how the logits look, "far" is near each other and far from 0."""
 
     rows: int = 3
     others: int = 2
@@ -61,9 +61,12 @@ class Case:
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """logits (n, V), labels (n,), the verifier's logits (U, V), rows (n,)."""
         torch.manual_seed(self.seed)
-        scale = {"random": 3.0, "equal": 0.0, "huge": 1e4, "masked": 2.0}[self.kind]
-        z = torch.randn(self.rows, self.vocabulary, dtype=torch.float64) * scale + torch.randn(self.rows, 1)
-        u = torch.randn(self.others, self.vocabulary, dtype=torch.float64) * scale + torch.randn(self.others, 1)
+        scale = {"random": 3.0, "equal": 0.0, "huge": 1e4, "far": 3.0, "masked": 2.0}[self.kind]
+        shift = 1e4 if self.kind == "far" else 1.0
+        z, u = (
+            torch.randn(n, self.vocabulary, dtype=torch.float64) * scale + torch.randn(n, 1) * shift
+            for n in (self.rows, self.others)
+        )
         labels = torch.randint(0, self.vocabulary, (self.rows,)).int()
         if self.kind == "masked":  # the same columns in both, never all, and sometimes a whole row but one
             hidden = torch.rand(self.vocabulary) < torch.rand(())
@@ -147,7 +150,7 @@ def draw_case(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...], most: int) -> Ca
         others=draw(st.integers(1, 3)),
         vocabulary=draw(st.integers(1, most)),
         weights=tuple(draw(st.sampled_from([0.0, 0.0, 1.0, 0.3])) for _ in TERMS),
-        kind=draw(st.sampled_from(["random", "equal", "huge", "masked"])),
+        kind=draw(st.sampled_from(["random", "equal", "huge", "far", "masked"])),
         dtype=draw(st.sampled_from(dtypes)),
         seed=draw(st.integers(0, 2**31)),
     )
@@ -163,6 +166,7 @@ gpu_cases = st.composite(draw_case)((torch.float32, *HALVES), 2100)
 @settings(max_examples=300, deadline=None)
 @example(Case(2, 1, 262144, ALL))
 @example(Case(2, 1, 262144, (1.0, 0.0, 0.0, 0.0), "random", torch.bfloat16))
+@example(Case(2, 1, 300, (1.0, 0.5, 0.3, 0.0), "far"))
 def test_cpu_operator(case: Case) -> None:
     assume(not near_ties(case))
     check("cpu", case)
@@ -181,6 +185,7 @@ def test_plain_torch(case: Case) -> None:
 @example(Case(1, 1, 9001, ALL))
 @example(Case(1, 1, 262144, ALL, "random", torch.bfloat16))
 @example(Case(1, 1, 16387, (1.0, 0.0, 0.0, 0.0), "masked", torch.float16))
+@example(Case(2, 1, 300, (1.0, 0.5, 0.3, 0.0), "far"))
 def test_emulated_kernel(case: Case) -> None:
     assume(not near_ties(case))
     check("emulated", case)
@@ -250,7 +255,7 @@ def test_narrower_instruction_sets(limit: str) -> None:
     """Smaller CPUs run other builds of the same source; torch's own variable asks for them here."""
     code = (
         "import torch; from tests.test_softmax_loss import ALL, Case, check;"
-        "[check('cpu', Case(3, 2, 301, ALL, kind, dtype, 4)) for kind in ('random', 'huge', 'masked', 'equal')"
+        "[check('cpu', Case(3, 2, 301, ALL, kind, dtype, 4)) for kind in ('random', 'huge', 'far', 'masked', 'equal')"
         " for dtype in (torch.float32, torch.bfloat16)]"
     )
     environment = os.environ | {"ATEN_CPU_CAPABILITY": limit, "PYTHONPATH": str(ROOT)}
