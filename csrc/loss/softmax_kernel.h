@@ -176,6 +176,7 @@ struct RowLoss {
 
   template <typename Visit>
   DFLASH_DEVICE void packets(const Visit& visit) const {
+#pragma unroll 2
     for (int column = thread_index() * kCount; column < vocabulary; column += block_threads() * kCount) {
       float x[kCount], y[kCount] = {};
       N::load(z, column, vocabulary, x);
@@ -259,8 +260,10 @@ struct RowLoss {
   }
 };
 
+// Bound by memory: registers are kept low, so that an SM holds enough threads to keep it busy.
 template <Number kNumber, bool kSoft>
-DFLASH_GLOBAL void DFLASH_BOUNDS(kLongRowThreads, 3) softmax_loss(const DFLASH_PARAMETER SoftmaxLoss args) {
+DFLASH_GLOBAL void DFLASH_BOUNDS(kLongRowThreads, (kSoft ? 3 : 5))
+    softmax_loss(const DFLASH_PARAMETER SoftmaxLoss args) {
   constexpr int kBytes = Numbers<kNumber>::kBytes;
   const int64_t row = block_index();
   char* z = static_cast<char*>(args.logits) + row * args.stride * kBytes;
