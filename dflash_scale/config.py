@@ -188,7 +188,34 @@ class StreamSection(Section):
         return self
 
 
+class LossTerms(Section):
+    ce: float = Field(default=0.0, ge=0, description="Cross entropy of the label, -log p(y).")
+    kl: float = Field(
+        default=0.0, ge=0, description="KL divergence of the drafter's p from the verifier's q: sum of q log(q/p)."
+    )
+    reverse_kl: float = Field(default=0.0, ge=0, description="KL divergence the other way: sum of p log(p/q).")
+    tv: float = Field(default=0.0, ge=0, description="Total variation distance: half the sum of absolute differences.")
+
+    @model_validator(mode="after")
+    def _one(self) -> LossTerms:
+        if not any(self.weights):
+            raise ValueError(
+                "loss.terms: got no weight above 0, wanted at least one of ce, kl, reverse_kl and tv; give it a weight "
+                'in the file, for example {"ce": 1.0}, or with --set loss.terms.ce=1'
+            )
+        return self
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """In the order of the terms."""
+        return (self.ce, self.kl, self.reverse_kl, self.tv)
+
+
 class LossSection(Section):
+    terms: LossTerms = Field(
+        default=LossTerms(ce=1.0),
+        description="Weight of each term of the loss; where it is given, terms that are not named have weight 0.",
+    )
     labels: Literal["data", "verifier"] = Field(
         default="data",
         description="Label of a slot: the data's token, or the verifier's argmax at the position before it.",
@@ -202,7 +229,13 @@ class LossSection(Section):
         description="Decay constant in slots, w_k = exp(-(k-1)/gamma); null = by block size: 4, 5, 7 for 8, 10, 16.",
     )
     dpace_alpha: float = Field(default=0.5, gt=0, le=1, description="D-PACE floor of a slot's confidence, 0 to 1.")
-    chunk_slots: Positive = Field(default=2048, description="Slots whose logits are held at once.")
+    chunk_slots: Positive | None = Field(
+        default=None, description="Slots whose logits are held at once; null = by the device's memory."
+    )
+    kernel: Literal["auto", "cuda", "cpu", "torch"] = Field(
+        default="auto",
+        description="Loss kernel; auto = the compiled one that is proven on the device, else plain torch.",
+    )
 
 
 class TrainSection(Section):

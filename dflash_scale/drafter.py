@@ -5,8 +5,8 @@ come from the verifier: c = hidden_norm(fc(L hidden states)), shared by all laye
 projects c with the same k and v weights as its own block (vLLM, model_executor/models/qwen3_dflash.py). Parameter names
 are the ones vLLM loads. The verifier's embedding and head are not part of this module: they are frozen and kept once.
 
-T tokens in a packed row · A anchors in it · S block size · L verifier layers tapped · H hidden size · Hq/Hkv heads ·
-D head dim.
+T tokens in a packed row · A anchors in it · S block size · N slots kept · L verifier layers tapped · H hidden size ·
+Hq/Hkv heads · D head dim.
 """
 
 import math
@@ -96,6 +96,11 @@ class Rope:
     block: tuple[Tensor, Tensor]
 
 
+def pick(x: Tensor, rows: Tensor | None) -> Tensor:
+    """Some rows of x, all of them for None."""
+    return x if rows is None else x.index_select(0, rows)
+
+
 class Attention(nn.Module):
     """Block queries over context keys and block keys."""
 
@@ -118,13 +123,13 @@ class Attention(nn.Module):
         shape = (len(x), self.kv_heads, self.head_dim)
         return rotate(self.k_norm(self.k_proj(x).view(shape)), *rope), self.v_proj(x).view(shape)
 
-    def forward(self, x: Tensor, context: Tensor, rope: Rope, plan: Plan) -> Tensor:
-        """x (A*S, H), context (T, H) -> (A*S, H)."""
+    def forward(self, x: Tensor, context: Tensor, rope: Rope, plan: Plan, kept: Tensor | None) -> Tensor:
+        """x (A*S, H), context (T, H) -> (A*S, H), or (N, H) with kept (N,)."""
         q = rotate(self.q_norm(self.q_proj(x).view(len(x), self.heads, self.head_dim)), *rope.block)
         k_ctx, v_ctx = self.keys_values(context, rope.context)
         k_blk, v_blk = self.keys_values(x, rope.block)
         out = anchor_attention(q, k_ctx, v_ctx, k_blk, v_blk, plan, backend=self.backend)
-        return self.o_proj(out.flatten(1))
+        return self.o_proj(pick(out.flatten(1), kept))
 
 
 class MLP(nn.Module):
@@ -150,8 +155,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, context: Tensor, rope: Rope, plan: Plan) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), context, rope, plan)
+    def forward(self, x: Tensor, context: Tensor, rope: Rope, plan: Plan, kept: Tensor | None = None) -> Tensor:
+        x = pick(x, kept) + self.self_attn(self.input_layernorm(x), context, rope, plan, kept)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -202,7 +207,15 @@ class Drafter(nn.Module):
         slots = torch.arange(self.spec.block_size, device=positions.device, dtype=positions.dtype)
         return (positions[anchors.long()][:, None] + slots).flatten()
 
-    def forward(self, slots: Tensor, states: Tensor, positions: Tensor, anchors: Tensor, doc_ids: Tensor) -> Tensor:
+    def forward(
+        self,
+        slots: Tensor,
+        states: Tensor,
+        positions: Tensor,
+        anchors: Tensor,
+        doc_ids: Tensor,
+        kept: Tensor | None = None,
+    ) -> Tensor:
         """Runs all blocks of one row.
 
         Args:
@@ -211,16 +224,19 @@ class Drafter(nn.Module):
             positions: (T,) int32, restarting at 0 in each document.
             anchors: (A,) int32 ascending positions in the row.
             doc_ids: (T,) int32, -1 = padding.
+            kept: (N,) the slots whose output is wanted, without repeats. In the last layer all slots are keys, but what
+                follows its attention mixes no slots and is done for these alone.
 
         Returns:
-            (A*S, H), after the final norm, ready for the head.
+            (A*S, H), or (N, H) with `kept`, after the final norm, ready for the head.
         """
         plans = self.plans(anchors, doc_ids)
         context = self.hidden_norm(self.fc(states))
         rope = Rope(self.rotation(context, positions), self.rotation(slots, self.slot_positions(positions, anchors)))
         x = slots
+        last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
-            x = layer(x, context, rope, plans[self.spec.window(index)])
+            x = layer(x, context, rope, plans[self.spec.window(index)], kept if index == last else None)
         return self.norm(x)
 
     def rotation(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,188 +1,390 @@
-"""The drafter's loss: cross entropy of the trained slots, in chunks, so that (A*S, V) logits never exist.
+"""The drafter's loss over the trained slots, in chunks, so that (A*S, V) logits never exist.
 
 The head is frozen, so a chunk needs two products: its logits, and from them the gradient of its hidden states, made
-in the forward and kept; there is no recomputation and no gradient of the head.
+in the forward and kept; there is no recomputation and no gradient of the head. Between the two, one kernel
+(softmax_loss.py) overwrites the logits with their gradient. The verifier's logits, where a soft term or its argmax
+needs them, are made once for each position that a chunk's slots predict from: slot k at anchor a, position a+k-1.
 
 Position weights w_k of slot k (1 <= k < S): `decay`, exp(-(k-1)/gamma) (DFlash, arXiv 2602.06036); or `dpace`
 (arXiv 2605.18810): q_k the drafter's probability of the label, s_k = (1-alpha) q_k + alpha, P_k = prod_{i<=k} s_i,
 w_k = sum_{j>=k} P_j over the trained slots, without gradient.
 The loss is sum(w l) / Z, where Z (`normaliser`) is summed over all rows of the optimizer step, on all ranks.
 
-A anchors in a row · S block size · N trained slots · H hidden size · V drafter vocabulary.
+A anchors in a row · S block size · N trained slots, n of a chunk · T tokens in the row · H hidden size · V drafter
+vocabulary.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from dflash_scale.config import Config
+from dflash_scale.softmax_loss import TERMS, empty_logits, softmax_loss_
+
+TOP = (4, 8)  # a label among this many of the drafter's best tokens is a hit; 1 is `correct`
+# Bytes of logits held at once where loss.chunk_slots is null. The products are as fast as they get well below both.
+CHUNK_BYTES = {"cuda": 320 << 20, "cpu": 64 << 20}
+FREE_SHARE = 8  # on a GPU at most this part of the free memory
+CHUNK_SLOTS = (16, 2048)  # bounds of the choice
+
+Mask = npt.NDArray[np.bool_]
+Ints = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
 class LossSpec:
-    """How slots are weighted. `gamma` in slots (decay), `alpha` in (0, 1] (dpace), `chunk_slots` logit rows at once."""
+    """What the loss is. `gamma` in slots (decay), `alpha` in (0, 1] (dpace), `terms` one weight per term of TERMS,
+    `chunk_slots` logit rows at once, None = by memory; `kernel` as in `softmax_loss_`."""
 
     weights: Literal["decay", "dpace"] = "decay"
     gamma: float = 7.0
     alpha: float = 0.5
-    chunk_slots: int = 2048
+    chunk_slots: int | None = None
+    terms: tuple[float, ...] = (1.0, 0.0, 0.0, 0.0)
+    labels: Literal["data", "verifier"] = "data"
+    kernel: str = "auto"
 
     def decay(self, block_size: int) -> npt.NDArray[np.float64]:
         """(S-1,) fixed weights of slots 1..S-1; ones for dpace, whose weights depend on the logits."""
         k = np.arange(block_size - 1)
         return np.exp(-k / self.gamma) if self.weights == "decay" else np.ones(block_size - 1)
 
+    @property
+    def soft(self) -> bool:
+        return any(self.terms[1:])
 
-def normaliser(trained: npt.NDArray[np.int32], block_size: int, spec: LossSpec) -> float:
-    """This row's part of Z, known before the forward. trained (A,): slots 1..trained[j] of block j are trained."""
-    reach = np.concatenate([[0.0], np.cumsum(spec.decay(block_size))])
-    return float(reach[trained].sum())
+    @property
+    def needs_verifier(self) -> bool:
+        """Whether training needs the verifier's logits at all."""
+        return self.soft or self.labels == "verifier"
+
+
+def loss_spec(config: Config) -> LossSpec:
+    """The loss that the configuration asks for."""
+    loss = config.loss
+    return LossSpec(
+        weights=loss.weights,
+        gamma=config.gamma,
+        alpha=loss.dpace_alpha,
+        chunk_slots=loss.chunk_slots,
+        terms=loss.terms.weights,
+        labels=loss.labels,
+        kernel=loss.kernel,
+    )
+
+
+def trained_mask(trained: Ints, block_size: int) -> Mask:
+    """(A, S-1) slots 1..S-1 that are trained, from `RowPlan.trained` (A,): slots 1..trained[j] of block j."""
+    return np.arange(1, block_size) <= trained[:, None]
+
+
+def kept_slots(trained: Mask) -> npt.NDArray[np.int64]:
+    """(N,) which of the A*S slots are trained, ascending. trained (A, S-1)."""
+    block, slot = np.nonzero(trained)
+    return block * (trained.shape[1] + 1) + slot + 1
+
+
+def normaliser(trained: Mask, spec: LossSpec) -> float:
+    """This row's part of Z, known before the forward. trained (A, S-1)."""
+    return float(trained.sum(0) @ spec.decay(trained.shape[1] + 1))
 
 
 @dataclass(frozen=True, slots=True)
 class BlockSums:
-    """Sums over blocks that add up over chunks, rows, micro-steps and ranks; all fp32 on the loss's device.
+    """Sums over blocks that add up over chunks, rows, micro-steps and ranks; fp32 on the loss's device.
 
-    loss () sum of w*l · trained, correct, accepted (S-1,) per slot 1..S-1: how many were trained, how many predicted
-    their label, how many did with all slots before them right · blocks () how many blocks.
+    loss () sum of w*l · blocks () how many blocks · terms (4,) sums of w times each of TERMS · top (2,) labels among
+    the drafter's best TOP tokens · compared, agreed () labels, and those that are the verifier's argmax, where the two
+    were compared · trained, correct, accepted (S-1,) per slot 1..S-1: how many were trained, how many predicted their
+    label, how many did with all slots before them right.
     """
 
     loss: Tensor
+    blocks: Tensor
+    compared: Tensor
+    agreed: Tensor
+    terms: Tensor
+    top: Tensor
     trained: Tensor
     correct: Tensor
     accepted: Tensor
-    blocks: Tensor
 
     def packed(self) -> Tensor:
         """One flat tensor, for one all-reduce."""
-        return torch.cat([self.loss[None], self.blocks[None], self.trained, self.correct, self.accepted])
+        return torch.cat([getattr(self, field.name).flatten() for field in fields(self)])
 
     @classmethod
     def unpacked(cls, flat: Tensor) -> "BlockSums":
         """The inverse of `packed`."""
-        trained, correct, accepted = flat[2:].chunk(3)
-        return cls(flat[0], trained, correct, accepted, flat[1])
+        fixed, slots = flat[: cls.size(1)].split((1, 1, 1, 1, len(TERMS), len(TOP))), flat[cls.size(1) :].chunk(3)
+        loss, blocks, compared, agreed = (part[0] for part in fixed[:4])
+        return cls(loss, blocks, compared, agreed, *fixed[4:], *slots)
+
+    @staticmethod
+    def size(block_size: int) -> int:
+        """Numbers in `packed`."""
+        return 4 + len(TERMS) + len(TOP) + 3 * (block_size - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class VerifierStates:
+    """What gives the verifier's logits at any position of a row.
+
+    states (T, H') last residuals · anchors (A,) on the CPU · logits (n, H') -> (n, V), scaled and capped as the
+    verifier's are.
+    """
+
+    states: Tensor
+    anchors: Ints
+    logits: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Whole blocks: their trained slots' hidden states (n, H), labels (n,), and where they lie in (blocks, S-1)."""
+    """Whole blocks.
 
-    hidden: Tensor
+    rows: their trained slots among the N · labels (n,) the data's · block, slot (n,) where they lie in the grid
+    (blocks, S-1) · positions (m,) the different positions that they predict from, source (n,) which of them.
+    """
+
+    rows: slice
     labels: Tensor
     block: Tensor
     slot: Tensor
-    shape: tuple[int, int]
+    grid: tuple[int, int]
+    positions: Tensor | None = None
+    source: Tensor | None = None
 
     def spread(self, values: Tensor, fill: float) -> Tensor:
         """(n,) -> (blocks, S-1), `fill` in untrained slots."""
-        grid = values.new_full(self.shape, fill)
+        grid = values.new_full(self.grid, fill)
         grid[self.block, self.slot] = values
         return grid
 
 
 def slot_weights(chunk: Chunk, label_logp: Tensor, spec: LossSpec) -> Tensor:
-    """(n,) weights without gradient. label_logp (n,) fp32: log probability of each slot's label."""
+    """(n,) weights without gradient. label_logp (n,): log probability of each slot's label."""
     if spec.weights == "decay":
-        fixed = torch.as_tensor(spec.decay(chunk.shape[1] + 1), device=label_logp.device, dtype=label_logp.dtype)
+        fixed = torch.as_tensor(spec.decay(chunk.grid[1] + 1), device=label_logp.device, dtype=label_logp.dtype)
         return fixed[chunk.slot]
     smooth = (1 - spec.alpha) * label_logp.exp() + spec.alpha
     reach = chunk.spread(smooth, 1.0).cumprod(dim=1) * chunk.spread(torch.ones_like(smooth), 0.0)
     return reach.flip(1).cumsum(1).flip(1)[chunk.block, chunk.slot]
 
 
-def chunk_sums(chunk: Chunk, weighted: Tensor, right: Tensor) -> BlockSums:
-    """weighted (n,) w*l, right (n,) bool, in the order of the chunk."""
-    grid = chunk.spread(right.float(), 0.0)
-    trained = chunk.spread(torch.ones_like(grid[chunk.block, chunk.slot]), 0.0).sum(0)
-    blocks = weighted.new_full((), chunk.shape[0])
-    return BlockSums(weighted.sum(), trained, grid.sum(0), grid.cumprod(1).sum(0), blocks)
+def chunk_sums(chunk: Chunk, weights: Tensor, values: Tensor, ranks: Tensor, spec: LossSpec) -> BlockSums:
+    """weights (n,), values (n, 4) and ranks (n,) of `softmax_loss_`, in the order of the chunk."""
+    terms = (weights[:, None] * values).sum(0)
+    loss = terms @ terms.new_tensor(spec.terms)
+    right = chunk.spread((ranks == 0).to(values.dtype), 0.0)
+    trained = chunk.spread(torch.ones_like(weights), 0.0).sum(0)
+    top = torch.stack([(ranks < k).sum() for k in TOP]).to(values.dtype)
+    none = torch.zeros_like(loss)
+    blocks = torch.full_like(loss, chunk.grid[0])
+    return BlockSums(loss, blocks, none, none, terms, top, trained, right.sum(0), right.cumprod(1).sum(0))
 
 
-def chunks(
-    hidden: Tensor, labels: Tensor, trained: npt.NDArray[np.int32], chunk_slots: int
-) -> Iterator[tuple[Tensor, Chunk]]:
+@functools.cache
+def chosen_chunk(device: torch.device, row_bytes: int) -> int:
+    """Logit rows at once where the configuration leaves them open, a power of two; chosen once in a process.
+
+    On a GPU it depends on the memory that is free at the first step, but only where that is short.
+    """
+    limit = CHUNK_BYTES["cuda" if device.type == "cuda" else "cpu"]
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        limit = min(limit, (torch.cuda.mem_get_info(device)[0] + unused) // FREE_SHARE)
+    return fitting_rows(limit, row_bytes)
+
+
+def fitting_rows(limit: int, row_bytes: int) -> int:
+    """The largest power of two of rows that fit `limit` bytes, within CHUNK_SLOTS."""
+    least, most = CHUNK_SLOTS
+    return min(most, 1 << max(limit // row_bytes, least).bit_length() - 1)
+
+
+def chunks(labels: Tensor, trained: Mask, chunk_slots: int, anchors: Ints | None) -> Iterator[Chunk]:
     """Splits a row into chunks of whole blocks with at most about `chunk_slots` trained slots.
 
-    Untrained slots (slot 0 among them) are left out here, before the head. All bounds come from `trained`, which is
-    on the CPU, so nothing waits for the device.
-
-    Yields:
-        index (n,) rows of `hidden`, and the chunk.
+    Blocks ascend by anchor, so that a position that several blocks predict from falls into one chunk, or two at a
+    border. All bounds come from `trained` and `anchors`, which are on the CPU, so nothing waits for the device.
     """
-    count, size = labels.shape
-    on = np.arange(1, size) <= trained[:, None]  # (A, S-1)
-    ends = np.cumsum(on.sum(1))
+    count, width = trained.shape
+    ends = np.cumsum(trained.sum(1))
     start = 0
     while start < count:
-        used = ends[start - 1] if start else 0
+        used = int(ends[start - 1]) if start else 0
         stop = max(start + 1, int(np.searchsorted(ends, used + chunk_slots, side="right")))
-        block, slot = (torch.from_numpy(a).to(hidden.device, non_blocking=True) for a in np.nonzero(on[start:stop]))
-        index = (start + block) * size + slot + 1
-        flat = labels.flatten().index_select(0, index).long()
-        yield index, Chunk(hidden.index_select(0, index), flat, block, slot, (stop - start, size - 1))
+        block, slot = np.nonzero(trained[start:stop])
+        arrays = [block, slot, (start + block) * (width + 1) + slot + 1]
+        if anchors is not None:
+            arrays += np.unique(anchors[start + block] + slot, return_inverse=True)  # slot 0 here is slot 1
+        on_device = [torch.from_numpy(array).to(labels.device, non_blocking=True) for array in arrays]
+        own = labels.flatten().index_select(0, on_device[2]).int()
+        places = (on_device[3], on_device[4].int()) if anchors is not None else (None, None)
+        grid, rows = (stop - start, width), slice(used, int(ends[stop - 1]))
+        yield Chunk(rows, own, on_device[0], on_device[1], grid, *places)
         start = stop
 
 
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Loss with the gradient of the hidden states made in the forward."""
+@dataclass(frozen=True, slots=True)
+class Job:
+    """The arguments of `drafter_loss` that have no gradient."""
+
+    head: Tensor
+    labels: Tensor
+    trained: Mask
+    spec: LossSpec
+    verifier: VerifierStates | None
+
+    def chunks(self) -> Iterator[Chunk]:
+        row_bytes = len(self.head) * self.head.element_size() * (2 if self.verifier is not None else 1)
+        size = self.spec.chunk_slots or chosen_chunk(self.head.device, row_bytes)
+        anchors = self.verifier.anchors if self.verifier is not None else None
+        return chunks(self.labels, self.trained, size, anchors)
+
+    def verifier_logits(self, chunk: Chunk) -> Tensor:
+        """(m, V) at the chunk's positions."""
+        assert self.verifier is not None and chunk.positions is not None
+        logits = self.verifier.logits(self.verifier.states.index_select(0, chunk.positions))
+        if logits.shape[1] != len(self.head):
+            raise ValueError(
+                f"the verifier's logits are {logits.shape[1]} wide, wanted {len(self.head)} as the drafter's; give "
+                "them over the drafter's vocabulary"
+            )
+        return logits.to(self.head.dtype)
+
+    def targets(self, chunk: Chunk, *, compare: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The chunk's labels (n,), the verifier's logits (m, V) if it has any, and if `compare`, () how many of the
+        data's labels are the verifier's argmax."""
+        if self.verifier is None:
+            return chunk.labels, None, None
+        logits = self.verifier_logits(chunk)
+        hard = self.spec.labels == "verifier"
+        if not hard and not compare:
+            return chunk.labels, logits, None
+        own = logits.argmax(1).int()[chunk.source]
+        return own if hard else chunk.labels, logits, (own == chunk.labels).sum() if compare else None
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """The loss with the gradient of the hidden states made in the forward."""
 
     @staticmethod
-    def forward(ctx, hidden, head, labels, trained, spec, scale):  # type: ignore[no-untyped-def]
-        grad = torch.zeros_like(hidden)
-        total = hidden.new_zeros(2 + 3 * (labels.shape[1] - 1), dtype=torch.float32)
-        for index, chunk in chunks(hidden, labels, trained, spec.chunk_slots):
-            logits = (chunk.hidden @ head.T).float()
-            right = logits.argmax(dim=1) == chunk.labels
-            norm = logits.logsumexp(dim=1)
-            label_logp = logits.gather(1, chunk.labels[:, None])[:, 0] - norm
-            weights = slot_weights(chunk, label_logp, spec)
-            total += chunk_sums(chunk, -weights * label_logp, right).packed()
-            probs = logits.sub_(norm[:, None]).exp_()
-            probs.scatter_add_(1, chunk.labels[:, None], probs.new_full((len(probs), 1), -1.0))
-            grad[index] = (probs.mul_((weights * scale)[:, None]).to(head.dtype) @ head).to(grad.dtype)
+    def forward(ctx: Any, hidden: Tensor, scale: Tensor, job: Job) -> tuple[Tensor, Tensor]:
+        training, head = ctx.needs_input_grad[0], job.head
+        statistics = torch.promote_types(head.dtype, torch.float32)
+        grad = torch.zeros_like(hidden) if training else None
+        total = hidden.new_zeros(BlockSums.size(job.labels.shape[1]), dtype=statistics)
+        for chunk in job.chunks():
+            labels, verifier, agreed = job.targets(chunk, compare=not training)
+            part = hidden[chunk.rows].to(head.dtype)
+            logits = torch.mm(part, head.T, out=empty_logits(len(part), len(head), head))
+            values, ranks = softmax_loss_(
+                logits, labels, job.spec.terms, verifier, chunk.source, kernel=job.spec.kernel
+            )
+            weights = slot_weights(chunk, -values[:, 0], job.spec)
+            sums = chunk_sums(chunk, weights, values, ranks, job.spec).packed()
+            if agreed is not None:
+                sums[2], sums[3] = len(labels), agreed
+            total += sums
+            if grad is not None:
+                torch.mul(logits @ head, (weights * scale)[:, None], out=grad[chunk.rows])
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(total)
         return total[0] * scale, total
 
     @staticmethod
-    def backward(ctx, grad_loss, _):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
         (grad,) = ctx.saved_tensors
-        return grad * grad_loss.to(grad.dtype), None, None, None, None, None
+        return grad * grad_loss.to(grad.dtype), None, None
 
 
 def drafter_loss(
-    hidden: Tensor, head: Tensor, labels: Tensor, trained: npt.NDArray[np.int32], spec: LossSpec, scale: Tensor
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    trained: Mask,
+    spec: LossSpec,
+    scale: Tensor,
+    verifier: VerifierStates | None = None,
 ) -> tuple[Tensor, BlockSums]:
     """The loss of one row and its sums.
 
     Args:
-        hidden: (A*S, H) drafter output after its final norm.
-        head: (V, H), frozen.
-        labels: (A, S) token ids; label k is what slot k must predict; column 0 and untrained slots are not read.
-        trained: (A,) int32 on the CPU: slots 1..trained[j] are trained.
-        spec: weights and chunking.
+        hidden: (N, H) drafter output of the trained slots (`kept_slots`), after its final norm.
+        head: (V, H), frozen; its dtype, or autocast's, is the one that the logits have.
+        labels: (A, S) the data's token ids; label k is what slot k must predict; untrained slots are not read.
+        trained: (A, S-1) on the CPU: which of slots 1..S-1 are trained.
+        spec: terms, weights and chunking.
         scale: () factor of the sum, 1/Z (times what the engine divides by).
+        verifier: wanted where `spec.needs_verifier`; without a gradient to make, it is also compared with the labels.
 
     Returns:
-        scale * sum(w l), differentiable in `hidden` alone, and the row's `BlockSums`.
+        scale * sum(w l), differentiable in `hidden` alone, and the row's `BlockSums`. Repeats bit for bit for one chunk
+        size; another one changes it by rounding alone.
     """
-    loss, total = ChunkedCrossEntropy.apply(hidden, head, labels, trained, spec, scale)
+    _check(hidden, trained, spec, verifier)
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        head = head.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
+        loss, total = ChunkedLoss.apply(hidden, scale, Job(head, labels, trained, spec, verifier))
     return loss, BlockSums.unpacked(total)
 
 
+def _check(hidden: Tensor, trained: Mask, spec: LossSpec, verifier: VerifierStates | None) -> None:
+    if len(hidden) != trained.sum():
+        raise ValueError(
+            f"hidden has {len(hidden)} rows, wanted the {trained.sum()} trained slots; index by kept_slots"
+        )
+    if spec.needs_verifier and verifier is None:
+        raise ValueError("a soft term or the verifier's labels need its states, got none; give `verifier`")
+
+
 def drafter_loss_reference(
-    hidden: Tensor, head: Tensor, labels: Tensor, trained: npt.NDArray[np.int32], spec: LossSpec, scale: Tensor
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    trained: Mask,
+    spec: LossSpec,
+    scale: Tensor,
+    verifier: VerifierStates | None = None,
 ) -> tuple[Tensor, BlockSums]:
     """The text-book form of `drafter_loss` for A >= 1: all logits at once, gradient by autograd."""
-    _, chunk = next(chunks(hidden, labels, trained, chunk_slots=labels.numel()))
-    losses = F.cross_entropy((chunk.hidden @ head.T).float(), chunk.labels, reduction="none")
+    _check(hidden, trained, spec, verifier)
+    job = Job(head, labels, trained, spec, verifier)
+    (chunk,) = chunks(labels, trained, trained.size + 1, verifier.anchors if verifier is not None else None)
+    targets, other, agreed = job.targets(chunk, compare=not hidden.requires_grad)
+    logits = (hidden @ head.T).to(torch.promote_types(head.dtype, torch.float32))
+    values = term_values(logits, targets.long(), other[chunk.source].to(logits) if other is not None else None)
     with torch.no_grad():
-        weights = slot_weights(chunk, -losses, spec)
-        right = (chunk.hidden @ head.T).argmax(dim=1) == chunk.labels
-        sums = chunk_sums(chunk, weights * losses, right)
-    return (weights * losses).sum() * scale, sums
+        weights = slot_weights(chunk, -values[:, 0], spec)
+        order = logits.argsort(dim=1, descending=True, stable=True)
+        ranks = (order == targets[:, None]).int().argmax(1)
+        wanted = torch.tensor([True, *map(bool, spec.terms[1:])], device=values.device)
+        sums = chunk_sums(chunk, weights, torch.where(wanted, values, 0), ranks, spec).packed()
+        if agreed is not None:
+            sums[2], sums[3] = len(targets), agreed
+    loss = sum(weight * values[:, term] for term, weight in enumerate(spec.terms) if weight)
+    return (weights * loss).sum() * scale, BlockSums.unpacked(sums)
+
+
+def term_values(logits: Tensor, labels: Tensor, verifier: Tensor | None) -> Tensor:
+    """(n, 4) of TERMS by their definitions, differentiable in logits. Soft terms are 0 without `verifier` (n, V)."""
+    log_p = logits.log_softmax(1)
+    ce = -log_p.gather(1, labels[:, None])[:, 0]
+    if verifier is None:
+        return torch.stack([ce, *[torch.zeros_like(ce)] * 3], 1)
+    log_q = verifier.log_softmax(1)
+    p, q = log_p.exp(), log_q.exp()
+    finite_p, finite_q = (x.masked_fill(x == -torch.inf, 0) for x in (log_p, log_q))  # their factor is 0
+    kl = (q * (finite_q - log_p.masked_fill(q == 0, 0))).sum(1)
+    reverse_kl = (p * (finite_p - log_q.masked_fill(p == 0, 0))).sum(1)
+    return torch.stack([ce, kl, reverse_kl, (p - q).abs().sum(1) / 2], 1)

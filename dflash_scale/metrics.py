@@ -11,7 +11,8 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from dflash_scale.loss import BlockSums
+from dflash_scale.loss import TOP, BlockSums
+from dflash_scale.softmax_loss import TERMS
 
 
 def keep_until(path: Path, step: int) -> None:
@@ -72,16 +73,24 @@ def block_metrics(sums: BlockSums, normaliser: float) -> dict[str, Any]:
     """Means of reduced sums.
 
     Returns:
-        loss · accuracy (of trained slots) · acceptance_length (tokens: mean leading correct run of a block, + 1) ·
-        accuracy_by_position and acceptance_by_position, lists over slots 1..S-1 · blocks.
+        loss, and each term that is in it, unweighted: ce, kl, reverse_kl, tv · accuracy (of trained slots) · top_4 and
+        top_8, labels among the drafter's 4 and 8 best tokens · acceptance_length (tokens: mean leading correct run of a
+        block, + 1) · accuracy_by_position and acceptance_by_position, lists over slots 1..S-1 · blocks ·
+        verifier_agreement, the share of labels that are the verifier's argmax, where they were compared.
     """
     blocks = max(float(sums.blocks), 1.0)
     trained = sums.trained.clamp(min=1)
+    slots = float(sums.trained.sum().clamp(min=1))
+    terms = zip(TERMS, sums.terms.tolist(), strict=True)
+    agreement = {"verifier_agreement": float(sums.agreed / sums.compared)} if sums.compared > 0 else {}
     return {
         "loss": float(sums.loss) / max(normaliser, 1e-12),
-        "accuracy": float(sums.correct.sum() / sums.trained.sum().clamp(min=1)),
+        **{name: total / max(normaliser, 1e-12) for name, total in terms if total},
+        "accuracy": float(sums.correct.sum()) / slots,
+        **{f"top_{k}": hits / slots for k, hits in zip(TOP, sums.top.tolist(), strict=True)},
         "acceptance_length": 1.0 + float(sums.accepted.sum()) / blocks,
         "accuracy_by_position": (sums.correct / trained).tolist(),
         "acceptance_by_position": (sums.accepted / blocks).tolist(),
         "blocks": int(sums.blocks),
+        **agreement,
     }

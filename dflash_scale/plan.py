@@ -17,14 +17,17 @@ import torch
 
 from dflash_scale.config import Config, resolve
 from dflash_scale.drafter import Drafter, DrafterSpec, drafter_spec
+from dflash_scale.loss import CHUNK_BYTES, fitting_rows, loss_spec
 from dflash_scale.packer import Place, RowSchedule, Samples, schedule_spec
 from dflash_scale.prompts import Prepared, load_prepared
+from dflash_scale.softmax_loss import SLICE_NUMBERS
 from dflash_scale.stream.wire import Layout
 from dflash_scale.taps import tapped_layers
 from dflash_scale.verifier import VerifierShape, verifier_shape
 
 GPUS_PER_NODE = 8  # what "per node" means in the printout
 ROW_BUFFERS_BESIDES_LOOKAHEAD = 2  # one row ready, one in use (assembler.py)
+TORCH_SLICES = (5, 12)  # fp32 matrices of a slice that plain torch holds at once, without and with soft terms
 ASSUMED_DOCUMENT = 3072  # tokens, where there is no data set yet: the paper's length (arXiv 2602.06036)
 
 
@@ -179,11 +182,21 @@ def attention_bytes(config: Config, spec: DrafterSpec, slots: int) -> int:
 
 
 def loss_bytes(config: Config, spec: DrafterSpec, slots: int, vocabulary: int) -> int:
-    """One chunk's fp32 logits, as much again while they are exponentiated, their gradient in the compute dtype, and
-    the gradient of the hidden states of all slots."""
+    """One chunk's logits, which become their gradient, and the verifier's where they are wanted; the slices of them
+    that plain torch holds in fp32; the gradient of the hidden states of all slots, and in fp32 of the chunk."""
     number = 2 if config.train.precision == "bf16" else 4
-    chunk = min(config.loss.chunk_slots, slots)
-    return chunk * vocabulary * (8 + number) + slots * spec.layers.hidden_size * number
+    chunk = min(chunk_slots(config, vocabulary), slots)
+    matrices = 2 if loss_spec(config).needs_verifier else 1
+    slices = TORCH_SLICES[loss_spec(config).soft] * min(SLICE_NUMBERS, chunk * vocabulary) * 4
+    hidden = spec.layers.hidden_size
+    return matrices * chunk * vocabulary * number + slices + slots * hidden * number + chunk * hidden * (4 + number)
+
+
+def chunk_slots(config: Config, vocabulary: int) -> int:
+    """Slots of a chunk on a GPU with memory to spare."""
+    number = 2 if config.train.precision == "bf16" else 4
+    matrices = 2 if loss_spec(config).needs_verifier else 1
+    return config.loss.chunk_slots or fitting_rows(CHUNK_BYTES["cuda"], matrices * vocabulary * number)
 
 
 def size(count: float) -> str:
@@ -304,7 +317,7 @@ def _memory(plan: Plan) -> Lines:
         ("frozen weights", size(memory.frozen)),
         ("activations", f"{size(memory.activations)} at {slots:,} slots ({plan.anchors:,} anchors, {rows})"),
         ("attention", f"{size(memory.attention)} of {scores}"),
-        ("loss", f"{size(memory.loss)} for chunks of {plan.config.loss.chunk_slots} slots"),
+        ("loss", f"{size(memory.loss)} for chunks of {chunk_slots(plan.config, plan.shape.vocab_size)} slots"),
         ("one row's hidden states", size(memory.row)),
         ("sum", size(memory.total)),
     ]

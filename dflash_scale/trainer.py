@@ -17,7 +17,6 @@ from types import FrameType
 from typing import Any
 
 import deepspeed
-import numpy as np
 import torch
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
@@ -27,7 +26,15 @@ from dflash_scale.assembler import RowBatch
 from dflash_scale.checkpoint import Checkpoints, Position, write_aside
 from dflash_scale.config import Config
 from dflash_scale.drafter import Drafter, DrafterSpec, block_inputs
-from dflash_scale.loss import BlockSums, LossSpec, drafter_loss, normaliser
+from dflash_scale.loss import (
+    BlockSums,
+    VerifierStates,
+    drafter_loss,
+    kept_slots,
+    loss_spec,
+    normaliser,
+    trained_mask,
+)
 from dflash_scale.metrics import JsonLines, Metrics, block_metrics
 from dflash_scale.packer import AnchorSpec, RowPlan, RowSchedule, Samples, plan_row
 from dflash_scale.report import ProgressLine
@@ -138,7 +145,7 @@ class Trainer:
         config = parts.config
         self.parts, self.rank, self.world = parts, dist.get_rank(), dist.get_world_size()
         self.device = parts.engine.device
-        self.loss_spec = LossSpec(config.loss.weights, config.gamma, config.loss.dpace_alpha, config.loss.chunk_slots)
+        self.loss_spec = loss_spec(config)
         self.anchor_spec = AnchorSpec(config.drafter.block_size, config.data.anchors_per_document, config.train.seed)
         self.step = parts.position.step
         self.best = parts.position.best_acceptance_length
@@ -181,7 +188,7 @@ class Trainer:
             plan_row(row, self.parts.samples, self.anchor_spec)
             for row in self.parts.schedule.train_rows(self.rank, step)
         ]
-        mine = sum(normaliser(plan.trained, self.anchor_spec.block_size, self.loss_spec) for plan in plans)
+        mine = sum(self._normaliser(plan) for plan in plans)
         total, stops = agree([mine, float(self.stopping)], self.parts.control)
         if stops:
             return False
@@ -228,25 +235,25 @@ class Trainer:
         self.counts["quarantined"] += len(batch.quarantined)
         return usable
 
-    def _loss(self, batch: RowBatch, scale: Tensor) -> tuple[Tensor, BlockSums]:
+    def _normaliser(self, plan: RowPlan) -> float:
+        return normaliser(trained_mask(plan.trained, self.parts.spec.block_size), self.loss_spec)
+
+    def _loss(self, batch: RowBatch, scale: Tensor, *, compare: bool = False) -> tuple[Tensor, BlockSums]:
+        """The row's loss; `compare` also compares the labels with the verifier's argmax."""
         head, spec, plan = self.parts.head, self.parts.spec, batch.plan
-        doc_ids, positions, anchors, tokens = (
+        trained = trained_mask(plan.trained, spec.block_size)
+        doc_ids, positions, anchors, tokens, kept = (
             torch.from_numpy(array).to(self.device, non_blocking=True)
-            for array in (plan.doc_ids, plan.positions, plan.anchors, plan.block_tokens)
+            for array in (plan.doc_ids, plan.positions, plan.anchors, plan.block_tokens, kept_slots(trained))
         )
         dtype = head.embedding.dtype
         taps = len(spec.layer_ids)
         states = batch.states[:, :taps].reshape(len(positions), taps * spec.context_size).to(dtype)
         slots = block_inputs(head.embedding, tokens[:, 0], spec)
-        hidden = self.parts.engine(slots, states, positions, anchors, doc_ids)
-        labels = tokens if self.parts.config.loss.labels == "data" else self._verifier_labels(batch, anchors)
-        return drafter_loss(hidden, head.weight, labels, plan.trained, self.loss_spec, scale)
-
-    def _verifier_labels(self, batch: RowBatch, anchors: Tensor) -> Tensor:
-        """(A, S) the verifier's argmax for the token of every slot; column 0 is not used."""
-        argmax = self.parts.head.argmax(batch.states[:, -1])
-        slots = torch.arange(-1, self.parts.spec.block_size - 1, device=self.device)
-        return argmax[(anchors[:, None] + slots).clamp(0, max(len(argmax) - 1, 0))]
+        hidden = self.parts.engine(slots, states, positions, anchors, doc_ids, kept)
+        wanted = compare or self.loss_spec.needs_verifier
+        verifier = VerifierStates(batch.states[:, -1], plan.anchors, head.logits) if wanted else None
+        return drafter_loss(hidden, head.weight, tokens, trained, self.loss_spec, scale, verifier)
 
     def _log(self, step: int, lr: float) -> None:
         now, seen = time.perf_counter(), self.interval
@@ -273,19 +280,16 @@ class Trainer:
         """Validates on anchors fixed once; True if the acceptance length is the best so far."""
         started, waited = time.perf_counter(), self.interval.waited
         self.parts.engine.eval()
-        slots = self.parts.spec.block_size - 1
-        sums = torch.zeros(2 + 3 * slots, device=self.device)
-        agreed, normal, one = [0.0, 0.0], 0.0, torch.ones((), device=self.device)
+        sums = torch.zeros(BlockSums.size(self.parts.spec.block_size), device=self.device)
+        normal, one = 0.0, torch.ones((), device=self.device)
         for row in self.parts.schedule.validation_rows(self.rank, self.step):
             batch = self._next_batch(plan_row(row, self.parts.samples, self.anchor_spec))
             self._count(batch, "validated")
-            sums += self._loss(batch, one)[1].packed()
-            normal += normaliser(batch.plan.trained, slots + 1, self.loss_spec)
-            agreed = [a + b for a, b in zip(agreed, self._agreement(batch), strict=True)]
+            sums += self._loss(batch, one, compare=True)[1].packed()
+            normal += self._normaliser(batch.plan)
         dist.all_reduce(sums)
-        normal, same, labels = agree([normal, *agreed], self.parts.control)
+        (normal,) = agree([normal], self.parts.control)
         values = block_metrics(BlockSums.unpacked(sums.cpu()), normal)
-        values["verifier_agreement"] = same / max(labels, 1.0)
         values["seconds"] = time.perf_counter() - started
         best = values["acceptance_length"] > self.best
         self.best = max(self.best, values["acceptance_length"])
@@ -294,15 +298,6 @@ class Trainer:
         self.line.validation(self.step, values)
         self._leave_out(started, waited)
         return best
-
-    def _agreement(self, batch: RowBatch) -> list[float]:
-        """(labels that are the verifier's own argmax, labels): near 1 where the verifier generated the answers; near
-        0 when layers, norm or positions of the streamed states are off."""
-        trained = np.arange(self.parts.spec.block_size) <= batch.plan.trained[:, None]
-        trained[:, 0] = False
-        anchors = torch.from_numpy(batch.plan.anchors).to(self.device)
-        own = self._verifier_labels(batch, anchors).cpu().numpy()
-        return [float((own == batch.plan.block_tokens)[trained].sum()), float(trained.sum())]
 
     def _save(self, best: bool) -> None:
         position = replace(self.parts.position, step=self.step, best_acceptance_length=self.best)

@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
-from dflash_scale.config import DERIVED_DEEPSPEED_KEYS, Config, Server
+from dflash_scale.config import DERIVED_DEEPSPEED_KEYS, Config, LossTerms, Server
 
 PAGE = Path(__file__).with_suffix(".md")
 MARK = "<!-- tables: written by docs/configuration.py -->\n\n"
@@ -46,6 +46,7 @@ def tables() -> str:
     sections: dict[str, Any] = {k: field.annotation for k, field in Config.model_fields.items() if k != "deepspeed"}
     parts = [table(name, model) for name, model in sections.items()]
     parts.insert(list(sections).index("loss"), table("one entry of stream.servers", Server))
+    parts.insert([part.startswith("## loss") for part in parts].index(True) + 1, table("loss.terms", LossTerms))
     refused = [f"| `{key}` | {instead} |" for key, instead in DERIVED_DEEPSPEED_KEYS.items()]
     return "\n".join([*parts, "## Refused in deepspeed", "", "| key | use instead |", "|---|---|", *refused, ""])
 

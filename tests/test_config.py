@@ -6,7 +6,16 @@ import pytest
 
 from dflash_scale.addresses import is_loopback
 from dflash_scale.attention import BACKENDS
-from dflash_scale.config import Config, DrafterSection, default_gamma, load_config, parse_config, resolve
+from dflash_scale.config import (
+    Config,
+    DrafterSection,
+    LossTerms,
+    default_gamma,
+    load_config,
+    parse_config,
+    resolve,
+)
+from dflash_scale.softmax_loss import TERMS
 
 MINIMAL: dict[str, Any] = {"verifier": {"model": "Qwen/Qwen3-8B"}, "data": {"path": "data/qwen3-8b"}}
 
@@ -68,6 +77,7 @@ def test_every_field_is_documented() -> None:
         ({"data": {"lr": 1.0}}, "data.lr: unknown key; did you mean train.lr?"),
         ({"verifer": {}}, "verifer: unknown key; did you mean verifier?"),
         ({"stream": {"servers": [{"htp": "x"}]}}, "did you mean stream.servers[0].http?"),
+        ({"loss": {"terms": {"kld": 1.0}}}, "loss.terms.kld: unknown key; did you mean loss.terms.kl?"),
         ({"train": {"qqqq": 1}}, "known keys here: betas, checkpoint_every, clip"),
     ],
 )
@@ -95,6 +105,12 @@ def test_unknown_key_names_the_nearest(patch: dict[str, Any], text: str) -> None
         ({"data": {"row_tokens": 8}}, "data.row_tokens: got 8, wanted at least drafter.block_size = 16"),
         ({"stream": {"servers": []}}, "stream.servers: got none"),
         ({"stream": {"credit_bytes": 5}}, "stream.server_credit_bytes: got 2147483648, wanted at most"),
+        (
+            {"loss": {"terms": {}}},
+            "loss.terms: got no weight above 0, wanted at least one of ce, kl, reverse_kl and tv",
+        ),
+        ({"loss": {"terms": {"kl": -1.0}}}, "loss.terms.kl: got -1.0, wanted greater than or equal to 0"),
+        ({"loss": {"kernel": "sm90"}}, 'loss.kernel: got "sm90"'),
         ({"deepspeed": {"zero_optimization": {"stage": 4}}}, "deepspeed.zero_optimization.stage: got 4"),
         ({"deepspeed": {"zero_optimization": {"stage": True}}}, "deepspeed.zero_optimization.stage: got true"),
     ],
@@ -242,6 +258,13 @@ def test_gamma_is_the_papers_at_its_block_sizes() -> None:
     values = [default_gamma(size) for size in range(2, 40)]
     assert values == sorted(values)
     assert parse_config({**MINIMAL, "loss": {"gamma": 3.0}}).gamma == 3.0
+
+
+def test_terms_that_are_not_named_have_no_weight() -> None:
+    assert parse_config(MINIMAL).loss.terms.weights == (1.0, 0.0, 0.0, 0.0)
+    terms = {"kl": 0.5, "tv": 0.1}
+    assert parse_config({**MINIMAL, "loss": {"terms": terms}}).loss.terms.weights == (0.0, 0.5, 0.0, 0.1)
+    assert tuple(LossTerms.model_fields) == TERMS  # and in the order of the kernels
 
 
 @pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("configs/*.json")), ids=lambda p: p.name)

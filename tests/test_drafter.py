@@ -58,6 +58,30 @@ def test_slots_see_their_block(causal: bool) -> None:
     assert moved.tolist() == [[False] * 4, [not causal, not causal, True, True], [False] * 4, [False] * 4]
 
 
+@pytest.mark.parametrize("kept", [[1, 2, 5, 9, 10, 11, 13], [3], []])
+def test_kept_slots_have_the_output_and_the_gradients_of_all(kept: list[int]) -> None:
+    spec, drafter = make()
+    drafter.double()
+    given = {name: x.double() if x.is_floating_point() else x for name, x in inputs(spec).items()}
+    rows, direction = torch.tensor(kept, dtype=torch.int64), torch.randn(len(kept), 32, dtype=torch.float64)
+    wanted = drafter(**given)[rows]
+    wanted_gradients = torch.autograd.grad((wanted * direction).sum(), list(drafter.parameters()))
+    got = drafter(**given, kept=rows)
+    gradients = torch.autograd.grad((got * direction).sum(), list(drafter.parameters()))
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    for (name, _), gradient, want in zip(drafter.named_parameters(), gradients, wanted_gradients, strict=True):
+        torch.testing.assert_close(gradient, want, rtol=1e-9, atol=1e-12, msg=f"{name} with {kept}")
+
+
+def test_the_last_mlp_sees_only_the_kept_slots() -> None:
+    spec, drafter = make()
+    seen: list[int] = []
+    for layer in drafter.layers:
+        layer.mlp.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
+    drafter(**inputs(spec), kept=torch.tensor([2, 7]))
+    assert seen == [16, 2]
+
+
 def test_a_row_without_anchors_gives_every_weight_a_zero_gradient() -> None:
     spec, drafter = make()
     given = inputs(spec)

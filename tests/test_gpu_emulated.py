@@ -35,18 +35,18 @@ PLAN = ("starts", "ends", "order", "tile_ranges", "tile_order")
 GRADIENTS = ("dq", "dk_ctx", "dv_ctx", "dk_blk", "dv_blk")
 
 
-def build(name: str, *flags: str) -> Path:
+def build(name: str, *flags: str, source: str = "attention.cpp") -> Path:
     """Compiles the emulated kernels unless that is newer than all it was made from."""
     target = BUILD / name
-    sources = [*(ROOT / "csrc" / "attention").iterdir(), *(ROOT / "tests" / "emulator").iterdir(), Path(__file__)]
+    sources = [*(ROOT / "csrc").rglob("*.*"), *(ROOT / "tests" / "emulator").iterdir(), Path(__file__)]
     if not target.is_file() or target.stat().st_mtime < max(path.stat().st_mtime for path in sources):
         compiler = shutil.which("g++")
         assert compiler is not None, "the emulated kernels need g++"
         BUILD.mkdir(parents=True, exist_ok=True)
         include = (f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'emulator'}")
         aside = target.with_suffix(".tmp")
-        source = ROOT / "tests" / "emulator" / "attention.cpp"
-        subprocess.run([compiler, *FLAGS, *flags, *include, source, "-o", aside], check=True)
+        unit = ROOT / "tests" / "emulator" / source
+        subprocess.run([compiler, *FLAGS, *flags, *include, unit, "-o", aside], check=True)
         aside.rename(target)
     return target
 

@@ -42,14 +42,25 @@ def test_scalars_reach_tensorboard_and_lists_only_the_lines(tmp_path: Path) -> N
 def test_means_of_sums() -> None:
     sums = BlockSums(
         loss=torch.tensor(6.0),
+        blocks=torch.tensor(4.0),
+        compared=torch.tensor(7.0),
+        agreed=torch.tensor(3.5),
+        terms=torch.tensor([4.5, 0.0, 0.0, 3.0]),
+        top=torch.tensor([6.0, 7.0]),
         trained=torch.tensor([4.0, 3.0, 0.0]),
         correct=torch.tensor([3.0, 2.0, 0.0]),
         accepted=torch.tensor([3.0, 1.0, 0.0]),
-        blocks=torch.tensor(4.0),
     )
     means = block_metrics(sums, normaliser=3.0)
-    assert means["loss"] == 2.0
+    assert means["loss"] == 2.0 and means["ce"] == 1.5 and means["tv"] == 1.0
+    assert "kl" not in means and "reverse_kl" not in means
+    assert means["top_4"] == pytest.approx(6 / 7) and means["top_8"] == 1.0
+    assert means["verifier_agreement"] == 0.5
     assert means["accuracy"] == pytest.approx(5 / 7)
     assert means["acceptance_length"] == 2.0
     assert means["accuracy_by_position"] == pytest.approx([0.75, 2 / 3, 0.0])
     assert means["acceptance_by_position"] == [0.75, 0.25, 0.0]
+
+
+def test_no_comparison_with_the_verifier_is_no_agreement() -> None:
+    assert "verifier_agreement" not in block_metrics(BlockSums.unpacked(torch.zeros(BlockSums.size(4))), 1.0)

@@ -74,6 +74,20 @@ def test_the_printout_says_all_of_it() -> None:
         assert expected in text, expected
 
 
+def test_the_loss_holds_a_chunk_and_the_verifiers_where_it_is_wanted() -> None:
+    hidden, vocabulary = 4096, 151936
+    for loss, chunk, matrices, slices in (
+        ({}, 1024, 1, 5),
+        ({"terms": {"kl": 1.0}}, 512, 2, 12),
+        ({"labels": "verifier", "chunk_slots": 100}, 100, 2, 5),
+    ):
+        plan = make_plan(qwen3_8b(loss=loss), 8)
+        wanted = matrices * chunk * vocabulary * 2 + slices * 4 * min(1 << 23, chunk * vocabulary)
+        wanted += plan.anchors * 16 * hidden * 2 + chunk * hidden * 6
+        assert plan.memory.loss == wanted, loss
+        assert f"for chunks of {chunk} slots" in print_plan(plan.config, 8)
+
+
 def test_two_nodes_have_two_receivers() -> None:
     text = print_plan(qwen3_8b(train={"rows_per_step": 16}), 16)
     assert "receivers                2, one per node" in text

@@ -18,12 +18,20 @@ from dflash_scale.trainer import engine_config, lr_factor
 WORKER = Path(__file__).with_name("trainer_worker.py")
 
 
-def settings(rows: int, row_tokens: int, weights: str = "decay", stage: int = 2, **train: object) -> dict:
+# The loss section of each baseline: both weights, and all terms with the verifier's labels.
+LOSSES = {
+    "decay": {"weights": "decay"},
+    "dpace": {"weights": "dpace"},
+    "soft": {"labels": "verifier", "terms": {"ce": 1.0, "kl": 0.5, "reverse_kl": 0.2, "tv": 0.3}},
+}
+
+
+def settings(rows: int, row_tokens: int, loss: str = "decay", stage: int = 2, **train: object) -> dict:
     return {
         "verifier": {"model": "unused"},
         "drafter": {"layers": 2, "block_size": 4},
         "data": {"path": "unused", "row_tokens": row_tokens, "anchors_per_document": 4},
-        "loss": {"weights": weights, "chunk_slots": 5},
+        "loss": {**LOSSES[loss], "chunk_slots": 5},
         "train": {
             "rows_per_step": rows,
             "precision": "fp32",
@@ -60,27 +68,25 @@ def launch(world: int, config: dict, out: Path, *flags: str) -> dict[str, torch.
 @pytest.fixture(scope="module")
 def baseline(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
     """One rank, one document a row, all 12 documents in one optimizer step."""
-    return {
-        weights: launch(1, settings(12, 16, weights), tmp_path_factory.mktemp(weights))
-        for weights in ("decay", "dpace")
-    }
+    return {loss: launch(1, settings(12, 16, loss), tmp_path_factory.mktemp(loss)) for loss in LOSSES}
 
 
 @pytest.mark.parametrize(
-    ("world", "rows", "row_tokens", "weights", "stage"),
+    ("world", "rows", "row_tokens", "loss", "stage"),
     [
         (2, 12, 16, "decay", 2),  # 2 ranks, 6 micro-steps
         (1, 4, 64, "decay", 2),  # several documents a row, and an empty row
         (2, 4, 64, "dpace", 1),
         (2, 12, 16, "dpace", 3),
         (2, 6, 32, "decay", 1),
+        (2, 4, 64, "soft", 2),
     ],
 )
 def test_gradient_is_the_same_however_samples_fall(
-    baseline: dict, tmp_path: Path, world: int, rows: int, row_tokens: int, weights: str, stage: int
+    baseline: dict, tmp_path: Path, world: int, rows: int, row_tokens: int, loss: str, stage: int
 ) -> None:
-    got = launch(world, settings(rows, row_tokens, weights, stage), tmp_path)
-    wanted = baseline[weights]
+    got = launch(world, settings(rows, row_tokens, loss, stage), tmp_path)
+    wanted = baseline[loss]
     gradients = [name for name in wanted if name.startswith("gradient.")]
     assert gradients
     for name in gradients:

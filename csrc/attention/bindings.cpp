@@ -1,19 +1,13 @@
 // Registers the operators of dflash_scale::* and hands their tensors to the kernels as pointers. No logic: the Python
 // layer (dflash_scale/attention.py) checks what users give, and holds fake kernels and autograd.
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <tuple>
 
 #include "attention/attention.h"
 #include "attention/plan.h"
-
-#ifdef DFLASH_CUDA
-// In libtorch_cuda only: weak, so that the library also loads in a CPU-only torch.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
-#endif
+#include "tensors.h"
 
 namespace dflash {
 namespace {
@@ -22,16 +16,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using PlanTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using GradientTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-template <typename T>
-const T* in(const Tensor& t) {
-  STD_TORCH_CHECK(t.is_contiguous(), "dflash_scale: operators take contiguous tensors");
-  return static_cast<const T*>(t.const_data_ptr());
-}
-template <typename T>
-T* out(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
 
 struct PlanOptions {
   int64_t block_size, window, group;
@@ -154,31 +138,13 @@ GradientTensors backward_cpu(Tensor dout, Tensor q, Tensor k_ctx, Tensor v_ctx, 
 }
 
 #ifdef DFLASH_CUDA
-// Makes a tensor's device current and finds its stream.
-class OnDevice {
- public:
-  explicit OnDevice(const Tensor& t) : guard_(t.get_device_index()) {
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "dflash_scale: this torch has no CUDA");
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));
-  }
-  void* stream() const { return stream_; }
-
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
-  void* stream_ = nullptr;
-};
-
-void check_launch(int error, const char* what, int64_t kernel) {
-  STD_TORCH_CHECK(error == 0, "dflash_scale: ", what, " kernel ", kernel, " failed with cudaError ", error);
-}
-
 PlanTensors build_plan_cuda(Tensor anchors, Tensor doc_ids, int64_t block_size, int64_t window, int64_t group) {
   STD_TORCH_CHECK(doc_ids.numel() <= kMaxPlanTokens, "dflash_scale: the CUDA plan takes rows of up to ", kMaxPlanTokens,
                   " tokens, got ", doc_ids.numel());
   const OnDevice device(anchors);
   const PlanOptions options{block_size, window, group};
   PlanTensors plan = empty_plan(anchors, doc_ids, options);
-  check_launch(plan_cuda(plan_args(anchors, doc_ids, options, plan), device.stream()), "plan", 0);
+  check_launch(plan_cuda(plan_args(anchors, doc_ids, options, plan), device.stream()), "plan");
   return plan;
 }
 
@@ -219,7 +185,8 @@ std::tuple<Tensor, Tensor> forward_cuda(Tensor q, Tensor k_ctx, Tensor v_ctx, Te
                            in_gpu(v_blk),
                            out<void>(result),
                            out<float>(lse)};
-  check_launch((kernel == 90 ? forward_sm90 : forward_sm80)(forward, device.stream()), "forward", kernel);
+  check_launch((kernel == 90 ? forward_sm90 : forward_sm80)(forward, device.stream()),
+               kernel == 90 ? "sm90 forward" : "sm80 forward");
   return {result, lse};
 }
 
@@ -255,7 +222,8 @@ GradientTensors backward_cuda(Tensor dout, Tensor q, Tensor k_ctx, Tensor v_ctx,
   backward.dv_ctx = out<void>(dv_ctx);
   backward.dk_blk = out<void>(dk_blk);
   backward.dv_blk = out<void>(dv_blk);
-  check_launch((kernel == 90 ? backward_sm90 : backward_sm80)(backward, device.stream()), "backward", kernel);
+  check_launch((kernel == 90 ? backward_sm90 : backward_sm80)(backward, device.stream()),
+               kernel == 90 ? "sm90 backward" : "sm80 backward");
   return grads;
 }
 #endif

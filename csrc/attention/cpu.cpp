@@ -8,28 +8,19 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <atomic>
-#include <cstdlib>
-#include <string_view>
 #include <vector>
 
 #include "attention/group.h"
+#include "isa.h"
 
 namespace dflash {
 namespace {
 
-// The widest instruction set that this CPU has, or less where ATEN_CPU_CAPABILITY says so: torch's own variable, so
-// that one setting holds for torch and for us.
 template <typename Acc>
 TileRoutines<Acc> choose_routines() {
 #if defined(__x86_64__)
-  const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
-  const std::string_view limit = variable != nullptr ? variable : "avx512";
-  // The same features as the flags that setup.py compiles tile_isa.cpp with.
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl");
-  if (avx512 && limit != "avx2" && limit != "default") return avx512::routines<Acc>();
-  if (avx2 && limit != "default") return avx2::routines<Acc>();
+  if (instruction_set() == InstructionSet::kAvx512) return avx512::routines<Acc>();
+  if (instruction_set() == InstructionSet::kAvx2) return avx2::routines<Acc>();
 #endif
   return baseline::routines<Acc>();
 }

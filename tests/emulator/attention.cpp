@@ -1,32 +1,11 @@
 // The GPU kernels on the emulated machine, callable from Python (tests/test_gpu_emulated.py). All memory is the host's.
-#include <cstdio>
-
 #include "attention/sm80_backward.cu"
 #include "attention/sm80_forward.cu"
 #include "attention/sm90_backward.cu"
 #include "attention/sm90_forward.cu"
+#include "run.h"
 
 using namespace dflash;
-
-namespace {
-
-std::string failure;
-
-// Runs on a machine whose choices follow from the seed; returns what went wrong, or nullptr.
-template <typename Run>
-const char* emulate(unsigned seed, const Run& run) {
-  try {
-    gpu::machine().random.seed(seed);
-    const int error = run();
-    if (error == 0) return nullptr;
-    failure = "the launcher returned " + std::to_string(error);
-  } catch (const std::exception& error) {
-    failure = error.what();
-  }
-  return failure.c_str();
-}
-
-}  // namespace
 
 extern "C" {
 

@@ -1,0 +1,287 @@
+"""The loss of rows of logits: each implementation, and the GPU kernel's source on the emulated GPU, in float64's light.
+
+On a machine with a GPU the compiled CUDA kernel runs the same cases; what it needs to be called proven.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dflash_scale.loss import term_values
+from dflash_scale.softmax_loss import COMPILED, TERMS, choose, empty_logits, softmax_loss_
+from tests.test_gpu_emulated import ROOT, Guarded, build
+
+HALVES = (torch.bfloat16, torch.float16)
+NUMBER = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
+
+
+class Arguments(ctypes.Structure):
+    """`SoftmaxLoss` of csrc/loss/softmax.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("rows", "vocabulary", "stride", "verifier_stride")),
+        ("number", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("logits", "labels", "verifier", "verifier_rows")),
+        ("weights", ctypes.c_float * len(TERMS)),
+        *((name, ctypes.c_void_p) for name in ("values", "ranks")),
+    )
+
+
+@functools.cache
+def emulated_kernel() -> ctypes._CFuncPtr:
+    entry = ctypes.CDLL(str(build("loss.so", "-O2", source="loss.cpp"))).softmax_loss
+    entry.restype, entry.argtypes = ctypes.c_char_p, (ctypes.POINTER(Arguments), ctypes.c_uint)
+    return entry
+
+
+@dataclass(frozen=True)
+class Case:
+    """kind: how the logits look, "far" is near each other and far from 0."""
+
+    rows: int = 3
+    others: int = 2
+    vocabulary: int = 37
+    weights: tuple[float, ...] = (1.0, 0.0, 0.0, 0.0)
+    kind: str = "random"
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """logits (n, V), labels (n,), the verifier's logits (U, V), rows (n,)."""
+        torch.manual_seed(self.seed)
+        scale = {"random": 3.0, "equal": 0.0, "huge": 1e4, "far": 3.0, "masked": 2.0}[self.kind]
+        shift = 1e4 if self.kind == "far" else 1.0
+        z, u = (
+            torch.randn(n, self.vocabulary, dtype=torch.float64) * scale + torch.randn(n, 1) * shift
+            for n in (self.rows, self.others)
+        )
+        labels = torch.randint(0, self.vocabulary, (self.rows,)).int()
+        if self.kind == "masked":  # the same columns in both, never all, and sometimes a whole row but one
+            hidden = torch.rand(self.vocabulary) < torch.rand(())
+            hidden[torch.randint(0, self.vocabulary, ())] = False
+            z[:, hidden], u[:, hidden] = -torch.inf, -torch.inf
+        rows = torch.randint(0, self.others, (self.rows,)).int()
+        return z.to(self.dtype), labels, u.to(self.dtype), rows
+
+
+def reference(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """values, ranks and gradient in float64."""
+    z, labels, u, rows = case.tensors()
+    z = z.double().requires_grad_()
+    values = term_values(z, labels.long(), u.double()[rows.long()])
+    weights = torch.tensor(case.weights, dtype=torch.float64)
+    (values * weights).nansum().backward()  # 0 * inf, where a term without a weight is infinite
+    wanted = torch.tensor([True, *map(bool, case.weights[1:])])
+    order = z.detach().argsort(dim=1, descending=True, stable=True)
+    assert z.grad is not None
+    return torch.where(wanted, values.detach(), 0), (order == labels[:, None]).int().argmax(1), z.grad
+
+
+def near_ties(case: Case) -> bool:
+    """Whether tv's gradient depends on rounding: probabilities that are nearly, but not exactly, the same."""
+    z, _, u, rows = case.tensors()
+    log_p, log_q = z.double().log_softmax(1), u.double()[rows.long()].log_softmax(1)
+    apart = (log_p - log_q).abs()
+    return bool(case.weights[3] and ((apart < 1e-5 * (1 + log_p.abs())) & (apart > 0)).any())
+
+
+def run(kernel: str, case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    z, labels, u, rows = case.tensors()
+    if kernel == "emulated":
+        return run_emulated(case)
+    device = "cuda" if kernel == "cuda" else "cpu"
+    logits = empty_logits(*z.shape, z.to(device)).copy_(z)
+    soft = (u.to(device), rows.to(device)) if any(case.weights[1:]) else (None, None)
+    values, ranks = softmax_loss_(logits, labels.to(device), case.weights, *soft, kernel=kernel)
+    return values.cpu(), ranks.cpu(), logits.cpu()
+
+
+def run_emulated(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows start at multiples of 16 bytes; what lies between them, and around all buffers, has to stay."""
+    z, labels, u, rows = case.tensors()
+    packet = 16 // z.element_size()
+    width = -(-case.vocabulary // packet) * packet
+    buffers = [Guarded(torch.full((len(x), width), torch.nan, dtype=x.dtype)) for x in (z, u)]
+    for buffer, x in zip(buffers, (z, u), strict=True):
+        buffer.tensor[:, : case.vocabulary] = x
+    others = [Guarded(labels), Guarded(rows), Guarded.poisoned((case.rows, len(TERMS)), torch.float32)]
+    others.append(Guarded(torch.full((case.rows,), -7, dtype=torch.int32)))
+    at = [buffer.tensor.data_ptr() for buffer in (*buffers, *others)]
+    arguments = Arguments(
+        *(case.rows, case.vocabulary, width, width, NUMBER[case.dtype], at[0], at[2]),
+        *((at[1], at[3]) if any(case.weights[1:]) else (None, None)),
+        *((ctypes.c_float * len(TERMS))(*case.weights), at[4], at[5]),
+    )
+    failure = emulated_kernel()(ctypes.byref(arguments), case.seed & 0xFFFFFFFF)
+    assert failure is None, f"{failure.decode()} in {case}"
+    assert all(buffer.intact() for buffer in (*buffers, *others)), f"wrote past a buffer in {case}"
+    assert buffers[0].tensor[:, case.vocabulary :].isnan().all(), f"wrote between the rows in {case}"
+    return others[2].tensor, others[3].tensor, buffers[0].tensor[:, : case.vocabulary]
+
+
+def check(kernel: str, case: Case) -> None:
+    wanted_values, wanted_ranks, wanted = reference(case)
+    values, ranks, gradient = run(kernel, case)
+    statistics = 1e-12 if case.dtype == torch.float64 else 2e-5
+    text = f"{kernel} {case}"
+    torch.testing.assert_close(values.double(), wanted_values, rtol=statistics, atol=statistics, msg=f"values {text}")
+    assert ranks.tolist() == wanted_ranks.tolist(), f"ranks {text}"
+    rounding, size = ROUNDING[case.dtype], max(1.0, sum(case.weights))
+    # What the terms' factors lose where logits are huge, and what fp16 has left below its normal numbers.
+    floor = size * (1e-12 if case.dtype == torch.float64 else 2e-3 if case.kind == "huge" else 4e-6)
+    torch.testing.assert_close(gradient.double(), wanted, rtol=rounding, atol=floor, msg=f"gradient {text}")
+
+
+def draw_case(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...], most: int) -> Case:
+    return Case(
+        rows=draw(st.integers(1, 5)),
+        others=draw(st.integers(1, 3)),
+        vocabulary=draw(st.integers(1, most)),
+        weights=tuple(draw(st.sampled_from([0.0, 0.0, 1.0, 0.3])) for _ in TERMS),
+        kind=draw(st.sampled_from(["random", "equal", "huge", "far", "masked"])),
+        dtype=draw(st.sampled_from(dtypes)),
+        seed=draw(st.integers(0, 2**31)),
+    )
+
+
+ALL = (0.5, 0.4, 0.3, 0.2)
+cpu_cases = st.composite(draw_case)((torch.float32, torch.bfloat16), 300)
+torch_cases = st.composite(draw_case)((torch.float64, torch.float32, *HALVES), 300)
+gpu_cases = st.composite(draw_case)((torch.float32, *HALVES), 2100)
+
+
+@given(cpu_cases)
+@settings(max_examples=300, deadline=None)
+@example(Case(2, 1, 262144, ALL))
+@example(Case(2, 1, 262144, (1.0, 0.0, 0.0, 0.0), "random", torch.bfloat16))
+@example(Case(2, 1, 300, (1.0, 0.5, 0.3, 0.0), "far"))
+def test_cpu_operator(case: Case) -> None:
+    assume(not near_ties(case))
+    check("cpu", case)
+
+
+@given(torch_cases)
+@settings(max_examples=200, deadline=None)
+@example(Case(2, 1, 262144, ALL, "random", torch.float64))
+def test_plain_torch(case: Case) -> None:
+    assume(not near_ties(case))
+    check("torch", case)
+
+
+@given(gpu_cases)
+@settings(max_examples=120, deadline=None)
+@example(Case(1, 1, 9001, ALL))
+@example(Case(1, 1, 262144, ALL, "random", torch.bfloat16))
+@example(Case(1, 1, 16387, (1.0, 0.0, 0.0, 0.0), "masked", torch.float16))
+@example(Case(2, 1, 300, (1.0, 0.5, 0.3, 0.0), "far"))
+def test_emulated_kernel(case: Case) -> None:
+    assume(not near_ties(case))
+    check("emulated", case)
+
+
+@pytest.mark.skipif(not (torch.cuda.is_available() and COMPILED["cuda"]), reason="needs a GPU and the CUDA kernel")
+@given(gpu_cases)
+@settings(max_examples=200, deadline=None)
+@example(Case(5, 2, 151936, ALL, "random", torch.bfloat16))
+@example(Case(5, 2, 262144, ALL, "random", torch.bfloat16))
+def test_cuda_kernel(case: Case) -> None:
+    assume(not near_ties(case))
+    check("cuda", case)
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "torch", "emulated"])
+@pytest.mark.parametrize("label", [-1, 37, 2**31 - 1])
+def test_a_label_that_is_no_token_makes_its_row_nan_and_touches_no_other(kernel: str, label: int) -> None:
+    class Broken(Case):
+        def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            z, labels, u, rows = super().tensors()
+            labels[1] = label
+            return z, labels, u, rows
+
+    values, _, gradient = run(kernel, Broken(weights=ALL))
+    wanted_values, _, wanted = run(kernel, Case(weights=ALL))
+    assert values[1, 0].isnan() and gradient[1].isnan().all()
+    for row in (0, 2):
+        assert torch.equal(values[row], wanted_values[row]) and torch.equal(gradient[row], wanted[row])
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "torch", "emulated"])
+def test_a_nan_among_the_logits_is_not_hidden(kernel: str) -> None:
+    class Poisoned(Case):
+        def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            z, labels, u, rows = super().tensors()
+            z[1, (int(labels[1]) + 1) % self.vocabulary] = torch.nan
+            return z, labels, u, rows
+
+    values, _, gradient = run(kernel, Poisoned())
+    assert values[1, 0].isnan() and gradient[1].isnan().any() and not gradient[0].isnan().any()
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "emulated"])
+def test_the_result_repeats_bit_for_bit(kernel: str) -> None:
+    case = Case(6, 3, 9001 if kernel == "cpu" else 1001, ALL, "random", torch.bfloat16)
+    first = run(kernel, case)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:  # the emulated machine takes its turns by the seed
+        second = run(kernel, case) if kernel == "cpu" else run_other_order(case)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def run_other_order(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    class Reordered(Case):
+        def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            return case.tensors()
+
+    return run_emulated(Reordered(**{**vars(case), "seed": case.seed + 1}))
+
+
+@pytest.mark.parametrize("limit", ["default", "avx2"])
+def test_narrower_instruction_sets(limit: str) -> None:
+    """Smaller CPUs run other builds of the same source; torch's own variable asks for them here."""
+    code = (
+        "import torch; from tests.test_softmax_loss import ALL, Case, check;"
+        "[check('cpu', Case(3, 2, 301, ALL, kind, dtype, 4)) for kind in ('random', 'huge', 'far', 'masked', 'equal')"
+        " for dtype in (torch.float32, torch.bfloat16)]"
+    )
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": limit, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, timeout=300)
+
+
+def test_operator_contract() -> None:
+    z, labels, u, rows = Case(vocabulary=11).tensors()
+    operator = torch.ops.dflash_scale.softmax_loss_
+    torch.library.opcheck(operator, (z, labels, u, rows, list(ALL)), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_the_choice_is_never_silent() -> None:
+    z = torch.zeros(1, 4)
+    assert choose("auto", z) == "cpu" and choose("torch", z) == "torch"
+    assert choose("auto", z.double()) == "torch" and choose("auto", z.half()) == "torch"
+    with pytest.raises(ValueError, match=r'loss\.kernel: got "cuda", which does not run on cpu; use "auto" or "torch"'):
+        choose("cuda", z)
+    with pytest.raises(ValueError, match=r'got "cpu", which takes float32, bfloat16, got torch\.float64'):
+        choose("cpu", z.double())
+    with pytest.raises(ValueError, match=r'got "sm90", which is none of auto, cuda, cpu, torch'):
+        choose("sm90", z)
+
+
+def test_without_weights_of_soft_terms_the_verifier_is_not_read() -> None:
+    case = replace(Case(), others=1)
+    z, labels, _, _ = case.tensors()
+    values, _ = softmax_loss_(z, labels, (2.0, 0.0, 0.0, 0.0))
+    assert not values[:, 1:].any() and values[:, 0].all()
