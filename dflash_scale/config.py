@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from dflash_scale.addresses import check_address
 from dflash_scale.config_errors import explain
+from dflash_scale.rope import check_rope
 
 GIB = 1 << 30
 
@@ -76,6 +77,11 @@ class DrafterSection(Section):
     heads: Positive | None = Field(default=None, description="Query heads; null = the verifier's.")
     kv_heads: Positive | None = Field(default=None, description="Key and value heads; null = the verifier's.")
     head_dim: Positive | None = Field(default=None, description="Numbers per head; null = the verifier's.")
+    rope_parameters: dict[str, str | int | float | bool] | None = Field(
+        default=None,
+        description="Rotary embedding, as Transformers 5 writes it: rope_type default, linear, llama3 or yarn, "
+        "rope_theta and what the type needs; null = the verifier's, of its full attention layers.",
+    )
     mask_token_id: Annotated[int, Field(ge=0)] | None = Field(
         default=None,
         description="Token id of the mask slots; null = the tokenizer's mask token or an unused embedding row.",
@@ -114,6 +120,8 @@ class DrafterSection(Section):
                 f"drafter.sliding_window: got {self.sliding_window}, wanted null because no entry of "
                 "drafter.layer_types is sliding_attention; name the sliding layers there or drop the window"
             )
+        if self.rope_parameters is not None:
+            check_rope(self.rope_parameters)
         if self.heads and self.kv_heads and self.heads % self.kv_heads:
             raise ValueError(
                 f"drafter.heads: got {self.heads}, wanted a multiple of drafter.kv_heads = {self.kv_heads}; "

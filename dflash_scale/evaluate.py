@@ -29,7 +29,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
 from dflash_scale.acceptance import Acceptance
 from dflash_scale.drafter import Drafter, DrafterSpec, block_inputs
@@ -37,6 +37,7 @@ from dflash_scale.evaluate_vllm import ServerSpec, answer_prompts
 from dflash_scale.export import load_drafter
 from dflash_scale.packer import pack
 from dflash_scale.prompts import load_prepared
+from dflash_scale.taps import causal_model
 
 log = logging.getLogger(__name__)
 
@@ -274,8 +275,7 @@ def evaluate(spec: EvaluateSpec) -> Evaluation:
     prompts = read_prompts(spec.prompts, spec.count)
     drafter = load_drafter(spec.drafter).to(spec.device)
     size, limit = drafter.spec.block_size, spec.max_new_tokens
-    model: Any = AutoModelForCausalLM.from_pretrained(spec.verifier, dtype=torch.float32)
-    verifier = GreedyVerifier(model.to(spec.device).eval(), drafter.spec.layer_ids)
+    verifier = GreedyVerifier(causal_model(spec.verifier, torch.float32).to(spec.device), drafter.spec.layer_ids)
     fresh = untrained_drafter(drafter.spec, spec.seed).to(spec.device)
     traces, baseline, greedy = [], [], []
     for prompt in tqdm(prompts, unit="prompt", desc="Transformers"):

@@ -21,7 +21,7 @@ from dflash_scale.packer import Place, RowSchedule, Samples, schedule_spec
 from dflash_scale.prompts import Prepared, load_prepared
 from dflash_scale.stream.wire import Layout
 from dflash_scale.taps import tapped_layers
-from dflash_scale.verifier import VerifierShape, verifier_shape
+from dflash_scale.verifier import VerifierShape, mask_token_id, verifier_shape
 
 GPUS_PER_NODE = 8  # what "per node" means in the printout
 ROW_BUFFERS_BESIDES_LOOKAHEAD = 2  # one row ready, one in use (assembler.py)
@@ -52,6 +52,7 @@ class Plan:
     config: Config
     shape: VerifierShape
     spec: DrafterSpec
+    mask: str  # the mask token, in words: its id is only known where the tokenizer is
     layout: Layout
     world_size: int
     micro_steps: int
@@ -72,7 +73,8 @@ def make_plan(config: Config, world_size: int) -> Plan:
     data = load_prepared(config.data.path) if Path(config.data.path).exists() else None
     longest = int(data.manifest["longest"]) if data is not None else None
     shares = resolve(config, world_size, token_bytes=layout.bytes_per_token, longest_sample=longest)
-    spec = drafter_spec(config.drafter, shape, layer_ids, config.drafter.mask_token_id or 0)
+    mask_id, mask = planned_mask(config, shape)
+    spec = drafter_spec(config.drafter, shape, layer_ids, mask_id)
     with torch.device("meta"):
         trainable = sum(parameter.numel() for parameter in Drafter(spec).parameters())
     frozen = shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2) + shape.hidden_size
@@ -84,6 +86,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
         config=config,
         shape=shape,
         spec=spec,
+        mask=mask,
         layout=layout,
         world_size=world_size,
         micro_steps=shares.micro_steps,
@@ -95,6 +98,21 @@ def make_plan(config: Config, world_size: int) -> Plan:
         schedule=schedule,
         memory=gpu_memory(config, spec, layout, Sizes(world_size, trainable, frozen, shape.vocab_size, anchors)),
     )
+
+
+def planned_mask(config: Config, shape: VerifierShape) -> tuple[int, str]:
+    """The mask token and a word on it; 0 where it is left to a tokenizer that is not on this machine."""
+    model, configured = config.verifier.model, config.drafter.mask_token_id
+    if configured is not None:
+        return configured, f"{configured}, as configured"
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    except (OSError, ValueError):  # Transformers has no error of its own for "not here"
+        return 0, "unknown until the tokenizer is here: its own, or an unused row of the embedding"
+    found = mask_token_id(tokenizer, shape.vocab_size, None)
+    return found, f"{found}, {'its own' if found == tokenizer.mask_token_id else 'an unused row of the embedding'}"
 
 
 def schedule_of(config: Config, data: Prepared, world_size: int) -> RowSchedule:
@@ -227,6 +245,7 @@ def _processes(plan: Plan) -> Lines:
 
 def _models(plan: Plan) -> Lines:
     layers, shape = plan.spec.layers, plan.shape
+    rope = cast(dict[str, object], layers.rope_parameters)
     attention = f"{layers.num_attention_heads} query and {layers.num_key_value_heads} key heads of {layers.head_dim}"
     return [
         (
@@ -236,10 +255,20 @@ def _models(plan: Plan) -> Lines:
         ("tapped layers", f"{list(plan.spec.layer_ids)} and {shape.layers} (k = residual after k layers)"),
         ("drafter", f"{layers.num_hidden_layers} layers of {layers.hidden_size}, MLP {layers.intermediate_size}"),
         ("attention", f"{attention}; blocks {'causal' if plan.spec.causal_block else 'bidirectional'}"),
+        *_layer_kinds(plan),
+        ("rotary embedding", ", ".join(f"{name} {value}" for name, value in rope.items())),
+        ("mask token", plan.mask),
         ("block size", f"{plan.spec.block_size}: the anchor and {plan.spec.block_size - 1} drafts"),
         ("trainable parameters", f"{plan.trainable:,}"),
         ("frozen parameters", f"{plan.frozen:,} (the verifier's embedding, final norm and head)"),
     ]
+
+
+def _layer_kinds(plan: Plan) -> Lines:
+    windows = [plan.spec.window(layer) for layer in range(plan.spec.layers.num_hidden_layers)]
+    if not any(windows):
+        return [("layers", "all with full attention")]
+    return [("layers", ", ".join(f"window {window}" if window else "full" for window in windows))]
 
 
 def _stream(plan: Plan) -> Lines:

@@ -31,7 +31,7 @@ from dflash_scale.loss import BlockSums, LossSpec, drafter_loss, normaliser
 from dflash_scale.metrics import JsonLines, Metrics, block_metrics
 from dflash_scale.packer import AnchorSpec, RowPlan, RowSchedule, Samples, plan_row
 from dflash_scale.report import ProgressLine
-from dflash_scale.verifier import VerifierHead
+from dflash_scale.verifier_head import VerifierHead
 
 log = logging.getLogger(__name__)
 

@@ -120,7 +120,8 @@ def set_up(
     from dflash_scale.stream.receiver import Stream
     from dflash_scale.stream.wire import Layout
     from dflash_scale.trainer import Parts, Trainer, make_engine
-    from dflash_scale.verifier import load_verifier_head, mask_token_id
+    from dflash_scale.verifier import mask_token_id
+    from dflash_scale.verifier_head import load_verifier_head
 
     rank, world, train = dist.get_rank(), dist.get_world_size(), config.train
     output = Path(train.output_dir)
