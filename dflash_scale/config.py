@@ -77,6 +77,11 @@ class DrafterSection(Section):
     heads: Positive | None = Field(default=None, description="Query heads; null = the verifier's.")
     kv_heads: Positive | None = Field(default=None, description="Key and value heads; null = the verifier's.")
     head_dim: Positive | None = Field(default=None, description="Numbers per head; null = the verifier's.")
+    vocab_size: Annotated[int, Field(ge=2)] | None = Field(
+        default=None,
+        description="Tokens that the drafter can draft: the special ones and the data set's most frequent; "
+        "null = the verifier's whole vocabulary.",
+    )
     rope_parameters: dict[str, str | int | float | bool] | None = Field(
         default=None,
         description="Rotary embedding, as Transformers 5 writes it: rope_type default, linear, llama3 or yarn, "
@@ -295,6 +300,15 @@ class Config(Section):
             raise ValueError(
                 f"data.row_tokens: got {self.data.row_tokens}, wanted at least drafter.block_size = "
                 f"{self.drafter.block_size}; raise it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pruned_labels_are_known(self) -> Config:
+        if self.drafter.vocab_size is not None and self.loss.labels != "data":
+            raise ValueError(
+                f'loss.labels: got "{self.loss.labels}" with drafter.vocab_size = {self.drafter.vocab_size}, wanted '
+                '"data" because which labels are outside the vocabulary has to be known before the step; set it'
             )
         return self
 

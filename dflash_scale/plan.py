@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -22,6 +22,7 @@ from dflash_scale.prompts import Prepared, load_prepared
 from dflash_scale.stream.wire import Layout
 from dflash_scale.taps import tapped_layers
 from dflash_scale.verifier import VerifierShape, mask_token_id, verifier_shape
+from dflash_scale.vocabulary import DraftVocabulary, choose_vocabulary
 
 GPUS_PER_NODE = 8  # what "per node" means in the printout
 ROW_BUFFERS_BESIDES_LOOKAHEAD = 2  # one row ready, one in use (assembler.py)
@@ -52,6 +53,7 @@ class Plan:
     config: Config
     shape: VerifierShape
     spec: DrafterSpec
+    vocabulary: DraftVocabulary | None  # None: the verifier's, or unknown before there is a data set
     mask: str  # the mask token, in words: its id is only known where the tokenizer is
     layout: Layout
     world_size: int
@@ -73,11 +75,17 @@ def make_plan(config: Config, world_size: int) -> Plan:
     data = load_prepared(config.data.path) if Path(config.data.path).exists() else None
     longest = int(data.manifest["longest"]) if data is not None else None
     shares = resolve(config, world_size, token_bytes=layout.bytes_per_token, longest_sample=longest)
-    mask_id, mask = planned_mask(config, shape)
+    tokenizer = local_tokenizer(config.verifier.model)
+    mask_id, mask = planned_mask(config, shape, tokenizer)
+    vocabulary, pruned = None, config.drafter.vocab_size
+    if pruned is not None and data is not None:
+        special = tokenizer.all_special_ids if tokenizer is not None else []
+        vocabulary = choose_vocabulary(data.train.token_counts(shape.vocab_size), special, pruned)
     spec = drafter_spec(config.drafter, shape, layer_ids, mask_id)
     with torch.device("meta"):
         trainable = sum(parameter.numel() for parameter in Drafter(spec).parameters())
-    frozen = shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2) + shape.hidden_size
+    rows = shape.vocab_size * (1 if shape.tie_word_embeddings else 2) + (pruned or 0)
+    frozen = rows * shape.hidden_size + shape.hidden_size
     schedule = schedule_of(config, data, world_size) if data is not None else None
     most = most_anchors(config, schedule)
     per_document, tokens = config.data.anchors_per_document, config.data.row_tokens
@@ -86,6 +94,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
         config=config,
         shape=shape,
         spec=spec,
+        vocabulary=vocabulary,
         mask=mask,
         layout=layout,
         world_size=world_size,
@@ -96,20 +105,28 @@ def make_plan(config: Config, world_size: int) -> Plan:
         anchors=anchors,
         data=data,
         schedule=schedule,
-        memory=gpu_memory(config, spec, layout, Sizes(world_size, trainable, frozen, shape.vocab_size, anchors)),
+        memory=gpu_memory(
+            config, spec, layout, Sizes(world_size, trainable, frozen, pruned or shape.vocab_size, anchors)
+        ),
     )
 
 
-def planned_mask(config: Config, shape: VerifierShape) -> tuple[int, str]:
-    """The mask token and a word on it; 0 where it is left to a tokenizer that is not on this machine."""
-    model, configured = config.verifier.model, config.drafter.mask_token_id
-    if configured is not None:
-        return configured, f"{configured}, as configured"
+def local_tokenizer(model: str) -> Any:
+    """The verifier's tokenizer if it is on this machine, else None."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+        return AutoTokenizer.from_pretrained(model, local_files_only=True)
     except (OSError, ValueError):  # Transformers has no error of its own for "not here"
+        return None
+
+
+def planned_mask(config: Config, shape: VerifierShape, tokenizer: Any) -> tuple[int, str]:
+    """The mask token and a word on it; 0 where it is left to a tokenizer that is not here."""
+    configured = config.drafter.mask_token_id
+    if configured is not None:
+        return configured, f"{configured}, as configured"
+    if tokenizer is None:
         return 0, "unknown until the tokenizer is here: its own, or an unused row of the embedding"
     found = mask_token_id(tokenizer, shape.vocab_size, None)
     return found, f"{found}, {'its own' if found == tokenizer.mask_token_id else 'an unused row of the embedding'}"
@@ -258,10 +275,20 @@ def _models(plan: Plan) -> Lines:
         *_layer_kinds(plan),
         ("rotary embedding", ", ".join(f"{name} {value}" for name, value in rope.items())),
         ("mask token", plan.mask),
+        ("vocabulary", _vocabulary(plan)),
         ("block size", f"{plan.spec.block_size}: the anchor and {plan.spec.block_size - 1} drafts"),
         ("trainable parameters", f"{plan.trainable:,}"),
         ("frozen parameters", f"{plan.frozen:,} (the verifier's embedding, final norm and head)"),
     ]
+
+
+def _vocabulary(plan: Plan) -> str:
+    size, rows = plan.config.drafter.vocab_size, plan.shape.vocab_size
+    if size is None:
+        return f"all {rows:,} tokens"
+    if plan.vocabulary is None:
+        return f"{size:,} of {rows:,} tokens; what they cover is unknown until the data set is prepared"
+    return f"{size:,} of {rows:,} tokens, {100 * plan.vocabulary.coverage:.2f} % of the answers' tokens"
 
 
 def _layer_kinds(plan: Plan) -> Lines:

@@ -32,6 +32,7 @@ from dflash_scale.metrics import JsonLines, Metrics, block_metrics
 from dflash_scale.packer import AnchorSpec, RowPlan, RowSchedule, Samples, plan_row
 from dflash_scale.report import ProgressLine
 from dflash_scale.verifier_head import VerifierHead
+from dflash_scale.vocabulary import DraftVocabulary
 
 log = logging.getLogger(__name__)
 
@@ -111,12 +112,14 @@ class Parts:
     head: VerifierHead
     samples: Samples
     schedule: RowSchedule
+    anchors: AnchorSpec
     engine: DeepSpeedEngine
     batches: Iterator[RowBatch]
     checkpoints: Checkpoints
     control: dist.ProcessGroup  # gloo, for what stays on the CPU
     position: Position
     output: Path
+    vocabulary: DraftVocabulary | None = None  # None: the verifier's
 
 
 @dataclass
@@ -129,6 +132,8 @@ class Interval:
     waited: float = 0.0
     tokens: int = 0
     samples: int = 0
+    slots: int = 0  # supervised ones
+    outside: int = 0  # of them, not trained because of the drafter's vocabulary
 
 
 class Trainer:
@@ -139,7 +144,11 @@ class Trainer:
         self.parts, self.rank, self.world = parts, dist.get_rank(), dist.get_world_size()
         self.device = parts.engine.device
         self.loss_spec = LossSpec(config.loss.weights, config.gamma, config.loss.dpace_alpha, config.loss.chunk_slots)
-        self.anchor_spec = AnchorSpec(config.drafter.block_size, config.data.anchors_per_document, config.train.seed)
+        self.anchor_spec = parts.anchors
+        self.output_head, self.draft_ids = parts.head.weight, None
+        if parts.vocabulary is not None:
+            self.output_head = parts.head.weight[torch.from_numpy(parts.vocabulary.ids).to(self.device)]
+            self.draft_ids = torch.from_numpy(parts.vocabulary.draft_ids).to(self.device)
         self.step = parts.position.step
         self.best = parts.position.best_acceptance_length
         self.counts = {"trained": 0, "validated": 0, "quarantined": 0}  # samples, on this rank since its start
@@ -200,6 +209,8 @@ class Trainer:
             self.interval.sums = packed if self.interval.sums is None else self.interval.sums + packed
             trained += self._count(batch, "trained")
             self.interval.tokens += int((batch.plan.doc_ids >= 0).sum())
+            self.interval.slots += int(batch.plan.trained.sum()) + batch.plan.outside
+            self.interval.outside += batch.plan.outside
         if not engine.was_step_applied():
             raise RuntimeError(
                 f"step {step}: the gradient is not finite, so DeepSpeed left the weights as they were; a sample of "
@@ -240,7 +251,9 @@ class Trainer:
         slots = block_inputs(head.embedding, tokens[:, 0], spec)
         hidden = self.parts.engine(slots, states, positions, anchors, doc_ids)
         labels = tokens if self.parts.config.loss.labels == "data" else self._verifier_labels(batch, anchors)
-        return drafter_loss(hidden, head.weight, labels, plan.trained, self.loss_spec, scale)
+        if self.draft_ids is not None:  # labels outside the vocabulary lie in slots that are not trained
+            labels = self.draft_ids[labels.long()]
+        return drafter_loss(hidden, self.output_head, labels, plan.trained, self.loss_spec, scale)
 
     def _verifier_labels(self, batch: RowBatch, anchors: Tensor) -> Tensor:
         """(A, S) the verifier's argmax for the token of every slot; column 0 is not used."""
@@ -252,9 +265,11 @@ class Trainer:
         now, seen = time.perf_counter(), self.interval
         assert seen.sums is not None
         dist.all_reduce(seen.sums)
-        waited, seconds, tokens, samples = agree(
-            [seen.waited, now - seen.started, float(seen.tokens), float(seen.samples)], self.parts.control
+        waited, seconds, *counts = agree(
+            [seen.waited, now - seen.started, *map(float, (seen.tokens, seen.samples, seen.slots, seen.outside))],
+            self.parts.control,
         )
+        tokens, samples, slots, outside = counts
         values = block_metrics(BlockSums.unpacked(seen.sums.cpu()), seen.normaliser)
         values |= {
             "lr": lr,
@@ -263,6 +278,8 @@ class Trainer:
             "tokens_per_s": tokens * self.world / seconds,
             "samples_per_s": samples * self.world / seconds,
         }
+        if self.parts.vocabulary is not None:
+            values["outside_vocabulary"] = outside / max(slots, 1.0)
         if self.metrics is not None:
             self.metrics.write("train", step, values)
         self.line.train(step, values)
@@ -276,16 +293,20 @@ class Trainer:
         slots = self.parts.spec.block_size - 1
         sums = torch.zeros(2 + 3 * slots, device=self.device)
         agreed, normal, one = [0.0, 0.0], 0.0, torch.ones((), device=self.device)
+        outside = 0.0
         for row in self.parts.schedule.validation_rows(self.rank, self.step):
             batch = self._next_batch(plan_row(row, self.parts.samples, self.anchor_spec))
             self._count(batch, "validated")
             sums += self._loss(batch, one)[1].packed()
             normal += normaliser(batch.plan.trained, slots + 1, self.loss_spec)
             agreed = [a + b for a, b in zip(agreed, self._agreement(batch), strict=True)]
+            outside += batch.plan.outside
         dist.all_reduce(sums)
-        normal, same, labels = agree([normal, *agreed], self.parts.control)
+        normal, same, labels, outside = agree([normal, *agreed, outside], self.parts.control)
         values = block_metrics(BlockSums.unpacked(sums.cpu()), normal)
         values["verifier_agreement"] = same / max(labels, 1.0)
+        if self.parts.vocabulary is not None:
+            values["outside_vocabulary"] = outside / max(labels + outside, 1.0)
         values["seconds"] = time.perf_counter() - started
         best = values["acceptance_length"] > self.best
         self.best = max(self.best, values["acceptance_length"])
