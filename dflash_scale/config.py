@@ -77,6 +77,12 @@ class DrafterSection(Section):
     heads: Positive | None = Field(default=None, description="Query heads; null = the verifier's.")
     kv_heads: Positive | None = Field(default=None, description="Key and value heads; null = the verifier's.")
     head_dim: Positive | None = Field(default=None, description="Numbers per head; null = the verifier's.")
+    init_from: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder of an exported drafter (speculators or z-lab format) whose weights the run begins from; "
+        "null = random ones.",
+    )
     vocab_size: Annotated[int, Field(ge=2)] | None = Field(
         default=None,
         description="Tokens that the drafter can draft: the special ones and the data set's most frequent; "

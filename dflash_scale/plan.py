@@ -277,7 +277,7 @@ def _models(plan: Plan) -> Lines:
         ("mask token", plan.mask),
         ("vocabulary", _vocabulary(plan)),
         ("block size", f"{plan.spec.block_size}: the anchor and {plan.spec.block_size - 1} drafts"),
-        ("trainable parameters", f"{plan.trainable:,}"),
+        ("trainable parameters", f"{plan.trainable:,}, from {plan.config.drafter.init_from or 'random weights'}"),
         ("frozen parameters", f"{plan.frozen:,} (the verifier's embedding, final norm and head)"),
     ]
 

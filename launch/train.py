@@ -123,6 +123,7 @@ def set_up(
     from dflash_scale.verifier import mask_token_id
     from dflash_scale.verifier_head import load_verifier_head
     from dflash_scale.vocabulary import choose_vocabulary
+    from dflash_scale.warm_start import load_start
 
     rank, world, train = dist.get_rank(), dist.get_world_size(), config.train
     output = Path(train.output_dir)
@@ -156,6 +157,8 @@ def set_up(
     head = load_verifier_head(config.verifier.model, dtype, device)
     drafter = Drafter(spec, config.drafter.attention_backend)
     drafter.initialise(train.seed)
+    if config.drafter.init_from is not None and not resume:
+        drafter.load_state_dict(load_start(Path(config.drafter.init_from), spec))
 
     # A run is continued only if it is asked for, and only with the schedule that it began with.
     d2t = None if vocabulary is None else vocabulary.d2t
