@@ -15,6 +15,7 @@ T tokens · A anchors · S block size · L verifier layers tapped · H hidden si
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import os
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from dflash_scale.acceptance import Acceptance
 from dflash_scale.drafter import Drafter, DrafterSpec, block_inputs
@@ -101,9 +103,23 @@ class GreedyVerifier:
         states = torch.cat([out.hidden_states[k][0] for k in self.layer_ids], dim=-1)
         return out.logits[0].argmax(-1).tolist(), states
 
+    def new_cache(self) -> DynamicCache:
+        """An empty cache whose sliding layers keep what a rejected draft pushed out of their window."""
+        cache = DynamicCache(config=self.model.config)
+        cache.activate_past_recording()
+        return cache
+
+    def take_back(self, cache: DynamicCache, before: DynamicCache | None, read: Sequence[int], rejected: int) -> Any:
+        """The cache without the `rejected` last tokens; `read` are those that stay of what was read since `before`."""
+        if before is None:
+            cache.crop(-rejected)
+            return cache
+        self.read(read, before)
+        return before
+
     def greedy(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
         """The answer without a drafter, token by token."""
-        cache = DynamicCache(config=self.model.config)
+        cache = self.new_cache()
         answer = [self.read(prompt, cache)[0][-1]]
         while (done := cut(answer, self.ends, max_new_tokens)) is None:
             answer.append(self.read(answer[-1:], cache)[0][0])
@@ -136,12 +152,15 @@ def speculate(verifier: GreedyVerifier, drafter: Drafter, prompt: Sequence[int],
             f"prompt: got {len(prompt)} tokens, wanted 1 to {verifier.limit - max_new_tokens - size} so that "
             f"{max_new_tokens} new ones and a block of {size} fit; lower --max-new-tokens or leave the prompt out"
         )
-    cache = DynamicCache(config=verifier.model.config)
+    cache = verifier.new_cache()
+    # A linear attention's state has no past to return to: it is kept from before the step, and read forward again.
+    recurrent = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
     following, states = verifier.read(prompt, cache)
     tokens, steps = [*prompt, following[-1]], []
     while (output := cut(tokens[len(prompt) :], verifier.ends, max_new_tokens)) is None:
         anchor = len(tokens) - 1
         drafts = draft(drafter, verifier, states, tokens[anchor])
+        before = copy.deepcopy(cache) if recurrent else None
         following, new = verifier.read([tokens[anchor], *drafts], cache)
         accepted = 0
         while accepted < len(drafts) and drafts[accepted] == following[accepted]:
@@ -149,7 +168,7 @@ def speculate(verifier: GreedyVerifier, drafter: Drafter, prompt: Sequence[int],
         tokens += following[: accepted + 1]
         states = torch.cat([states, new[: accepted + 1]])
         if accepted < len(drafts):
-            cache.crop(accepted - len(drafts))  # so many tokens from its end
+            cache = verifier.take_back(cache, before, [tokens[anchor], *drafts[:accepted]], len(drafts) - accepted)
         steps.append((anchor, accepted))
     return Trace(tuple(prompt), tuple(tokens), tuple(output), tuple(steps))
 
