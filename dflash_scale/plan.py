@@ -22,7 +22,7 @@ from dflash_scale.prompts import Prepared, load_prepared
 from dflash_scale.stream.wire import Layout
 from dflash_scale.taps import tapped_layers
 from dflash_scale.verifier import VerifierShape, mask_token_id, verifier_shape
-from dflash_scale.vocabulary import DraftVocabulary, choose_vocabulary
+from dflash_scale.vocabulary import DraftVocabulary, run_vocabulary
 
 GPUS_PER_NODE = 8  # what "per node" means in the printout
 ROW_BUFFERS_BESIDES_LOOKAHEAD = 2  # one row ready, one in use (assembler.py)
@@ -77,10 +77,8 @@ def make_plan(config: Config, world_size: int) -> Plan:
     shares = resolve(config, world_size, token_bytes=layout.bytes_per_token, longest_sample=longest)
     tokenizer = local_tokenizer(config.verifier.model)
     mask_id, mask = planned_mask(config, shape, tokenizer)
-    vocabulary, pruned = None, config.drafter.vocab_size
-    if pruned is not None and data is not None:
-        special = tokenizer.all_special_ids if tokenizer is not None else []
-        vocabulary = choose_vocabulary(data.train.token_counts(shape.vocab_size), special, pruned)
+    pruned = config.drafter.vocab_size
+    vocabulary = run_vocabulary(data.train, shape.vocab_size, tokenizer, pruned) if data is not None else None
     spec = drafter_spec(config.drafter, shape, layer_ids, mask_id)
     with torch.device("meta"):
         trainable = sum(parameter.numel() for parameter in Drafter(spec).parameters())

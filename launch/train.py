@@ -122,7 +122,7 @@ def set_up(
     from dflash_scale.trainer import Parts, Trainer, make_engine
     from dflash_scale.verifier import mask_token_id
     from dflash_scale.verifier_head import load_verifier_head
-    from dflash_scale.vocabulary import choose_vocabulary
+    from dflash_scale.vocabulary import run_vocabulary
     from dflash_scale.warm_start import load_start
 
     rank, world, train = dist.get_rank(), dist.get_world_size(), config.train
@@ -145,10 +145,8 @@ def set_up(
             f"not with that of verifier.model = {config.verifier.model}; prepare the data set again with --model"
         )
     mask = mask_token_id(tokenizer, shape.vocab_size, config.drafter.mask_token_id)
-    vocabulary = None
-    if config.drafter.vocab_size is not None:
-        counts = prepared.train.token_counts(shape.vocab_size)
-        vocabulary = choose_vocabulary(counts, tokenizer.all_special_ids, config.drafter.vocab_size)
+    vocabulary = run_vocabulary(prepared.train, shape.vocab_size, tokenizer, config.drafter.vocab_size)
+    if vocabulary is not None:
         log.info("the drafter's %d tokens are %.2f %% of the answers", len(vocabulary.ids), 100 * vocabulary.coverage)
     inside = None if vocabulary is None else vocabulary.t2d
     anchors = AnchorSpec(config.drafter.block_size, config.data.anchors_per_document, train.seed, inside)
