@@ -1,6 +1,7 @@
 """Checkpoints: DeepSpeed's own files plus the run's position, written aside and renamed, `latest` last.
 
-    checkpoints/step-000100/     DeepSpeed's files, config.json (the resolved configuration), position.json
+    checkpoints/step-000100/     DeepSpeed's files, config.json (the resolved configuration), position.json,
+                                 d2t.npy if the drafter's vocabulary is pruned
     checkpoints/latest           the name of the newest complete checkpoint, plain text
     checkpoints/best             the name of the one with the best validation acceptance length
 
@@ -15,9 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import deepspeed.comm as dist
+import numpy as np
+import numpy.typing as npt
 from deepspeed import DeepSpeedEngine
 
 PARTIAL = ".partial"
+D2T = "d2t.npy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +53,11 @@ class Checkpoints:
     Args:
         folder: where they lie.
         keep: how many of the newest are kept; the best is kept besides.
+        d2t: (N,) offsets of the drafter's vocabulary where it is pruned (vocabulary.py): export needs them.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self._keep = folder, keep
+    def __init__(self, folder: Path, keep: int, d2t: npt.NDArray[np.int64] | None = None) -> None:
+        self.folder, self._keep, self._d2t = folder, keep, d2t
 
     def clean(self) -> None:
         """Removes what an interrupted save left. Rank 0 calls it at the start."""
@@ -68,6 +73,8 @@ class Checkpoints:
         if dist.get_rank() == 0:
             (self.folder / partial / "config.json").write_text(config_json)
             (self.folder / partial / "position.json").write_text(json.dumps(asdict(position)))
+            if self._d2t is not None:
+                np.save(self.folder / partial / D2T, self._d2t)
             if (self.folder / name).exists():  # the same step again, after a resume
                 shutil.rmtree(self.folder / name)
             os.replace(self.folder / partial, self.folder / name)

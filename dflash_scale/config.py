@@ -16,15 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from dflash_scale.addresses import check_address
+from dflash_scale.config_drafter import DrafterSection, Positive, Section
 from dflash_scale.config_errors import explain
 
 GIB = 1 << 30
-
-LayerType = Literal["full_attention", "sliding_attention"]
-Positive = Annotated[int, Field(ge=1)]
 
 # DeepSpeed keys that follow from this file. Given twice they could disagree, so they may not be given there.
 DERIVED_DEEPSPEED_KEYS = {
@@ -39,11 +37,6 @@ DERIVED_DEEPSPEED_KEYS = {
     "optimizer": "train.lr, train.weight_decay and train.betas",
     "scheduler": "train.warmup_ratio and train.min_lr_ratio",
 }
-
-
-class Section(BaseModel):
-    # strict: `"layers": true` and `"lr": "6e-4"` are mistakes, not numbers.
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class VerifierSection(Section):
@@ -65,63 +58,6 @@ class VerifierSection(Section):
         if ids is not None and (not ids or list(ids) != sorted(set(ids))):
             raise ValueError("at least one layer id, ascending, without repeats")
         return ids
-
-
-class DrafterSection(Section):
-    layers: Positive = Field(default=5, description="Decoder layers of the drafter.")
-    block_size: int = Field(
-        default=16, ge=2, description="Slots of a block: the anchor and block_size - 1 drafted tokens."
-    )
-    intermediate_size: Positive | None = Field(default=None, description="Width of the MLP; null = the verifier's.")
-    heads: Positive | None = Field(default=None, description="Query heads; null = the verifier's.")
-    kv_heads: Positive | None = Field(default=None, description="Key and value heads; null = the verifier's.")
-    head_dim: Positive | None = Field(default=None, description="Numbers per head; null = the verifier's.")
-    mask_token_id: Annotated[int, Field(ge=0)] | None = Field(
-        default=None,
-        description="Token id of the mask slots; null = the tokenizer's mask token or an unused embedding row.",
-    )
-    layer_types: tuple[LayerType, ...] | None = Field(
-        default=None,
-        strict=False,
-        description="Attention of each drafter layer, one entry a layer; null = all full_attention.",
-    )
-    sliding_window: Positive | None = Field(
-        default=None,
-        description="Window of the sliding_attention layers, in tokens counted back from the query itself.",
-    )
-    causal_block: bool = Field(
-        default=False, description="Slots see only earlier slots of their block (the paper: false)."
-    )
-    attention_backend: Literal["auto", "sm90", "sm80", "cpu", "flex", "reference"] = Field(
-        default="auto",
-        description="Attention kernel; auto = the fastest that is proven on the device, any other name = that or an "
-        "error.",
-    )
-
-    @model_validator(mode="after")
-    def _consistent(self) -> DrafterSection:
-        if self.layer_types is not None and len(self.layer_types) != self.layers:
-            raise ValueError(
-                f"drafter.layer_types: got {len(self.layer_types)} entries, wanted drafter.layers = {self.layers}; "
-                "give one entry a layer or leave it null"
-            )
-        sliding = "sliding_attention" in (self.layer_types or ())
-        if sliding and self.sliding_window is None:
-            raise ValueError(
-                "drafter.sliding_window: got null, wanted a window in tokens because drafter.layer_types has "
-                "sliding_attention layers; set it, for example to 2048"
-            )
-        if self.sliding_window is not None and not sliding:
-            raise ValueError(
-                f"drafter.sliding_window: got {self.sliding_window}, wanted null because no entry of "
-                "drafter.layer_types is sliding_attention; name the sliding layers there or drop the window"
-            )
-        if self.heads and self.kv_heads and self.heads % self.kv_heads:
-            raise ValueError(
-                f"drafter.heads: got {self.heads}, wanted a multiple of drafter.kv_heads = {self.kv_heads}; "
-                "change one of them"
-            )
-        return self
 
 
 class DataSection(Section):
@@ -322,6 +258,15 @@ class Config(Section):
             raise ValueError(
                 f"data.row_tokens: got {self.data.row_tokens}, wanted at least drafter.block_size = "
                 f"{self.drafter.block_size}; raise it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pruned_labels_are_known(self) -> Config:
+        if self.drafter.vocab_size is not None and self.loss.labels != "data":
+            raise ValueError(
+                f'loss.labels: got "{self.loss.labels}" with drafter.vocab_size = {self.drafter.vocab_size}, wanted '
+                '"data" because which labels are outside the vocabulary has to be known before the step; set it'
             )
         return self
 

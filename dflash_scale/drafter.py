@@ -21,6 +21,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from dflash_scale.attention import Plan, anchor_attention, build_plan
 from dflash_scale.config import DrafterSection
+from dflash_scale.rope import check_rope, drafter_rope
 from dflash_scale.verifier import VerifierShape
 
 
@@ -48,8 +49,14 @@ class DrafterSpec:
 def drafter_spec(
     section: DrafterSection, verifier: VerifierShape, layer_ids: tuple[int, ...], mask_token_id: int
 ) -> DrafterSpec:
-    """The drafter that the configuration asks for; what it leaves open is the verifier's."""
+    """The drafter that the configuration asks for; what it leaves open is the verifier's.
+
+    Raises:
+        ValueError: the heads that the two together give do not fit each other.
+    """
     kinds = section.layer_types or ("full_attention",) * section.layers
+    head_dim = section.head_dim or verifier.head_dim
+    rope = check_rope(section.rope_parameters) if section.rope_parameters is not None else None
     layers = Qwen3Config(
         vocab_size=verifier.vocab_size,
         hidden_size=verifier.hidden_size,
@@ -57,15 +64,22 @@ def drafter_spec(
         num_hidden_layers=section.layers,
         num_attention_heads=section.heads or verifier.heads,
         num_key_value_heads=section.kv_heads or verifier.kv_heads,
-        head_dim=section.head_dim or verifier.head_dim,
+        head_dim=head_dim,
         max_position_embeddings=verifier.max_position_embeddings,
         rms_norm_eps=verifier.rms_norm_eps,
-        rope_parameters=dict(verifier.rope_parameters),
+        rope_parameters=rope or drafter_rope(verifier.rope_parameters, head_dim),
         use_sliding_window=section.sliding_window is not None,
         sliding_window=section.sliding_window,
         layer_types=list(kinds),
         tie_word_embeddings=False,
     )
+    heads, kv_heads = layers.num_attention_heads, cast(int, layers.num_key_value_heads)
+    if heads % kv_heads or head_dim % 2:
+        raise ValueError(
+            f"drafter: got {heads} heads of {head_dim} and {kv_heads} key heads, wanted "
+            "heads of an even size, as many as a multiple of the key heads; set drafter.heads, drafter.kv_heads and "
+            "drafter.head_dim, which the verifier gave where they are null"
+        )
     return DrafterSpec(layers, layer_ids, verifier.hidden_size, section.block_size, mask_token_id, section.causal_block)
 
 

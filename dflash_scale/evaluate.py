@@ -15,6 +15,7 @@ T tokens · A anchors · S block size · L verifier layers tapped · H hidden si
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import os
@@ -29,14 +30,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from dflash_scale.acceptance import Acceptance
 from dflash_scale.drafter import Drafter, DrafterSpec, block_inputs
 from dflash_scale.evaluate_vllm import ServerSpec, answer_prompts
-from dflash_scale.export import load_drafter
+from dflash_scale.export import load_drafter, load_output
 from dflash_scale.packer import pack
 from dflash_scale.prompts import load_prepared
+from dflash_scale.taps import causal_model
 
 log = logging.getLogger(__name__)
 
@@ -72,15 +75,25 @@ class GreedyVerifier:
         model: a causal language model in evaluation mode.
         layer_ids: tapped layers, each below the number of layers (the last of Transformers' hidden states is not a
             residual: the final norm has gone over it).
+        output: head and target ids of a drafter with a pruned vocabulary (`export.load_output`); None: the verifier's.
     """
 
-    def __init__(self, model: Any, layer_ids: tuple[int, ...]) -> None:
+    def __init__(self, model: Any, layer_ids: tuple[int, ...], output: tuple[Tensor, Tensor] | None = None) -> None:
         self.model, self.layer_ids = model, layer_ids
         self.embedding: Tensor = model.get_input_embeddings().weight.detach()
         self.head: Tensor = model.get_output_embeddings().weight.detach()
+        self.ids: Tensor | None = None
+        if output is not None:
+            self.head, self.ids = (tensor.to(self.head.device) for tensor in output)
+            self.head = self.head.to(self.embedding.dtype)
         given = model.generation_config.eos_token_id
         self.ends = frozenset([] if given is None else [given] if isinstance(given, int) else given)
         self.limit: int = model.config.get_text_config().max_position_embeddings
+
+    def drafts(self, hidden: Tensor) -> Tensor:
+        """(N, H) of the drafter -> (N,) target ids, its greedy choice."""
+        picked = (hidden @ self.head.T).argmax(-1)
+        return picked if self.ids is None else self.ids[picked]
 
     @torch.inference_mode()
     def read(self, tokens: Sequence[int], cache: DynamicCache | None = None) -> tuple[list[int], Tensor]:
@@ -90,9 +103,23 @@ class GreedyVerifier:
         states = torch.cat([out.hidden_states[k][0] for k in self.layer_ids], dim=-1)
         return out.logits[0].argmax(-1).tolist(), states
 
+    def new_cache(self) -> DynamicCache:
+        """An empty cache whose sliding layers keep what a rejected draft pushed out of their window."""
+        cache = DynamicCache(config=self.model.config)
+        cache.activate_past_recording()
+        return cache
+
+    def take_back(self, cache: DynamicCache, before: DynamicCache | None, read: Sequence[int], rejected: int) -> Any:
+        """The cache without the `rejected` last tokens; `read` are those that stay of what was read since `before`."""
+        if before is None:
+            cache.crop(-rejected)
+            return cache
+        self.read(read, before)
+        return before
+
     def greedy(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
         """The answer without a drafter, token by token."""
-        cache = DynamicCache(config=self.model.config)
+        cache = self.new_cache()
         answer = [self.read(prompt, cache)[0][-1]]
         while (done := cut(answer, self.ends, max_new_tokens)) is None:
             answer.append(self.read(answer[-1:], cache)[0][0])
@@ -108,7 +135,7 @@ def draft(drafter: Drafter, verifier: GreedyVerifier, states: Tensor, anchor_tok
     slots = block_inputs(verifier.embedding, torch.tensor([anchor_token], device=device), drafter.spec)
     anchors = torch.tensor([a], dtype=torch.int32, device=device)
     hidden = drafter(slots, row, positions, anchors, torch.zeros_like(positions))
-    picked: list[int] = (hidden[1:] @ verifier.head.T).argmax(-1).tolist()
+    picked: list[int] = verifier.drafts(hidden[1:]).tolist()
     return picked
 
 
@@ -125,12 +152,15 @@ def speculate(verifier: GreedyVerifier, drafter: Drafter, prompt: Sequence[int],
             f"prompt: got {len(prompt)} tokens, wanted 1 to {verifier.limit - max_new_tokens - size} so that "
             f"{max_new_tokens} new ones and a block of {size} fit; lower --max-new-tokens or leave the prompt out"
         )
-    cache = DynamicCache(config=verifier.model.config)
+    cache = verifier.new_cache()
+    # A linear attention's state has no past to return to: it is kept from before the step, and read forward again.
+    recurrent = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
     following, states = verifier.read(prompt, cache)
     tokens, steps = [*prompt, following[-1]], []
     while (output := cut(tokens[len(prompt) :], verifier.ends, max_new_tokens)) is None:
         anchor = len(tokens) - 1
         drafts = draft(drafter, verifier, states, tokens[anchor])
+        before = copy.deepcopy(cache) if recurrent else None
         following, new = verifier.read([tokens[anchor], *drafts], cache)
         accepted = 0
         while accepted < len(drafts) and drafts[accepted] == following[accepted]:
@@ -138,7 +168,7 @@ def speculate(verifier: GreedyVerifier, drafter: Drafter, prompt: Sequence[int],
         tokens += following[: accepted + 1]
         states = torch.cat([states, new[: accepted + 1]])
         if accepted < len(drafts):
-            cache.crop(accepted - len(drafts))  # so many tokens from its end
+            cache = verifier.take_back(cache, before, [tokens[anchor], *drafts[:accepted]], len(drafts) - accepted)
         steps.append((anchor, accepted))
     return Trace(tuple(prompt), tuple(tokens), tuple(output), tuple(steps))
 
@@ -174,7 +204,7 @@ def replay_row(
     at = torch.from_numpy(anchors).to(device)
     slots = block_inputs(verifier.embedding, torch.from_numpy(tokens[anchors]).to(device), drafter.spec)
     hidden = drafter(slots, states, torch.from_numpy(positions).to(device), at, torch.from_numpy(doc_ids).to(device))
-    picked = (hidden @ verifier.head.T).argmax(-1).view(-1, size)[:, 1:].cpu().numpy()
+    picked = verifier.drafts(hidden).view(-1, size)[:, 1:].cpu().numpy()
     # A slot past the document's end has no token to predict, so the run ends there at the latest.
     targets = anchors[:, None] + np.arange(1, size)
     inside = np.minimum(targets, len(tokens) - 1)
@@ -274,8 +304,8 @@ def evaluate(spec: EvaluateSpec) -> Evaluation:
     prompts = read_prompts(spec.prompts, spec.count)
     drafter = load_drafter(spec.drafter).to(spec.device)
     size, limit = drafter.spec.block_size, spec.max_new_tokens
-    model: Any = AutoModelForCausalLM.from_pretrained(spec.verifier, dtype=torch.float32)
-    verifier = GreedyVerifier(model.to(spec.device).eval(), drafter.spec.layer_ids)
+    model = causal_model(spec.verifier, torch.float32).to(spec.device)
+    verifier = GreedyVerifier(model, drafter.spec.layer_ids, load_output(spec.drafter))
     fresh = untrained_drafter(drafter.spec, spec.seed).to(spec.device)
     traces, baseline, greedy = [], [], []
     for prompt in tqdm(prompts, unit="prompt", desc="Transformers"):

@@ -5,7 +5,8 @@
 
 config.json is what vLLM 0.32's `transformers_utils/configs/speculators` reads; model.safetensors holds the drafter's
 parameters under the names they have in training. The verifier's embedding and head are left out: vLLM then shares the
-verifier's own (`v1/spec_decode/llm_base_proposer.py`, `_maybe_share_embeddings` and `_maybe_share_lm_head`).
+verifier's own (`v1/spec_decode/llm_base_proposer.py`, `_maybe_share_embeddings` and `_maybe_share_lm_head`). A drafter
+with a pruned vocabulary brings the head's rows that it keeps as `lm_head.weight`, and `d2t` and `t2d` beside them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, Qwen3Config
@@ -29,10 +32,13 @@ from dflash_scale.config import Config, parse_config
 from dflash_scale.drafter import Drafter, DrafterSpec, drafter_spec
 from dflash_scale.taps import tapped_layers
 from dflash_scale.verifier import mask_token_id, verifier_shape
+from dflash_scale.verifier_head import load_verifier_head
+from dflash_scale.vocabulary import DraftVocabulary
 
 log = logging.getLogger(__name__)
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, D2T = "config.json", "model.safetensors", "d2t.npy"
+VOCABULARY_TENSORS = ("lm_head.weight", "d2t", "t2d")
 # Written by Transformers into every dictionary, and none of the drafter's layers.
 NOT_THE_LAYERS = {
     "_name_or_path",
@@ -48,13 +54,16 @@ NOT_THE_LAYERS = {
 }
 
 
-def exported_config(spec: DrafterSpec, verifier: str, dtype: torch.dtype) -> dict[str, Any]:
+def exported_config(
+    spec: DrafterSpec, verifier: str, dtype: torch.dtype, draft_vocab_size: int | None = None
+) -> dict[str, Any]:
     """The config.json that makes vLLM serve what was trained.
 
     Args:
         spec: the drafter's definition.
         verifier: folder or hub id; its config.json is read for the architecture's name.
         dtype: of the exported weights.
+        draft_vocab_size: N of a pruned vocabulary.
     """
     layers = {name: value for name, value in spec.layers.to_dict().items() if name not in NOT_THE_LAYERS}
     name = str(Path(verifier).resolve()) if Path(verifier).is_dir() else verifier
@@ -69,7 +78,7 @@ def exported_config(spec: DrafterSpec, verifier: str, dtype: torch.dtype) -> dic
         "speculators_model_type": "dflash",
         "block_size": spec.block_size,
         "mask_token_id": spec.mask_token_id,
-        "draft_vocab_size": spec.layers.vocab_size,
+        "draft_vocab_size": draft_vocab_size or spec.layers.vocab_size,
         "target_hidden_size": spec.context_size,
         "aux_hidden_state_layer_ids": list(spec.layer_ids),  # id k = after k layers; vLLM makes its own k-1 of it
         # vLLM takes `causal` for every layer from the negation of this flag, sliding or not. With false, a
@@ -106,8 +115,27 @@ def check_state(state: Mapping[str, Tensor], spec: DrafterSpec) -> None:
             )
 
 
+def vocabulary_tensors(vocabulary: DraftVocabulary, verifier: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What a folder holds of a pruned vocabulary: the head's rows (N, H), d2t (N,) and t2d (V,)."""
+    head = load_verifier_head(verifier, dtype, "cpu").weight
+    if len(head) != vocabulary.rows:
+        raise ValueError(
+            f"export: got a verifier of {len(head)} tokens, wanted {vocabulary.rows}, those of the run; give --verifier"
+        )
+    return {
+        "lm_head.weight": head[torch.from_numpy(vocabulary.ids)].clone(),
+        "d2t": torch.from_numpy(vocabulary.d2t),
+        "t2d": torch.from_numpy(vocabulary.t2d),
+    }
+
+
 def export_drafter(
-    state: Mapping[str, Tensor], spec: DrafterSpec, verifier: str, out_dir: Path, dtype: torch.dtype = torch.float32
+    state: Mapping[str, Tensor],
+    spec: DrafterSpec,
+    verifier: str,
+    out_dir: Path,
+    dtype: torch.dtype = torch.float32,
+    vocabulary: DraftVocabulary | None = None,
 ) -> Path:
     """Writes the drafter to `out_dir`, aside first and then renamed; an older export there is replaced.
 
@@ -117,6 +145,7 @@ def export_drafter(
         verifier: folder or hub id of the verifier that it drafts for.
         out_dir: the folder to make.
         dtype: of the weights; vLLM casts them to the verifier's when it loads them.
+        vocabulary: the drafter's, if it is pruned.
 
     Raises:
         ValueError: the weights do not fit the definition, or `out_dir` holds something else than an export.
@@ -129,8 +158,11 @@ def export_drafter(
     aside = out_dir.with_name(f"{out_dir.name}.partial-{os.getpid()}")
     aside.mkdir(parents=True)
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
+    if vocabulary is not None:
+        tensors |= vocabulary_tensors(vocabulary, verifier, dtype)
     save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
-    (aside / CONFIG).write_text(json.dumps(exported_config(spec, verifier, dtype), indent=2) + "\n", encoding="utf-8")
+    content = exported_config(spec, verifier, dtype, len(vocabulary.ids) if vocabulary is not None else None)
+    (aside / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if out_dir.exists():
         shutil.rmtree(out_dir)
     os.replace(aside, out_dir)
@@ -169,11 +201,27 @@ def load_drafter(folder: Path, dtype: torch.dtype = torch.float32, backend: str 
         ValueError: `folder` holds no export, or its weights do not fit its config.json.
     """
     spec = load_spec(folder)
-    state = load_file(folder / WEIGHTS)
+    state = {name: tensor for name, tensor in load_file(folder / WEIGHTS).items() if name not in VOCABULARY_TENSORS}
     check_state(state, spec)
     drafter = Drafter(spec, backend)
     drafter.load_state_dict(state)
     return drafter.to(dtype).eval()
+
+
+def load_output(folder: Path) -> tuple[Tensor, Tensor] | None:
+    """Of an exported drafter with a pruned vocabulary: its head (N, H) and its target ids (N,) int64; else None.
+
+    Raises:
+        ValueError: the two do not belong together.
+    """
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        if "d2t" not in file.keys():  # noqa: SIM118 safe_open is no mapping
+            return None
+        head, d2t = file.get_tensor("lm_head.weight"), file.get_tensor("d2t")
+    vocabulary = DraftVocabulary.of_offsets(d2t.numpy(), load_spec(folder).layers.vocab_size)
+    if len(head) != len(vocabulary.ids):
+        raise ValueError(f"drafter {folder}: got {len(head)} rows of lm_head for {len(d2t)} of d2t, wanted one each")
+    return head, torch.from_numpy(vocabulary.ids)
 
 
 def resolved_spec(config: Config) -> DrafterSpec:
@@ -216,7 +264,12 @@ def export_checkpoint(checkpoint: Path, out_dir: Path, verifier: str | None = No
     if verifier is not None:
         config = config.model_copy(update={"verifier": config.verifier.model_copy(update={"model": verifier})})
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    return export_drafter(checkpoint_state(checkpoint), resolved_spec(config), config.verifier.model, out_dir, dtype)
+    spec, vocabulary = resolved_spec(config), None
+    if (checkpoint / D2T).is_file():
+        vocabulary = DraftVocabulary.of_offsets(np.load(checkpoint / D2T), spec.layers.vocab_size)
+    elif config.drafter.vocab_size is not None:
+        raise ValueError(f"checkpoint {checkpoint}: got no {D2T}, wanted it for drafter.vocab_size; it is incomplete")
+    return export_drafter(checkpoint_state(checkpoint), spec, config.verifier.model, out_dir, dtype, vocabulary)
 
 
 def named_checkpoint(path: Path) -> Path:

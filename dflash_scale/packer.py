@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from dflash_scale.anchors import VALIDATION_EPOCH, anchor_seed, plan_anchors
 from dflash_scale.config import Config
+from dflash_scale.vocabulary import cut_at_unknown
 
 OPEN_ROWS = 64  # rows that first fit looks at; bounds the packing to O(samples), at a cost below 1 % of fill
 
@@ -198,6 +199,7 @@ class AnchorSpec:
     block_size: int
     per_document: int
     seed: int
+    inside: npt.NDArray[np.bool_] | None = None  # (V,) the drafter's vocabulary where it is pruned (vocabulary.py)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +207,8 @@ class RowPlan:
     """All of a row that is known before its hidden states arrive (numpy, on the CPU).
 
     tokens, doc_ids, positions (T,) int32 with T the tokens in use · anchors, trained (A,) int32 (`plan_anchors`) ·
-    block_tokens (A, S) int32: the tokens a..a+S-1, 0 in slots that are not trained.
+    block_tokens (A, S) int32: the tokens a..a+S-1, 0 in slots that are not trained · outside: slots that are not
+    trained because they, or a slot before them, hold a token outside the drafter's vocabulary.
     """
 
     row: Row
@@ -215,6 +218,7 @@ class RowPlan:
     anchors: Ints
     trained: Ints
     block_tokens: Ints
+    outside: int = 0
 
 
 def plan_row(row: Row, samples: Samples, spec: AnchorSpec) -> RowPlan:
@@ -235,5 +239,10 @@ def plan_row(row: Row, samples: Samples, spec: AnchorSpec) -> RowPlan:
     )
     slots = np.arange(spec.block_size)
     at = np.minimum(anchors[:, None] + slots, max(total - 1, 0))
+    supervised = int(trained.sum())
+    if spec.inside is not None and total:
+        # Anchors stay where they are without pruning, so that a block of which nothing is left counts in validation.
+        trained = cut_at_unknown(tokens[at], trained, spec.inside).astype(np.int32)
     block_tokens = np.where(slots <= trained[:, None], tokens[at] if total else 0, 0).astype(np.int32)
-    return RowPlan(row, tokens, doc_ids, positions, anchors, trained, block_tokens)
+    outside = supervised - int(trained.sum())
+    return RowPlan(row, tokens, doc_ids, positions, anchors, trained, block_tokens, outside)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -23,7 +23,8 @@ from dflash_scale.prompts import Prepared, load_prepared
 from dflash_scale.softmax_loss import SLICE_NUMBERS
 from dflash_scale.stream.wire import Layout
 from dflash_scale.taps import tapped_layers
-from dflash_scale.verifier import VerifierShape, verifier_shape
+from dflash_scale.verifier import VerifierShape, mask_token_id, verifier_shape
+from dflash_scale.vocabulary import DraftVocabulary, run_vocabulary
 
 GPUS_PER_NODE = 8  # what "per node" means in the printout
 ROW_BUFFERS_BESIDES_LOOKAHEAD = 2  # one row ready, one in use (assembler.py)
@@ -56,6 +57,8 @@ class Plan:
     config: Config
     shape: VerifierShape
     spec: DrafterSpec
+    vocabulary: DraftVocabulary | None  # None: the verifier's, or unknown before there is a data set
+    mask: str  # the mask token, in words: its id is only known where the tokenizer is
     layout: Layout
     world_size: int
     micro_steps: int
@@ -76,10 +79,15 @@ def make_plan(config: Config, world_size: int) -> Plan:
     data = load_prepared(config.data.path) if Path(config.data.path).exists() else None
     longest = int(data.manifest["longest"]) if data is not None else None
     shares = resolve(config, world_size, token_bytes=layout.bytes_per_token, longest_sample=longest)
-    spec = drafter_spec(config.drafter, shape, layer_ids, config.drafter.mask_token_id or 0)
+    tokenizer = local_tokenizer(config.verifier.model)
+    mask_id, mask = planned_mask(config, shape, tokenizer)
+    pruned = config.drafter.vocab_size
+    vocabulary = run_vocabulary(data.train, shape.vocab_size, tokenizer, pruned) if data is not None else None
+    spec = drafter_spec(config.drafter, shape, layer_ids, mask_id)
     with torch.device("meta"):
         trainable = sum(parameter.numel() for parameter in Drafter(spec).parameters())
-    frozen = shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2) + shape.hidden_size
+    rows = shape.vocab_size * (1 if shape.tie_word_embeddings else 2) + (pruned or 0)
+    frozen = rows * shape.hidden_size + shape.hidden_size
     schedule = schedule_of(config, data, world_size) if data is not None else None
     most = most_anchors(config, schedule)
     per_document, tokens = config.data.anchors_per_document, config.data.row_tokens
@@ -88,6 +96,8 @@ def make_plan(config: Config, world_size: int) -> Plan:
         config=config,
         shape=shape,
         spec=spec,
+        vocabulary=vocabulary,
+        mask=mask,
         layout=layout,
         world_size=world_size,
         micro_steps=shares.micro_steps,
@@ -97,8 +107,31 @@ def make_plan(config: Config, world_size: int) -> Plan:
         anchors=anchors,
         data=data,
         schedule=schedule,
-        memory=gpu_memory(config, spec, layout, Sizes(world_size, trainable, frozen, shape.vocab_size, anchors)),
+        memory=gpu_memory(
+            config, spec, layout, Sizes(world_size, trainable, frozen, pruned or shape.vocab_size, anchors)
+        ),
     )
+
+
+def local_tokenizer(model: str) -> Any:
+    """The verifier's tokenizer if it is on this machine, else None."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model, local_files_only=True)
+    except (OSError, ValueError):  # Transformers has no error of its own for "not here"
+        return None
+
+
+def planned_mask(config: Config, shape: VerifierShape, tokenizer: Any) -> tuple[int, str]:
+    """The mask token and a word on it; 0 where it is left to a tokenizer that is not here."""
+    configured = config.drafter.mask_token_id
+    if configured is not None:
+        return configured, f"{configured}, as configured"
+    if tokenizer is None:
+        return 0, "unknown until the tokenizer is here: its own, or an unused row of the embedding"
+    found = mask_token_id(tokenizer, shape.vocab_size, None)
+    return found, f"{found}, {'its own' if found == tokenizer.mask_token_id else 'an unused row of the embedding'}"
 
 
 def schedule_of(config: Config, data: Prepared, world_size: int) -> RowSchedule:
@@ -244,6 +277,7 @@ def _processes(plan: Plan) -> Lines:
 
 def _models(plan: Plan) -> Lines:
     layers, shape = plan.spec.layers, plan.shape
+    rope = cast(dict[str, object], layers.rope_parameters)
     attention = f"{layers.num_attention_heads} query and {layers.num_key_value_heads} key heads of {layers.head_dim}"
     return [
         (
@@ -253,10 +287,30 @@ def _models(plan: Plan) -> Lines:
         ("tapped layers", f"{list(plan.spec.layer_ids)} and {shape.layers} (k = residual after k layers)"),
         ("drafter", f"{layers.num_hidden_layers} layers of {layers.hidden_size}, MLP {layers.intermediate_size}"),
         ("attention", f"{attention}; blocks {'causal' if plan.spec.causal_block else 'bidirectional'}"),
+        *_layer_kinds(plan),
+        ("rotary embedding", ", ".join(f"{name} {value}" for name, value in rope.items())),
+        ("mask token", plan.mask),
+        ("vocabulary", _vocabulary(plan)),
         ("block size", f"{plan.spec.block_size}: the anchor and {plan.spec.block_size - 1} drafts"),
-        ("trainable parameters", f"{plan.trainable:,}"),
+        ("trainable parameters", f"{plan.trainable:,}, from {plan.config.drafter.init_from or 'random weights'}"),
         ("frozen parameters", f"{plan.frozen:,} (the verifier's embedding, final norm and head)"),
     ]
+
+
+def _vocabulary(plan: Plan) -> str:
+    size, rows = plan.config.drafter.vocab_size, plan.shape.vocab_size
+    if size is None:
+        return f"all {rows:,} tokens"
+    if plan.vocabulary is None:
+        return f"{size:,} of {rows:,} tokens; what they cover is unknown until the data set is prepared"
+    return f"{size:,} of {rows:,} tokens, {100 * plan.vocabulary.coverage:.2f} % of the answers' tokens"
+
+
+def _layer_kinds(plan: Plan) -> Lines:
+    windows = [plan.spec.window(layer) for layer in range(plan.spec.layers.num_hidden_layers)]
+    if not any(windows):
+        return [("layers", "all with full attention")]
+    return [("layers", ", ".join(f"window {window}" if window else "full" for window in windows))]
 
 
 def _stream(plan: Plan) -> Lines:
@@ -317,7 +371,10 @@ def _memory(plan: Plan) -> Lines:
         ("frozen weights", size(memory.frozen)),
         ("activations", f"{size(memory.activations)} at {slots:,} slots ({plan.anchors:,} anchors, {rows})"),
         ("attention", f"{size(memory.attention)} of {scores}"),
-        ("loss", f"{size(memory.loss)} for chunks of {chunk_slots(plan.config, plan.shape.vocab_size)} slots"),
+        (
+            "loss",
+            f"{size(memory.loss)} for chunks of {chunk_slots(plan.config, plan.config.drafter.vocab_size or plan.shape.vocab_size)} slots",
+        ),
         ("one row's hidden states", size(memory.row)),
         ("sum", size(memory.total)),
     ]

@@ -40,6 +40,7 @@ FEATURES = datasets.Features(
     {"input_ids": datasets.List(datasets.Value("int32")), "loss_mask": datasets.List(datasets.Value("int8"))}
 )
 LINES_PER_TASK = 64
+COUNTED_AT_ONCE = 1 << 24  # tokens whose counting copies them
 NAMED_BAD_LINES = 100  # in the log and in the manifest; all are counted
 
 Line = tuple[str, int, str]  # file, line number from 1, text
@@ -76,6 +77,15 @@ class Split:
         """(n,) int32 token ids, read-only."""
         chunk, here = self._where(index)
         return self._chunks[chunk][1][here]
+
+    def token_counts(self, rows: int) -> npt.NDArray[np.int64]:
+        """(rows,) how often each token id is supervised; reads the whole split once."""
+        counts = np.zeros(rows, np.int64)
+        for offsets, tokens, mask in self._chunks:
+            for start in range(int(offsets[0]), int(offsets[-1]), COUNTED_AT_ONCE):
+                here = slice(start, min(start + COUNTED_AT_ONCE, int(offsets[-1])))
+                counts += np.bincount(tokens[here][mask[here].view(np.bool_)], minlength=rows)
+        return counts
 
     def loss_mask(self, index: int) -> npt.NDArray[np.bool_]:
         """(n,) bool, True where the verifier said the token, read-only."""

@@ -38,7 +38,8 @@ from dflash_scale.loss import (
 from dflash_scale.metrics import JsonLines, Metrics, block_metrics
 from dflash_scale.packer import AnchorSpec, RowPlan, RowSchedule, Samples, plan_row
 from dflash_scale.report import ProgressLine
-from dflash_scale.verifier import VerifierHead
+from dflash_scale.verifier_head import VerifierHead
+from dflash_scale.vocabulary import DraftVocabulary
 
 log = logging.getLogger(__name__)
 
@@ -118,12 +119,14 @@ class Parts:
     head: VerifierHead
     samples: Samples
     schedule: RowSchedule
+    anchors: AnchorSpec
     engine: DeepSpeedEngine
     batches: Iterator[RowBatch]
     checkpoints: Checkpoints
     control: dist.ProcessGroup  # gloo, for what stays on the CPU
     position: Position
     output: Path
+    vocabulary: DraftVocabulary | None = None  # None: the verifier's
 
 
 @dataclass
@@ -136,6 +139,8 @@ class Interval:
     waited: float = 0.0
     tokens: int = 0
     samples: int = 0
+    slots: int = 0  # supervised ones
+    outside: int = 0  # of them, not trained because of the drafter's vocabulary
 
 
 class Trainer:
@@ -146,7 +151,12 @@ class Trainer:
         self.parts, self.rank, self.world = parts, dist.get_rank(), dist.get_world_size()
         self.device = parts.engine.device
         self.loss_spec = loss_spec(config)
-        self.anchor_spec = AnchorSpec(config.drafter.block_size, config.data.anchors_per_document, config.train.seed)
+        self.anchor_spec = parts.anchors
+        self.output_head, self.vocabulary_rows, self.draft_ids = parts.head.weight, None, None
+        if parts.vocabulary is not None:
+            self.vocabulary_rows = torch.from_numpy(parts.vocabulary.ids).to(self.device)
+            self.output_head = parts.head.weight[self.vocabulary_rows]
+            self.draft_ids = torch.from_numpy(parts.vocabulary.draft_ids).to(self.device)
         self.step = parts.position.step
         self.best = parts.position.best_acceptance_length
         self.counts = {"trained": 0, "validated": 0, "quarantined": 0}  # samples, on this rank since its start
@@ -207,6 +217,8 @@ class Trainer:
             self.interval.sums = packed if self.interval.sums is None else self.interval.sums + packed
             trained += self._count(batch, "trained")
             self.interval.tokens += int((batch.plan.doc_ids >= 0).sum())
+            self.interval.slots += int(batch.plan.trained.sum()) + batch.plan.outside
+            self.interval.outside += batch.plan.outside
         if not engine.was_step_applied():
             raise RuntimeError(
                 f"step {step}: the gradient is not finite, so DeepSpeed left the weights as they were; a sample of "
@@ -252,16 +264,25 @@ class Trainer:
         slots = block_inputs(head.embedding, tokens[:, 0], spec)
         hidden = self.parts.engine(slots, states, positions, anchors, doc_ids, kept)
         wanted = compare or self.loss_spec.needs_verifier
-        verifier = VerifierStates(batch.states[:, -1], plan.anchors, head.logits) if wanted else None
-        return drafter_loss(hidden, head.weight, tokens, trained, self.loss_spec, scale, verifier)
+        verifier = VerifierStates(batch.states[:, -1], plan.anchors, self._verifier_logits) if wanted else None
+        # Labels outside a pruned vocabulary lie in slots that are not trained.
+        labels = tokens if self.draft_ids is None else self.draft_ids[tokens.long()]
+        return drafter_loss(hidden, self.output_head, labels, trained, self.loss_spec, scale, verifier)
+
+    def _verifier_logits(self, residual: Tensor) -> Tensor:
+        """(n, H) -> (n, V), over the drafter's vocabulary."""
+        logits = self.parts.head.logits(residual)
+        return logits if self.vocabulary_rows is None else logits.index_select(1, self.vocabulary_rows)
 
     def _log(self, step: int, lr: float) -> None:
         now, seen = time.perf_counter(), self.interval
         assert seen.sums is not None
         dist.all_reduce(seen.sums)
-        waited, seconds, tokens, samples = agree(
-            [seen.waited, now - seen.started, float(seen.tokens), float(seen.samples)], self.parts.control
+        waited, seconds, *counts = agree(
+            [seen.waited, now - seen.started, *map(float, (seen.tokens, seen.samples, seen.slots, seen.outside))],
+            self.parts.control,
         )
+        tokens, samples, slots, outside = counts
         values = block_metrics(BlockSums.unpacked(seen.sums.cpu()), seen.normaliser)
         values |= {
             "lr": lr,
@@ -270,6 +291,8 @@ class Trainer:
             "tokens_per_s": tokens * self.world / seconds,
             "samples_per_s": samples * self.world / seconds,
         }
+        if self.parts.vocabulary is not None:
+            values["outside_vocabulary"] = outside / max(slots, 1.0)
         if self.metrics is not None:
             self.metrics.write("train", step, values)
         self.line.train(step, values)
@@ -281,15 +304,19 @@ class Trainer:
         started, waited = time.perf_counter(), self.interval.waited
         self.parts.engine.eval()
         sums = torch.zeros(BlockSums.size(self.parts.spec.block_size), device=self.device)
-        normal, one = 0.0, torch.ones((), device=self.device)
+        normal, outside, one = 0.0, 0.0, torch.ones((), device=self.device)
         for row in self.parts.schedule.validation_rows(self.rank, self.step):
             batch = self._next_batch(plan_row(row, self.parts.samples, self.anchor_spec))
             self._count(batch, "validated")
             sums += self._loss(batch, one, compare=True)[1].packed()
             normal += self._normaliser(batch.plan)
+            outside += batch.plan.outside
         dist.all_reduce(sums)
-        (normal,) = agree([normal], self.parts.control)
-        values = block_metrics(BlockSums.unpacked(sums.cpu()), normal)
+        normal, outside = agree([normal, outside], self.parts.control)
+        total = BlockSums.unpacked(sums.cpu())
+        values = block_metrics(total, normal)
+        if self.parts.vocabulary is not None:
+            values["outside_vocabulary"] = outside / max(float(total.trained.sum()) + outside, 1.0)
         values["seconds"] = time.perf_counter() - started
         best = values["acceptance_length"] > self.best
         self.best = max(self.best, values["acceptance_length"])

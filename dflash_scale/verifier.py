@@ -1,48 +1,35 @@
-"""What the trainer knows of the verifier: its shape, its embedding, and the way from its last residual to its logits.
+"""What the trainer knows of the verifier before any weight is read: where its files are, its shape, its mask token.
 
-The verifier itself runs inside the servers. The trainer reads three tensors of it (embedding, final norm, head) by
-name from the safetensors shards; no layer is ever loaded. They are frozen, and belong to no optimizer.
-
-V vocabulary rows of the embedding · H hidden size · N positions.
+The verifier itself runs inside the servers. What is read of its weights is verifier_head.py's.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-import torch.nn.functional as F
+import transformers
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
-from safetensors import safe_open
-from torch import Tensor, nn
+from transformers import CONFIG_MAPPING
 
-EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+from dflash_scale.rope import verifier_rope
 
 # config.json files of public verifiers, so that a run can be planned with no network.
 SHIPPED = Path(__file__).parents[1] / "configs" / "verifiers"
 
-# model_type -> (module, class) of the family's final norm in Transformers. Families stand here only if
-# logits = lm_head(norm(residual)) and nothing else (no scale, no soft-cap), which tests/test_verifier.py proves.
-FINAL_NORM = {
-    "llama": ("transformers.models.llama.modeling_llama", "LlamaRMSNorm"),
-    "mistral": ("transformers.models.mistral.modeling_mistral", "MistralRMSNorm"),
-    "qwen2": ("transformers.models.qwen2.modeling_qwen2", "Qwen2RMSNorm"),
-    "qwen3": ("transformers.models.qwen3.modeling_qwen3", "Qwen3RMSNorm"),
-    "qwen3_moe": ("transformers.models.qwen3_moe.modeling_qwen3_moe", "Qwen3MoeRMSNorm"),
-}
+KV_HEADS_FOR_LATENT_ATTENTION = 8  # at most; DeepSeek's layers have as many key heads as query heads, and cache none
+EPS_NAMES = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps", "layernorm_epsilon")
 
 
 @dataclass(frozen=True, slots=True)
 class VerifierShape:
     """The numbers of the verifier's config.json that the drafter and the stream depend on.
 
+    heads, kv_heads, head_dim and intermediate_size are what a drafter takes over: the verifier's own where it has them.
     `rope_parameters` in the form of Transformers 5 (rope_type, rope_theta, ...); `dtype` as a name, of the weights.
     """
 
@@ -69,47 +56,97 @@ def verifier_shape(model: str, *, allow_network: bool = False) -> VerifierShape:
     """Reads a verifier's config.json: a local folder, the hub's cache, a shipped copy, and last, if allowed, the hub.
 
     Raises:
-        ValueError: no config.json could be found, or it lacks a number.
+        ValueError: no config.json could be found, Transformers does not know its family, or it lacks a number.
     """
-    path = _file(model, "config.json") or _shipped(model)
+    content, path = _content(model, allow_network)
+    return _read_shape(_parsed(content, path), content, path)
+
+
+def verifier_config(model: str, *, allow_network: bool = False) -> Any:
+    """The verifier's configuration as its family's class in Transformers; raises ValueError as `verifier_shape`."""
+    return _parsed(*_content(model, allow_network))
+
+
+def _content(model: str, allow_network: bool) -> tuple[dict[str, Any], Path]:
+    path = verifier_file(model, "config.json") or _shipped(model)
     if path is None and allow_network:
-        path = _file(model, "config.json", allow_network=True)
+        path = verifier_file(model, "config.json", allow_network=True)
     if path is None:
         raise ValueError(
             f"verifier.model: got {model!r}, wanted a folder with a config.json or a model in the hub's cache; "
             f"download it (`hf download {model}`) or give the folder"
         )
-    return _read_shape(json.loads(path.read_text(encoding="utf-8")), path)
+    return json.loads(path.read_text(encoding="utf-8")), path
 
 
-def _read_shape(content: dict[str, Any], path: Path) -> VerifierShape:
-    rope = dict(content.get("rope_parameters") or content.get("rope_scaling") or {})  # the latter before Transformers 5
-    rope.setdefault("rope_theta", content.get("rope_theta", 10000.0))
-    rope.setdefault("rope_type", rope.pop("type", "default"))
+def _parsed(content: dict[str, Any], path: Path) -> Any:
+    family = str(content.get("model_type"))
+    if family not in CONFIG_MAPPING:
+        raise ValueError(
+            f"verifier {path}: got the family (model_type) {family!r}, wanted one that Transformers "
+            f"{transformers.__version__} knows; a newer Transformers may know it, code from the hub is not run"
+        )
+    # Only weights of full precision are ever read (verifier_head.py); how the others are packed is the servers' matter.
+    plain = {name: value for name, value in content.items() if name != "quantization_config"}
+    return CONFIG_MAPPING[family].from_dict(plain)
+
+
+def _read_shape(config: Any, content: dict[str, Any], path: Path) -> VerifierShape:
+    text = config.get_text_config(decoder=True)  # of a multimodal wrapper, its language model
+    given = content.get("text_config") or {}
     try:
+        heads, kv_heads, head_dim = _heads(text)
+        inner = getattr(text, "intermediate_size", None) or 3 * text.hidden_size  # experts only: Qwen3's usual ratio
+        dtype = given.get("dtype") or given.get("torch_dtype") or content.get("dtype") or content.get("torch_dtype")
         return VerifierShape(
             model_type=content["model_type"],
-            hidden_size=content["hidden_size"],
-            layers=content["num_hidden_layers"],
-            heads=content["num_attention_heads"],
-            kv_heads=content.get("num_key_value_heads") or content["num_attention_heads"],
-            head_dim=content.get("head_dim") or content["hidden_size"] // content["num_attention_heads"],
-            intermediate_size=content["intermediate_size"],
-            vocab_size=content["vocab_size"],
-            max_position_embeddings=content["max_position_embeddings"],
-            rms_norm_eps=content["rms_norm_eps"],
-            rope_parameters=rope,
-            tie_word_embeddings=content.get("tie_word_embeddings", False),
-            dtype=content.get("dtype") or content.get("torch_dtype") or "float32",
+            hidden_size=text.hidden_size,
+            layers=text.num_hidden_layers,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            intermediate_size=max(inner) if isinstance(inner, list | tuple) else inner,
+            vocab_size=text.vocab_size,
+            max_position_embeddings=text.max_position_embeddings,
+            rms_norm_eps=next((getattr(text, name) for name in EPS_NAMES if getattr(text, name, None)), 1e-6),
+            rope_parameters=verifier_rope(text),
+            tie_word_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
+            dtype=dtype or "float32",
         )
-    except KeyError as error:
+    except AttributeError as error:
         raise ValueError(
-            f"verifier {path}: no {error.args[0]!r} (model_type {content.get('model_type')!r}); wanted the config.json "
-            f"of a text verifier, of one of the families {', '.join(FINAL_NORM)}"
+            f"verifier {path}: no {error.name!r} (model_type {content['model_type']!r}); wanted the config.json of a "
+            "causal language model, or of a multimodal model that holds one"
         ) from None
 
 
-def _file(model: str, name: str, *, allow_network: bool = False) -> Path | None:
+def _heads(text: Any) -> tuple[int, int, int]:
+    """Query heads, key heads and head dimension for a drafter.
+
+    Latent attention (DeepSeek) has no key heads to take over: the drafter gets heads as wide as its values, as many as
+    fill the hidden size, and few key heads, because a drafter caches its keys as they are.
+    """
+    if getattr(text, "kv_lora_rank", None):
+        heads = max(1, text.hidden_size // text.v_head_dim)
+        kv_heads = max(n for n in range(1, KV_HEADS_FOR_LATENT_ATTENTION + 1) if heads % n == 0)
+        return heads, kv_heads, text.v_head_dim
+    heads = _own(text, "num_attention_heads")
+    if heads is None:
+        raise AttributeError(name="num_attention_heads")
+    return heads, _own(text, "num_key_value_heads") or heads, _own(text, "head_dim") or text.hidden_size // heads
+
+
+def _own(text: Any, name: str) -> int | None:
+    """A number of the attention. Gemma 4 gives its full attention layers heads of twice the size; what stands in the
+    config for all layers is that of the others, which is what attention kernels are made for."""
+    try:
+        return getattr(text, name, None)
+    except RuntimeError:  # Transformers: the attribute differs by layer
+        number: int | None = text.to_dict().get(name)
+        return number
+
+
+def verifier_file(model: str, name: str, *, allow_network: bool = False) -> Path | None:
     """One file of a verifier on this machine, None if it has none; only `allow_network` downloads."""
     folder = Path(model)
     if folder.is_dir():
@@ -129,79 +166,6 @@ def _shipped(model: str) -> Path | None:
         if json.loads(path.read_text(encoding="utf-8"))["_name_or_path"] == model:
             return path
     return None
-
-
-class VerifierHead:
-    """The verifier's ends. Not an nn.Module, so that no engine can find, cast or partition its tensors.
-
-    embedding (V, H) · norm, the family's own module · weight (V, H), the head's, the same tensor if tied.
-    """
-
-    def __init__(self, embedding: Tensor, norm: nn.Module, weight: Tensor) -> None:
-        self.embedding = embedding.requires_grad_(False)
-        self.norm = norm.requires_grad_(False)
-        self.weight = weight.requires_grad_(False)
-
-    def logits(self, residual: Tensor) -> Tensor:
-        """(N, H) residual after the last decoder layer -> (N, V) logits, in the head's dtype."""
-        return F.linear(self.norm(residual.to(self.weight.dtype)), self.weight)
-
-    @torch.no_grad()
-    def argmax(self, residual: Tensor, chunk: int = 2048) -> Tensor:
-        """(N, H) -> (N,) int32, the verifier's greedy next token; holds the logits of `chunk` positions at once."""
-        picked = [self.logits(part).argmax(-1).int() for part in residual.split(chunk)]
-        return torch.cat(picked) if picked else residual.new_zeros(0, dtype=torch.int32)
-
-
-def load_verifier_head(
-    model: str, dtype: torch.dtype, device: torch.device | str, *, allow_network: bool = True
-) -> VerifierHead:
-    """Loads embedding, final norm and head of a folder or a hub id, reading only the shards that hold them.
-
-    Raises:
-        ValueError: a family that is not known, or a tensor that is absent or of the wrong shape.
-    """
-    shape = verifier_shape(model, allow_network=allow_network)
-    if shape.model_type not in FINAL_NORM:
-        raise ValueError(
-            f"verifier {model}: got the family {shape.model_type!r}, wanted one of {', '.join(sorted(FINAL_NORM))}; "
-            "another family may scale or cap its logits: see docs/extending.md on how to add one"
-        )
-    names = [EMBEDDING, NORM] + ([] if shape.tie_word_embeddings else [HEAD])
-    tensors = {name: tensor.to(dtype) for name, tensor in _read(model, names, device, allow_network).items()}
-    matrix = (shape.vocab_size, shape.hidden_size)
-    for name, tensor in tensors.items():
-        wanted = matrix if name != NORM else (shape.hidden_size,)
-        if tuple(tensor.shape) != wanted:
-            raise ValueError(
-                f"verifier {model}: got {name} of shape {tuple(tensor.shape)}, wanted {wanted} as its config.json "
-                "says; the weights and the config.json do not belong together"
-            )
-    module, name = FINAL_NORM[shape.model_type]
-    norm = getattr(importlib.import_module(module), name)(shape.hidden_size, eps=shape.rms_norm_eps)
-    norm.weight = nn.Parameter(tensors[NORM], requires_grad=False)
-    return VerifierHead(tensors[EMBEDDING], norm, tensors.get(HEAD, tensors[EMBEDDING]))
-
-
-def _read(model: str, names: list[str], device: torch.device | str, allow_network: bool) -> dict[str, Tensor]:
-    index = _file(model, INDEX, allow_network=allow_network)
-    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index is not None else {}
-    tensors = {}
-    for name in names:
-        path = _file(model, shards.get(name, SINGLE), allow_network=allow_network)
-        if path is None:
-            raise ValueError(
-                f"verifier {model}: got no {shards.get(name, SINGLE)}, wanted it for the tensor {name}; "
-                "give a folder with the safetensors weights"
-            )
-        with safe_open(path, framework="pt", device=str(device)) as shard:
-            if name not in shard.keys():  # noqa: SIM118 safe_open is no mapping
-                raise ValueError(
-                    f"verifier {model}: got no tensor {name} in {path.name}, wanted it there; the checkpoint is "
-                    "incomplete or its config.json says tie_word_embeddings wrongly"
-                )
-            tensors[name] = shard.get_tensor(name)
-    return tensors
 
 
 class Tokenizer(Protocol):

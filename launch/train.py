@@ -120,7 +120,10 @@ def set_up(
     from dflash_scale.stream.receiver import Stream
     from dflash_scale.stream.wire import Layout
     from dflash_scale.trainer import Parts, Trainer, make_engine
-    from dflash_scale.verifier import load_verifier_head, mask_token_id
+    from dflash_scale.verifier import mask_token_id
+    from dflash_scale.verifier_head import load_verifier_head
+    from dflash_scale.vocabulary import run_vocabulary
+    from dflash_scale.warm_start import load_start
 
     rank, world, train = dist.get_rank(), dist.get_world_size(), config.train
     output = Path(train.output_dir)
@@ -129,7 +132,6 @@ def set_up(
     prepared = load_prepared(Path(config.data.path))
     samples = Samples(prepared.train, prepared.validation)
     schedule = RowSchedule(samples, schedule_spec(config, world))
-    anchors = AnchorSpec(config.drafter.block_size, config.data.anchors_per_document, train.seed)
 
     # The drafter, and of the verifier what the drafter needs: embedding, norm and head.
     shape = verifier_shape(config.verifier.model, allow_network=True)
@@ -143,14 +145,22 @@ def set_up(
             f"not with that of verifier.model = {config.verifier.model}; prepare the data set again with --model"
         )
     mask = mask_token_id(tokenizer, shape.vocab_size, config.drafter.mask_token_id)
+    vocabulary = run_vocabulary(prepared.train, shape.vocab_size, tokenizer, config.drafter.vocab_size)
+    if vocabulary is not None:
+        log.info("the drafter's %d tokens are %.2f %% of the answers", len(vocabulary.ids), 100 * vocabulary.coverage)
+    inside = None if vocabulary is None else vocabulary.t2d
+    anchors = AnchorSpec(config.drafter.block_size, config.data.anchors_per_document, train.seed, inside)
     spec = drafter_spec(config.drafter, shape, layer_ids, mask)
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
     head = load_verifier_head(config.verifier.model, dtype, device)
     drafter = Drafter(spec, config.drafter.attention_backend)
     drafter.initialise(train.seed)
+    if config.drafter.init_from is not None and not resume:
+        drafter.load_state_dict(load_start(Path(config.drafter.init_from), spec))
 
     # A run is continued only if it is asked for, and only with the schedule that it began with.
-    checkpoints = Checkpoints(output / "checkpoints", train.keep_checkpoints)
+    d2t = None if vocabulary is None else vocabulary.d2t
+    checkpoints = Checkpoints(output / "checkpoints", train.keep_checkpoints, d2t)
     if not resume and checkpoints.latest() is not None:
         raise ValueError(f"{output} holds a run: give --resume to continue it, or another train.output_dir")
     if rank == 0:
@@ -175,7 +185,8 @@ def set_up(
     room = AssemblerSpec(layout, config.data.row_tokens, config.stream.lookahead_rows, anchors, device)
     assembler = RowAssembler(stream.ring, schedule.rows(rank, position.step + 1), samples, room)
     batches = iter(assembler)
-    parts = Parts(config, spec, head, samples, schedule, engine, batches, checkpoints, control, position, output)
+    rest = (engine, batches, checkpoints, control, position, output, vocabulary)
+    parts = Parts(config, spec, head, samples, schedule, anchors, *rest)
 
     def close() -> None:
         assembler.close()

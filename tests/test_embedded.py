@@ -23,6 +23,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 
 from dflash_scale.stream import wire
 from dflash_scale.stream.embedded import EmbeddedServer, Options, TappedVerifier
+from dflash_scale.taps import default_layer_ids
+from dflash_scale.verifier_head import load_verifier_head
+from tests.verifier_families import FAMILIES, HIDDEN, LAYERS, make_verifier, residuals_and_logits
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -100,6 +103,18 @@ def test_states_equal_transformers(folder: Path) -> None:
         assert states.shape == (length, 4, 32), states.shape
         torch.testing.assert_close(states, want, rtol=1e-5, atol=1e-6)
         assert len(answer) == 1
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_taps_of_every_family_equal_hooks(family: str, tmp_path: Path) -> None:
+    want, logits = residuals_and_logits(make_verifier(family, tmp_path, shard="1GB"), list(range(10, 34)))
+    verifier = TappedVerifier(str(tmp_path), default_layer_ids(LAYERS), "float32")
+    states, answer = verifier.run(list(range(10, 34)), 1, ignore_eos=True)
+    assert verifier.layout == wire.Layout((2, 4), HIDDEN, "float32")
+    torch.testing.assert_close(states, want[[2, 4]].transpose(0, 1), rtol=1e-5, atol=1e-5)
+    assert answer == [int(logits[-1].argmax())]
+    head = load_verifier_head(str(tmp_path), torch.float32, "cpu")
+    torch.testing.assert_close(head.logits(states[:, -1]), logits, rtol=1e-5, atol=1e-5)
 
 
 def test_greedy_answer_equals_generate(folder: Path) -> None:

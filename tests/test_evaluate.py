@@ -9,10 +9,22 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dflash_scale import evaluate
 from dflash_scale.acceptance import Acceptance
-from dflash_scale.drafter import Drafter, DrafterSpec
-from dflash_scale.evaluate import EvaluateSpec, GreedyVerifier, counted, cut, replayed, speculate, uniform_anchors
+from dflash_scale.config import DrafterSection
+from dflash_scale.drafter import Drafter, DrafterSpec, drafter_spec
+from dflash_scale.evaluate import (
+    EvaluateSpec,
+    GreedyVerifier,
+    counted,
+    cut,
+    replayed,
+    speculate,
+    uniform_anchors,
+    untrained_drafter,
+)
 from dflash_scale.evaluate_vllm import ServerSpec, parse_counters, serving
 from dflash_scale.export import export_drafter
+from dflash_scale.verifier import verifier_shape
+from tests.verifier_families import make_verifier
 
 SIZE, NEW = 5, 23
 
@@ -210,3 +222,15 @@ def test_server_that_cannot_start_is_explained(tmp_path: Path) -> None:
     spec = ServerSpec("verifier", tmp_path, "no-such-python", tmp_path / "vllm.log")
     with pytest.raises(ValueError, match=r"ended with status 2(.|\n)*no-such-python"), serving(spec):
         pass
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gpt_oss", "qwen3_5_text", "qwen3_next"])
+def test_sliding_and_linear_attention_forget_rejected_drafts(family: str, tmp_path: Path) -> None:
+    """Windows are passed, drafts rejected: the answer is still the greedy one, and so is every verify step."""
+    model = make_verifier(family, tmp_path, shard="1GB")
+    model.generation_config.eos_token_id = None
+    spec = drafter_spec(DrafterSection(layers=1, block_size=4), verifier_shape(str(tmp_path)), (1, 2), 96)
+    verifier = GreedyVerifier(model, spec.layer_ids)
+    trace = speculate(verifier, untrained_drafter(spec, 0), list(range(5, 12)), 30)
+    assert list(trace.output) == verifier.greedy(trace.prompt, 30)
+    assert any(accepted < 3 for _, accepted in trace.steps)

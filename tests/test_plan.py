@@ -51,6 +51,43 @@ def test_fp32_has_no_second_master_copy() -> None:
     assert (plan.memory.parameters, plan.memory.optimizer) == (4 * plan.trainable, 8 * plan.trainable // 8)
 
 
+def test_what_is_taken_over_and_what_is_set_are_both_printed() -> None:
+    text = print_plan(qwen3_8b(), 8)
+    for expected in (
+        "32 query and 8 key heads of 128; blocks bidirectional",
+        "all with full attention",
+        "rope_type default, rope_theta 1000000.0",
+        "unknown until the tokenizer is here",
+        "all 151,936 tokens",
+        "from random weights",
+    ):
+        assert expected in text, expected
+    drafter = {
+        "layers": 2,
+        "heads": 16,
+        "kv_heads": 4,
+        "head_dim": 64,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 7, "factor": 2},
+        "mask_token_id": 9,
+        "vocab_size": 32000,
+        "init_from": "drafters/old",
+        "layer_types": ["full_attention", "sliding_attention"],
+        "sliding_window": 512,
+    }
+    plan = make_plan(qwen3_8b(drafter=drafter), 8)
+    assert plan.frozen == (2 * 151936 + 32000) * 4096 + 4096
+    text = print_plan(plan.config, 8)
+    for expected in (
+        "16 query and 4 key heads of 64",
+        "full, window 512",
+        "rope_type linear, rope_theta 7.0, factor 2.0",
+        "9, as configured",
+        "32,000 of 151,936 tokens; what they cover is unknown until the data set is prepared",
+        "from drafters/old",
+    ):
+        assert expected in text, expected
+
+
 def test_the_printout_says_all_of_it() -> None:
     text = print_plan(qwen3_8b(), 8)
     statistics = 4 * 5 * 32 * (512 * 8192 // 3072) * 16

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import free_port
@@ -93,6 +94,25 @@ def test_gradient_is_the_same_however_samples_fall(
         scale = wanted[name].abs().max()
         assert scale > 0, name
         torch.testing.assert_close(got[name], wanted[name], rtol=1e-4, atol=1e-5 * float(scale), msg=name)
+
+
+def test_pruned_vocabulary(baseline: dict, tmp_path: Path) -> None:
+    """The gradient is the same however samples fall, not that of the whole vocabulary, and what is left out counts."""
+
+    def pruned(rows: int, row_tokens: int, size: int) -> dict:
+        content = settings(rows, row_tokens, validate_every=1)
+        return {**content, "drafter": {**content["drafter"], "vocab_size": size}}
+
+    alone, spread = (launch(w, pruned(*rows, 40), tmp_path / f"{w}") for w, rows in ((1, (12, 16)), (2, (4, 64))))
+    for name in (name for name in alone if name.startswith("gradient.")):
+        scale = float(alone[name].abs().max())
+        torch.testing.assert_close(spread[name], alone[name], rtol=1e-4, atol=1e-5 * scale, msg=name)
+        assert not torch.allclose(alone[name], baseline["decay"][name], rtol=1e-2, atol=1e-2 * scale), name
+    lines = [[json.loads(line) for line in (tmp_path / w / "metrics.jsonl").read_text().splitlines()] for w in "12"]
+    shares = [[(line["kind"], line["outside_vocabulary"]) for line in run] for run in lines]
+    assert shares[0] == shares[1] and all(0.1 < share < 0.9 for _, share in shares[0]) and len(shares[0]) == 2
+    d2t = np.load(tmp_path / "2" / "checkpoints" / "step-000001" / "d2t.npy")
+    assert d2t.shape == (40,) and (np.diff(d2t) >= 0).all()
 
 
 def test_bf16_with_fp32_masters_follows_fp32(baseline: dict, tmp_path: Path) -> None:

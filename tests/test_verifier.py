@@ -1,100 +1,21 @@
+"""The verifier's shape as the drafter takes it over, where its config.json is found, and the mask token."""
+
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
-from dflash_scale.verifier import (
-    FINAL_NORM,
-    load_verifier_head,
-    mask_token_id,
-    verifier_shape,
-)
-
-TINY: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-}
-CONFIGS = {
-    "llama": "LlamaConfig",
-    "mistral": "MistralConfig",
-    "qwen2": "Qwen2Config",
-    "qwen3": "Qwen3Config",
-    "qwen3_moe": "Qwen3MoeConfig",
-}
+from dflash_scale.verifier import mask_token_id, verifier_shape
+from tests.verifier_families import FAMILIES, TINY
 
 
-def make_verifier(family: str, folder: Path, tied: bool = False, shard: str = "8KB") -> Any:
-    """A tiny random verifier, saved in shards, whose final norm is not the identity."""
-    torch.manual_seed(0)
-    extra = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16} if family == "qwen3_moe" else {}
-    config = getattr(transformers, CONFIGS[family])(**TINY, **extra, tie_word_embeddings=tied)
-    model = AutoModelForCausalLM.from_config(config).float().eval()
-    with torch.no_grad():
-        model.model.norm.weight.normal_(1.0, 0.3)
-        model.model.embed_tokens.weight.normal_()
-    model.save_pretrained(folder, max_shard_size=shard)
-    return model
-
-
-def last_residual_and_logits(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    caught: list[torch.Tensor] = []
-
-    def keep(_module: Any, _args: Any, out: Any) -> None:
-        caught.append(out[0] if isinstance(out, tuple) else out)
-
-    handle = model.model.layers[-1].register_forward_hook(keep)
-    with torch.no_grad():
-        logits = model(ids).logits[0]
-    handle.remove()
-    return caught[0].reshape(-1, TINY["hidden_size"]), logits
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", sorted(FINAL_NORM))
-def test_head_of_the_last_residual_is_the_models_logits(family: str, tied: bool, tmp_path: Path) -> None:
-    model = make_verifier(family, tmp_path, tied)
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    residual, logits = last_residual_and_logits(model, torch.arange(24)[None])
-    head = load_verifier_head(str(tmp_path), torch.float32, "cpu")
-    error = (head.logits(residual) - logits).abs().max().item()
-    assert error <= 1e-6 * logits.abs().max().item(), f"{family}, tied={tied}: {error}"
-    assert torch.equal(head.argmax(residual, chunk=5), logits.argmax(-1).int())
-    assert torch.equal(head.embedding, model.model.embed_tokens.weight)
-    assert (head.weight is head.embedding) == tied
-    assert not head.weight.requires_grad
-    assert not any(parameter.requires_grad for parameter in head.norm.parameters())
-
-
-def test_argmax_of_nothing_is_nothing(tmp_path: Path) -> None:
-    make_verifier("qwen3", tmp_path)
-    assert load_verifier_head(str(tmp_path), torch.float32, "cpu").argmax(torch.zeros(0, 32)).shape == (0,)
-
-
-def test_only_the_needed_shards_are_read(tmp_path: Path) -> None:
-    make_verifier("qwen3", tmp_path)
-    weight_map = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
-    needed = {weight_map[name] for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")}
-    for shard in set(weight_map.values()) - needed:
-        (tmp_path / shard).unlink()
-    assert load_verifier_head(str(tmp_path), torch.bfloat16, "cpu").weight.dtype == torch.bfloat16
-
-
-def test_one_unsharded_file(tmp_path: Path) -> None:
-    model = make_verifier("llama", tmp_path, shard="1GB")
-    assert not (tmp_path / "model.safetensors.index.json").exists()
-    assert torch.equal(load_verifier_head(str(tmp_path), torch.float32, "cpu").weight, model.lm_head.weight)
+def save_config(family: str, folder: Path, **values: Any) -> Any:
+    config = FAMILIES[family](False)
+    config.save_pretrained(folder)
+    edit_config(folder, **values)
+    return config
 
 
 def edit_config(folder: Path, **values: Any) -> None:
@@ -102,43 +23,76 @@ def edit_config(folder: Path, **values: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-def test_unknown_family_is_one_clear_error(tmp_path: Path) -> None:
-    make_verifier("llama", tmp_path)
-    edit_config(tmp_path, model_type="gemma2")
-    with pytest.raises(ValueError, match="got the family 'gemma2', wanted one of llama, mistral"):
-        load_verifier_head(str(tmp_path), torch.float32, "cpu")
-
-
-def test_missing_head_and_wrong_shape_are_named(tmp_path: Path) -> None:
-    make_verifier("qwen3", tmp_path, tied=True, shard="1GB")
-    edit_config(tmp_path, tie_word_embeddings=False)
-    with pytest.raises(ValueError, match=r"got no tensor lm_head\.weight in model\.safetensors"):
-        load_verifier_head(str(tmp_path), torch.float32, "cpu")
-    edit_config(tmp_path, tie_word_embeddings=True, vocab_size=98)
-    with pytest.raises(ValueError, match=r"shape \(97, 32\), wanted \(98, 32\)"):
-        load_verifier_head(str(tmp_path), torch.float32, "cpu")
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"got no model\.safetensors"):
-        load_verifier_head(str(tmp_path), torch.float32, "cpu")
-
-
-def test_the_test_would_notice_a_plain_norm(tmp_path: Path) -> None:
-    """The comparison above is worth something: without the norm's weight it fails by orders of magnitude."""
-    model = make_verifier("qwen3", tmp_path, shard="1GB")
-    residual, logits = last_residual_and_logits(model, torch.arange(24)[None])
-    weights = load_file(tmp_path / "model.safetensors")
-    save_file({**weights, "model.norm.weight": torch.ones(32)}, tmp_path / "model.safetensors", {"format": "pt"})
-    head = load_verifier_head(str(tmp_path), torch.float32, "cpu")
-    assert (head.logits(residual) - logits).abs().max() > 0.1 * logits.abs().max()
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_shape_of_every_family(family: str, tmp_path: Path) -> None:
+    save_config(family, tmp_path, dtype="bfloat16")
+    shape = verifier_shape(str(tmp_path))
+    latent = family == "deepseek_v3"
+    assert (shape.layers, shape.hidden_size, shape.vocab_size) == (4, 32, 97)
+    assert (shape.heads, shape.kv_heads, shape.head_dim) == ((4, 4, 8) if latent else (4, 2, 8))
+    assert (shape.intermediate_size, shape.max_position_embeddings) == (48, 256)
+    assert 0 < shape.rms_norm_eps < 1e-4
+    assert isinstance(shape.rope_parameters["rope_theta"], float | int) and "rope_type" in shape.rope_parameters
+    assert shape.stream_dtype("auto") == "bfloat16" or "text_config" in json.loads(
+        (tmp_path / "config.json").read_text()
+    )
 
 
 def test_shape_of_a_folder_is_transformers_config(tmp_path: Path) -> None:
-    model = make_verifier("qwen3", tmp_path)
+    config = save_config("qwen3", tmp_path)
     shape = verifier_shape(str(tmp_path))
-    assert (shape.layers, shape.hidden_size, shape.heads, shape.kv_heads, shape.head_dim) == (2, 32, 4, 2, 8)
-    assert dict(shape.rope_parameters) == model.config.rope_parameters
+    assert (shape.layers, shape.hidden_size, shape.heads, shape.kv_heads, shape.head_dim) == (4, 32, 4, 2, 8)
+    assert dict(shape.rope_parameters) == config.rope_parameters
     assert shape.dtype == "float32"
     assert (shape.stream_dtype("auto"), shape.stream_dtype("float16")) == ("float32", "float16")
+
+
+def write(folder: Path, **content: Any) -> str:
+    (folder / "config.json").write_text(json.dumps(content))
+    return str(folder)
+
+
+def test_what_a_short_config_leaves_out_is_its_familys(tmp_path: Path) -> None:
+    """The config.json of google/gemma-3-4b-it has no head count, no vocabulary and no norm's epsilon."""
+    text = {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    }
+    model = write(tmp_path, model_type="gemma3", text_config=text, torch_dtype="bfloat16", vision_config={})
+    shape = verifier_shape(model)
+    assert (shape.model_type, shape.layers, shape.hidden_size, shape.vocab_size) == ("gemma3", 34, 2560, 262208)
+    assert (shape.heads, shape.kv_heads, shape.head_dim, shape.intermediate_size) == (8, 4, 256, 10240)
+    assert dict(shape.rope_parameters) == {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}
+    assert (shape.dtype, shape.tie_word_embeddings) == ("bfloat16", True)
+
+
+def test_latent_attention_gives_heads_of_its_values(tmp_path: Path) -> None:
+    transformers.DeepseekV3Config().save_pretrained(tmp_path)  # 128 heads for 7168, as many for keys as for queries
+    shape = verifier_shape(str(tmp_path))
+    assert (shape.heads, shape.kv_heads, shape.head_dim) == (56, 8, 128)
+
+
+def test_heads_that_differ_by_layer_give_the_smaller(tmp_path: Path) -> None:
+    transformers.Gemma4TextConfig(head_dim=256, global_head_dim=512).save_pretrained(tmp_path)
+    assert verifier_shape(str(tmp_path)).head_dim == 256
+
+
+def test_experts_alone_give_three_times_the_hidden_size(tmp_path: Path) -> None:
+    transformers.GPT2Config(n_embd=48, n_head=4).save_pretrained(tmp_path)
+    shape = verifier_shape(str(tmp_path))
+    assert (shape.intermediate_size, shape.heads, shape.rms_norm_eps) == (144, 4, 1e-5)
+
+
+def test_no_causal_language_model_is_one_clear_error(tmp_path: Path) -> None:
+    transformers.MambaConfig().save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"no 'num_attention_heads' \(model_type 'mamba'\); wanted the config.json of a"
+    ):
+        verifier_shape(str(tmp_path))
 
 
 def test_shape_reads_configs_of_transformers_4(tmp_path: Path) -> None:

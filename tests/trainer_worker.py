@@ -22,7 +22,9 @@ from dflash_scale.config import load_config
 from dflash_scale.drafter import Drafter, drafter_spec
 from dflash_scale.packer import AnchorSpec, Row, RowSchedule, Samples, plan_row, schedule_spec
 from dflash_scale.trainer import Parts, Trainer, join_ranks, leave_ranks, make_engine
-from dflash_scale.verifier import VerifierHead, VerifierShape
+from dflash_scale.verifier import VerifierShape
+from dflash_scale.verifier_head import VerifierHead
+from dflash_scale.vocabulary import choose_vocabulary
 
 HIDDEN, TAPS, VOCAB = 32, 2, 64
 
@@ -93,7 +95,12 @@ def main() -> None:
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
     head = VerifierHead(matrices[0].to(dtype), torch.nn.RMSNorm(HIDDEN, dtype=dtype), matrices[1].to(dtype))
     engine = make_engine(config, drafter, schedule.total_steps)
-    checkpoints = Checkpoints(out / "checkpoints", train.keep_checkpoints)
+    vocabulary = None
+    if config.drafter.vocab_size is not None:
+        said = np.concatenate([samples.tokens(i)[samples.loss_mask(i)] for i in range(12)])
+        vocabulary = choose_vocabulary(np.bincount(said, minlength=VOCAB), [5], config.drafter.vocab_size)
+    d2t, inside = (vocabulary.d2t, vocabulary.t2d) if vocabulary is not None else (None, None)
+    checkpoints = Checkpoints(out / "checkpoints", train.keep_checkpoints, d2t)
     position = Position(
         0,
         0.0,
@@ -107,9 +114,10 @@ def main() -> None:
     )
     if resume:
         position = checkpoints.load(engine, position)
-    anchors = AnchorSpec(config.drafter.block_size, config.data.anchors_per_document, train.seed)
+    anchors = AnchorSpec(config.drafter.block_size, config.data.anchors_per_document, train.seed, inside)
     source = batches(schedule.rows(rank, position.step + 1), samples, anchors)
-    parts = Parts(config, spec, head, samples, schedule, engine, source, checkpoints, control, position, out)
+    rest = (source, checkpoints, control, position, out, vocabulary)
+    parts = Parts(config, spec, head, samples, schedule, anchors, engine, *rest)
     state = record_gradients(engine)
     Trainer(parts).run()
     for name, parameter in engine.module.named_parameters():

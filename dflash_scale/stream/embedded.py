@@ -29,6 +29,7 @@ import torch
 from dflash_scale.stream import wire
 from dflash_scale.stream.embedded_http import CompletionServer, Reply, Request
 from dflash_scale.stream.publisher import Publisher
+from dflash_scale.taps import causal_model, decoder_layers
 
 log = logging.getLogger(__name__)
 
@@ -51,21 +52,17 @@ class Options:
 class TappedVerifier:
     """A Transformers causal LM whose forward also keeps the residual stream after the tapped layers.
 
-    Works for every family with `model.base_model.layers`, as Qwen3, Llama and their relatives have it. Raises
-    ValueError for other families and for layer ids that the verifier has not.
+    Of a multimodal model, its text part is tapped. Raises ValueError for families whose layers are not found and for
+    layer ids that the verifier has not.
     """
 
     def __init__(self, model: str, taps: Sequence[int], dtype: str) -> None:
-        from transformers import AutoModelForCausalLM  # takes seconds: only once a model is wanted
-
-        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
-        layers = getattr(self._model.base_model, "layers", None)
-        if not isinstance(layers, torch.nn.ModuleList):
-            raise ValueError(f"{type(self._model).__name__} has no base_model.layers to tap: serve it with vLLM.")
+        self._model = causal_model(model, dtype)
+        layers = decoder_layers(self._model)[1]
         n = len(layers)
         if not taps or list(taps) != sorted(set(taps)) or taps[0] < 0 or taps[-1] >= n:
             raise ValueError(f"layer ids must be different ids in ascending order from 0 to {n - 1}, got {list(taps)}")
-        config = self._model.config
+        config = self._model.config.get_text_config(decoder=True)
         name = str(self._model.dtype).removeprefix("torch.")
         self.layout = wire.Layout((*taps, n), config.hidden_size, name)
         self.vocab_size: int = config.vocab_size
