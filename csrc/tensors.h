@@ -5,8 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #ifdef DFLASH_CUDA
-// In libtorch_cuda only: weak, so that the library also loads in a CPU-only torch.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+#include <dlfcn.h>
 #endif
 
 namespace dflash {
@@ -22,12 +21,28 @@ T* out(const torch::stable::Tensor& t) {
 }
 
 #ifdef DFLASH_CUDA
+// What a cudaError_t means (attention/plan.cu).
+const char* cuda_error(int error);
+
+using CurrentStream = AOTITorchError (*)(int32_t, void**);
+
+// torch's current stream on a device. The function is in libtorch_cuda, which a CPU-only torch has not, and which
+// Python loads where neither the linker nor a weak reference from here would find it.
+inline CurrentStream current_stream() {
+  static const CurrentStream found = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return reinterpret_cast<CurrentStream>(
+        dlsym(library != nullptr ? library : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  }();
+  return found;
+}
+
 // Makes a tensor's device current, and knows its stream.
 class OnDevice {
  public:
   explicit OnDevice(const torch::stable::Tensor& t) : guard_(t.get_device_index()) {
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "dflash_scale: this torch has no CUDA");
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));
+    STD_TORCH_CHECK(current_stream() != nullptr, "dflash_scale: this torch has no CUDA");
+    STD_TORCH_CHECK(current_stream()(t.get_device_index(), &stream_) == 0, "dflash_scale: torch names no CUDA stream");
   }
   void* stream() const { return stream_; }
 
@@ -38,7 +53,7 @@ class OnDevice {
 
 // error: a cudaError_t.
 inline void check_launch(int error, const char* kernel) {
-  STD_TORCH_CHECK(error == 0, "dflash_scale: the ", kernel, " kernel failed with cudaError ", error);
+  STD_TORCH_CHECK(error == 0, "dflash_scale: the ", kernel, " kernel failed: ", cuda_error(error), " (", error, ")");
 }
 #endif
 

@@ -104,9 +104,16 @@ def build_plan(
     if anchors.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_values(anchors, doc_ids)
     anchors, doc_ids = anchors.contiguous(), doc_ids.contiguous()
-    build = torch.ops.dflash_scale.build_plan if COMPILED.get(anchors.device.type) else _plan_reference
+    build = torch.ops.dflash_scale.build_plan if _compiled(anchors.device) else _plan_reference
     starts, ends, tile_ranges, order, tile_order = build(anchors, doc_ids, block_size, window or 0, group)
     return Plan(anchors, doc_ids, starts, ends, tile_ranges, order, tile_order, block_size, window, causal_block, group)
+
+
+def _compiled(device: torch.device) -> bool:
+    # The library holds no code for GPUs before compute capability 8.0.
+    return COMPILED.get(device.type, False) and (
+        device.type != "cuda" or torch.cuda.get_device_properties(device).major >= 8
+    )
 
 
 def _check_values(anchors: Tensor, doc_ids: Tensor) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from dflash_scale.config import parse_config
 from dflash_scale.evaluate import GreedyVerifier, speculate
 from dflash_scale.export import export_drafter, load_drafter, load_output
-from dflash_scale.loss import LossSpec, drafter_loss, normaliser
+from dflash_scale.loss import LossSpec, drafter_loss, kept_slots, normaliser, trained_mask
 from dflash_scale.packer import AnchorSpec, Row, RowPlan, Samples, pack, plan_row
 from dflash_scale.taps import causal_model
 from dflash_scale.vocabulary import DraftVocabulary, choose_vocabulary
@@ -88,7 +88,8 @@ def test_the_loss_is_that_of_the_kept_rows() -> None:
     hidden, head = torch.randn(count * size, 16), torch.randn(12, 16)
     labels = torch.from_numpy(vocabulary.draft_ids[plan.block_tokens])
     kept = torch.from_numpy(vocabulary.ids)
-    loss, sums = drafter_loss(hidden, head[kept], labels, plan.trained, spec, torch.ones(()))
+    mask = trained_mask(plan.trained, size)
+    loss, sums = drafter_loss(hidden[kept_slots(mask)], head[kept], labels, mask, spec, torch.ones(()))
     wanted, accepted, z = 0.0, 0, 0.0
     for block in range(count):
         right = True
@@ -102,7 +103,7 @@ def test_the_loss_is_that_of_the_kept_rows() -> None:
             accepted += right
     assert float(loss) == pytest.approx(wanted, rel=1e-5)
     assert int(sums.accepted.sum()) == accepted and int(sums.blocks) == count
-    assert normaliser(plan.trained, size, spec) == pytest.approx(z)
+    assert normaliser(mask, spec) == pytest.approx(z)
 
 
 def test_export_holds_rows_and_maps(tmp_path: Path, verifier: Path) -> None:  # noqa: F811

@@ -83,7 +83,7 @@ void plan_cpu(const PlanArgs& args);
 
 // One launch on `stream` (a cudaStream_t), no host sync. Returns a cudaError_t.
 int plan_cuda(const PlanArgs& args, void* stream);
-// Tokens that plan_cuda can take: its document bits live in shared memory.
-inline constexpr int32_t kMaxPlanTokens = 1 << 19;
+// Tokens that plan_cuda can take: its document bits live in shared memory, of which the smallest GPUs have 99 KiB.
+inline constexpr int32_t kMaxPlanTokens = 360000;
 
 }  // namespace dflash

@@ -141,10 +141,13 @@ DFLASH_GLOBAL void DFLASH_BOUNDS(Traits::kThreads, Traits::kBlocks)
       cover = warp_cover<16>(p.rows, bounds + row0, item, unit_row0 + row0);
     }
     const uint32_t warp_queries = queries + tile_bytes<kDim>(row0);
-    if (cover.interior(walk.p, kKeys)) {
-      state.template add_tile<true>(warp_queries, stages + now, bounds + row0, cover, walk.p, p.log2_scale);
-    } else if (!cover.dead(walk.p, kKeys)) {
-      state.template add_tile<false>(warp_queries, stages + now, bounds + row0, cover, walk.p, p.log2_scale);
+    // Dead first: a warp of padding alone has an empty cover, which every tile is inside of.
+    if (!cover.dead(walk.p, kKeys)) {
+      if (cover.interior(walk.p, kKeys)) {
+        state.template add_tile<true>(warp_queries, stages + now, bounds + row0, cover, walk.p, p.log2_scale);
+      } else {
+        state.template add_tile<false>(warp_queries, stages + now, bounds + row0, cover, walk.p, p.log2_scale);
+      }
     }
     walk = next;
     now = Traits::kStageBytes - now;
@@ -366,10 +369,13 @@ DFLASH_GLOBAL void DFLASH_BOUNDS(Traits::kThreads, Traits::kBlocks)
     const Statistics& rows = statistics[now != 0];
     const Cover cover = rows.cover;
     const uint32_t warp_keys = keys + tile_bytes<kDim>(row0);
-    if (cover.interior(tile.p + row0, 16)) {
-      state.template add_stage<true>(warp_keys, stages + now, rows, tile.p + row0, p.log2_scale);
-    } else if (!cover.dead(tile.p + row0, 16)) {
-      state.template add_stage<false>(warp_keys, stages + now, rows, tile.p + row0, p.log2_scale);
+    // Dead first: a warp of padding alone has an empty cover, which every tile is inside of.
+    if (!cover.dead(tile.p + row0, 16)) {
+      if (cover.interior(tile.p + row0, 16)) {
+        state.template add_stage<true>(warp_keys, stages + now, rows, tile.p + row0, p.log2_scale);
+      } else {
+        state.template add_stage<false>(warp_keys, stages + now, rows, tile.p + row0, p.log2_scale);
+      }
     }
     // Read before the products and written after them, so that nobody waits for global memory.
     if (more && warp() == 0) write_statistics(ahead, statistics[now == 0]);

@@ -184,10 +184,13 @@ DFLASH_GLOBAL void DFLASH_BOUNDS(Traits::kThreads, Traits::kBlocks)
       cover = warp_cover<kWarpRows>(p.rows, bounds + row0, item, row0);
     }
     const uint32_t warp_queries = queries + tile_bytes<kDim>(row0);
-    if (cover.interior(walk.p, Traits::kKeys)) {
-      state.template add_tile<true>(warp_queries, stages + now, bounds + row0, cover, walk.p);
-    } else if (!cover.dead(walk.p, Traits::kKeys)) {
-      state.template add_tile<false>(warp_queries, stages + now, bounds + row0, cover, walk.p);
+    // Dead first: a warp of padding alone has an empty cover, which every tile is inside of.
+    if (!cover.dead(walk.p, Traits::kKeys)) {
+      if (cover.interior(walk.p, Traits::kKeys)) {
+        state.template add_tile<true>(warp_queries, stages + now, bounds + row0, cover, walk.p);
+      } else {
+        state.template add_tile<false>(warp_queries, stages + now, bounds + row0, cover, walk.p);
+      }
     }
     walk = next;
     now = Traits::kStageBytes - now;

@@ -73,10 +73,9 @@ DFLASH_DEVICE void copy_keys(const Keys& keys, int head, const KeyWalk& walk, ui
   const bool own = walk.segment == Segment::kOwn;
   const KeyRows k = KeyRows::of<kDim>(own ? keys.k_blk : keys.k_ctx, keys.kv_heads, head);
   const KeyRows v = KeyRows::of<kDim>(own ? keys.v_blk : keys.v_ctx, keys.kv_heads, head);
-  const int p = walk.p, end = walk.limits().hi;
-  copy_rows<kDim, kKeys, kThreads>(stage, [&](int row) { return p + row < end ? k.at(p + row) : nullptr; });
-  copy_rows<kDim, kKeys, kThreads>(stage + tile_bytes<kDim>(kKeys),
-                                   [&](int row) { return p + row < end ? v.at(p + row) : nullptr; });
+  const int valid = walk.limits().hi - walk.p;
+  copy_key_rows<kDim, kKeys, kThreads>(stage, k, walk.p, valid);
+  copy_key_rows<kDim, kKeys, kThreads>(stage + tile_bytes<kDim>(kKeys), v, walk.p, valid);
   copy_async_commit();
 }
 

@@ -154,6 +154,23 @@ struct KeyRows {
   DFLASH_DEVICE const char* at(int row) const { return base + row * row_stride; }
 };
 
+// The same for rows that lie `keys.row_stride` apart from `first` on, `valid` of them. Where a round of threads is a
+// multiple of 8 rows, each thread's chunk and its place in the swizzle are the same in every round.
+template <int kDim, int kRows, int kThreads>
+DFLASH_DEVICE void copy_key_rows(uint32_t tile, const KeyRows& keys, int first, int valid) {
+  constexpr int kChunks = kDim / 8, kStep = kThreads / kChunks;
+  if constexpr (kThreads % kChunks == 0 && kStep % 8 == 0 && kRows % kStep == 0) {
+    const int row = thread_index() / kChunks, chunk = thread_index() % kChunks;
+    const uint32_t to = tile + swizzled<kDim>(row, chunk);
+    const char* from = keys.at(first + row) + chunk * 16;
+#pragma unroll
+    for (int i = 0; i < kRows / kStep; ++i)
+      copy_async(to + i * kStep * kDim * 2, from + i * kStep * keys.row_stride, row + i * kStep < valid);
+  } else {
+    copy_rows<kDim, kRows, kThreads>(tile, [&](int row) { return row < valid ? keys.at(first + row) : nullptr; });
+  }
+}
+
 // Writes a warp's accumulators, times factor[m][half], as 16-bit rows of a tile that are the warp's own, from row0 on.
 template <Half kType, int kDim, int kM>
 DFLASH_DEVICE void stage_rows(char* tile, int row0, const float (&d)[kM][kDim / 8][4], const float (&factor)[kM][2]) {
