@@ -10,17 +10,17 @@ liger    Liger's fused linear cross entropy, and its fused linear JSD for kl (wi
 
 8192 slots x 4096 x 151936 in bfloat16 on a GPU, 1024 x 1024 x 32768 in float32 on a CPU. Each is measured in a process
 of its own: extra memory is the peak of its first round less what its inputs hold (allocated on a GPU, resident on a
-CPU), time the median of the rounds after it. Blocks start every 8 tokens, so that in `kl` two slots share a position of
-the verifier; peers have no such notion and are given a row of its logits, or of its states, for each slot.
+CPU), time the best of the rounds after it, which all take in turn. Blocks start every 8 tokens, so that in `kl` two
+slots share a position of the verifier; peers have no such notion and get a row of its logits, or states, per slot.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
 import platform
 import resource
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -175,23 +175,21 @@ def held_bytes(device: str) -> int:
     return peak_bytes(device)
 
 
-def measure(problem: Problem, candidate: str, term: str, pipe: Connection) -> None:
-    """One candidate, in a process of its own."""
+def serve(problem: Problem, candidate: str, term: str, pipe: Connection) -> None:
+    """One candidate, in a process of its own: sends its extra memory, then the seconds of each round asked for."""
     inputs = Inputs.make(problem)
     step = CANDIDATES[candidate](inputs, problem, term)
     warm = torch.ones(64, 64, device=problem.device)
     warm @ warm  # the libraries' own memory
     before = held_bytes(problem.device)
     step()
-    extra = peak_bytes(problem.device) - before
-    seconds = []
-    for _ in range(problem.rounds):
-        synchronize(problem.device)
+    synchronize(problem.device)
+    pipe.send(peak_bytes(problem.device) - before)
+    while pipe.recv():
         started = time.perf_counter()
         step()
         synchronize(problem.device)
-        seconds.append(time.perf_counter() - started)
-    pipe.send(Figure(statistics.median(seconds), extra))
+        pipe.send(time.perf_counter() - started)
 
 
 def synchronize(device: str) -> None:
@@ -199,18 +197,29 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def run(problem: Problem, candidate: str, term: str) -> Figure | None:
-    """None where it failed, for example because memory was short."""
-    mine, theirs = get_context("spawn").Pipe()
-    process = get_context("spawn").Process(target=measure, args=(problem, candidate, term, theirs))
-    process.start()
-    theirs.close()
-    try:
-        figure: Figure | None = mine.recv()
-    except EOFError:
-        figure = None
-    process.join()
-    return figure
+def compare(problem: Problem, names: list[str], term: str) -> dict[str, Figure | None]:
+    """A figure for each candidate, None where it failed, for example because memory was short. They take their rounds
+    in turn, so that a busy moment of the machine meets all."""
+    spawn = get_context("spawn")
+    pipes: dict[str, Connection] = {}
+    extra: dict[str, int] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    processes = []
+    for name in names:
+        pipes[name], theirs = spawn.Pipe()
+        processes.append(spawn.Process(target=serve, args=(problem, name, term, theirs)))
+        processes[-1].start()
+        theirs.close()
+        with contextlib.suppress(EOFError):
+            extra[name] = pipes[name].recv()
+    for turn in range(problem.rounds + 1):
+        for name in extra:
+            pipes[name].send(turn < problem.rounds)
+            if turn < problem.rounds:
+                seconds[name].append(pipes[name].recv())
+    for process in processes:
+        process.join()
+    return {name: Figure(min(seconds[name]), extra[name]) if name in extra else None for name in names}
 
 
 def report(figures: dict[str, dict[str, Figure | None]], problem: Problem) -> list[str]:
@@ -252,7 +261,7 @@ def main() -> None:
     found = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=found, choices=["cuda", "cpu"])
     parser.add_argument("--kernel", default="auto", choices=["auto", "cuda", "cpu", "torch"])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, help="file for the results")
     args = parser.parse_args()
     shape = (8192, 4096, 151936, "bfloat16") if args.device == "cuda" else (1024, 1024, 32768, "float32")
@@ -260,7 +269,7 @@ def main() -> None:
     load = os.getloadavg()[0]  # above 0, the figures are those of a machine that others use as well
     has_liger = args.device == "cuda" and importlib.util.find_spec("liger_kernel") is not None
     names = [name for name in CANDIDATES if name != "liger" or has_liger]
-    figures = {term: {name: run(problem, name, term) for name in names} for term in TERMS}
+    figures = {term: compare(problem, names, term) for term in TERMS}
     print(
         f"{problem.slots} slots x {problem.hidden} x {problem.vocabulary} {problem.dtype}, {device_name(args.device)}"
     )

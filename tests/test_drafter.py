@@ -73,13 +73,14 @@ def test_kept_slots_have_the_output_and_the_gradients_of_all(kept: list[int]) ->
         torch.testing.assert_close(gradient, want, rtol=1e-9, atol=1e-12, msg=f"{name} with {kept}")
 
 
-def test_the_last_mlp_sees_only_the_kept_slots() -> None:
+def test_behind_the_last_attention_are_only_the_kept_slots() -> None:
     spec, drafter = make()
     seen: list[int] = []
     for layer in drafter.layers:
-        layer.mlp.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
+        for module in (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp):
+            module.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
     drafter(**inputs(spec), kept=torch.tensor([2, 7]))
-    assert seen == [16, 2]
+    assert seen == [16, 16, 16, 16, 2, 2]
 
 
 def test_a_row_without_anchors_gives_every_weight_a_zero_gradient() -> None:
