@@ -358,6 +358,7 @@ def _memory(plan: Plan) -> Lines:
     slots = plan.anchors * plan.spec.block_size
     rows = "the fullest row" if plan.data is not None else f"a row of {ASSUMED_DOCUMENT}-token documents"
 
+    vocabulary = plan.config.drafter.vocab_size or plan.shape.vocab_size
     dense = plan.config.drafter.attention_backend == "reference"
     scores = "dense scores (drafter.attention_backend is reference)" if dense else "statistics, no scores"
 
