@@ -218,6 +218,18 @@ def test_a_label_that_is_no_token_makes_its_row_nan_and_touches_no_other(kernel:
 
 
 @pytest.mark.parametrize("kernel", ["cpu", "torch", "emulated"])
+@pytest.mark.parametrize(("weight", "wanted"), [(1 + 2**-8, 1.0), (1 + 3 * 2**-8, 1 + 2**-6)])
+def test_halves_are_rounded_to_even(kernel: str, weight: float, wanted: float) -> None:
+    class Certain(Case):
+        def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            z = torch.tensor([[0.0, -torch.inf]]).bfloat16()  # p is 1 and 0, exactly
+            return z, torch.tensor([1]).int(), z.clone(), torch.tensor([0]).int()
+
+    _, _, gradient = run(kernel, Certain(1, 1, 2, (weight, 0.0, 0.0, 0.0), "masked", torch.bfloat16))
+    assert gradient.tolist() == [[wanted, -wanted]]
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "torch", "emulated"])
 def test_a_nan_among_the_logits_is_not_hidden(kernel: str) -> None:
     class Poisoned(Case):
         def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
