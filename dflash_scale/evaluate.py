@@ -109,6 +109,12 @@ class GreedyVerifier:
         cache.activate_past_recording()
         return cache
 
+    def before_step(self, cache: DynamicCache) -> DynamicCache | None:
+        """What `take_back` needs. A linear attention's state has no past to return to: it is kept from before the step,
+        and read forward again."""
+        recurrent = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
+        return copy.deepcopy(cache) if recurrent else None
+
     def take_back(self, cache: DynamicCache, before: DynamicCache | None, read: Sequence[int], rejected: int) -> Any:
         """The cache without the `rejected` last tokens; `read` are those that stay of what was read since `before`."""
         if before is None:
@@ -153,14 +159,12 @@ def speculate(verifier: GreedyVerifier, drafter: Drafter, prompt: Sequence[int],
             f"{max_new_tokens} new ones and a block of {size} fit; lower --max-new-tokens or leave the prompt out"
         )
     cache = verifier.new_cache()
-    # A linear attention's state has no past to return to: it is kept from before the step, and read forward again.
-    recurrent = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
     following, states = verifier.read(prompt, cache)
     tokens, steps = [*prompt, following[-1]], []
     while (output := cut(tokens[len(prompt) :], verifier.ends, max_new_tokens)) is None:
         anchor = len(tokens) - 1
         drafts = draft(drafter, verifier, states, tokens[anchor])
-        before = copy.deepcopy(cache) if recurrent else None
+        before = verifier.before_step(cache)
         following, new = verifier.read([tokens[anchor], *drafts], cache)
         accepted = 0
         while accepted < len(drafts) and drafts[accepted] == following[accepted]:

@@ -28,6 +28,8 @@ def kind(annotation: Any) -> str:
         return ", or ".join("null" if part is type(None) else kind(part) for part in inside)
     if origin is Literal:
         return " or ".join(json.dumps(value) for value in inside)
+    if origin is dict:
+        return "object"
     if inside:  # a tuple, or Annotated
         return ("list of " if origin is tuple else "") + kind(inside[0])
     return NAMES.get(annotation, "object")

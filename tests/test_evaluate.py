@@ -233,4 +233,11 @@ def test_sliding_and_linear_attention_forget_rejected_drafts(family: str, tmp_pa
     verifier = GreedyVerifier(model, spec.layer_ids)
     trace = speculate(verifier, untrained_drafter(spec, 0), list(range(5, 12)), 30)
     assert list(trace.output) == verifier.greedy(trace.prompt, 30)
+    cache, prompt = verifier.new_cache(), list(range(5, 17))
+    verifier.read(prompt, cache)
+    before = verifier.before_step(cache)
+    verifier.read([20, 30, 40, 50], cache)
+    cache = verifier.take_back(cache, before, [20], 3)
+    wanted = verifier.read([*prompt, 20, 60, 70])[1][-2:]
+    torch.testing.assert_close(verifier.read([60, 70], cache)[1], wanted, rtol=1e-4, atol=1e-4)
     assert any(accepted < 3 for _, accepted in trace.steps)

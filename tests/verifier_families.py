@@ -54,6 +54,7 @@ def _wrapped(name: str, text: str, vision: dict[str, Any], **extra: Any) -> Call
 
 FAMILIES: dict[str, Callable[[bool], Any]] = {
     "llama": _text("LlamaConfig"),
+    "llama4_text": _text("Llama4TextConfig", num_local_experts=2, num_experts_per_tok=1, intermediate_size_mlp=48),
     "mistral": _text("MistralConfig"),
     "ministral3": _text("Ministral3Config"),
     "qwen2": _text("Qwen2Config"),
