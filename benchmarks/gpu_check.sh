@@ -91,6 +91,7 @@ main() {
     done
     summarise
     step benchmark 150 "$python" benchmarks/bench_attention.py --out "$out/attention.json"
+    step loss-benchmark 40 "$python" benchmarks/bench_loss.py --kernel cuda --json "$out/loss.json"
     if command -v compute-sanitizer >/dev/null; then
         sanitize memcheck
         sanitize racecheck
@@ -102,6 +103,7 @@ main() {
     if "$python" -c 'import pytest, hypothesis' 2>/dev/null; then
         step properties 60 "$python" -m pytest -q -p no:cacheprovider tests/gpu -k "definition or compiled or auto" \
             --junitxml "$out/attention-properties.xml"
+        step loss 45 "$python" -m pytest -q -p no:cacheprovider tests/gpu/test_gpu_loss.py --junitxml "$out/loss-properties.xml"
     else
         note properties "not run: pytest or hypothesis is not installed" 0
     fi

@@ -374,7 +374,7 @@ def _memory(plan: Plan) -> Lines:
         ("attention", f"{size(memory.attention)} of {scores}"),
         (
             "loss",
-            f"{size(memory.loss)} for chunks of {chunk_slots(plan.config, plan.config.drafter.vocab_size or plan.shape.vocab_size)} slots",
+            f"{size(memory.loss)} for chunks of {chunk_slots(plan.config, vocabulary)} slots",
         ),
         ("one row's hidden states", size(memory.row)),
         ("sum", size(memory.total)),

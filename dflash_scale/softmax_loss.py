@@ -25,7 +25,7 @@ TERMS = ("ce", "kl", "reverse_kl", "tv")
 KERNELS = ("auto", "cuda", "cpu", "torch")
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
 SLICE_NUMBERS = 1 << 23  # logits that plain torch holds in fp32 at once
-# "auto" takes the CUDA kernel only once tests/test_loss.py passed on a GPU; until then "cuda" has to be asked for.
+# "auto" takes the CUDA kernel only once tests/gpu/test_gpu_loss.py passed on a GPU; until then it has to be asked for.
 CUDA_PROVEN = False
 COMPILED = {
     device.lower(): not MISSING

@@ -72,12 +72,6 @@ class VerifierHead:
         normed = self.norm(residual.to(self.weight.dtype))
         return F.linear(normed, self.weight) if self._project is None else self._project(normed)
 
-    @torch.no_grad()
-    def argmax(self, residual: Tensor, chunk: int = 2048) -> Tensor:
-        """(N, H) -> (N,) int32, the verifier's greedy next token; holds the logits of `chunk` positions at once."""
-        picked = [self.logits(part).argmax(-1).int() for part in residual.split(chunk)]
-        return torch.cat(picked) if picked else residual.new_zeros(0, dtype=torch.int32)
-
 
 def load_verifier_head(
     model: str, dtype: torch.dtype, device: torch.device | str, *, allow_network: bool = True

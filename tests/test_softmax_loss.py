@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dflash_scale.loss import term_values
-from dflash_scale.softmax_loss import COMPILED, TERMS, choose, empty_logits, softmax_loss_
+from dflash_scale.softmax_loss import TERMS, choose, empty_logits, softmax_loss_
 from tests.test_gpu_emulated import ROOT, Guarded, build
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -189,16 +189,6 @@ def test_plain_torch(case: Case) -> None:
 def test_emulated_kernel(case: Case) -> None:
     assume(not near_ties(case))
     check("emulated", case)
-
-
-@pytest.mark.skipif(not (torch.cuda.is_available() and COMPILED["cuda"]), reason="needs a GPU and the CUDA kernel")
-@given(gpu_cases)
-@settings(max_examples=200, deadline=None)
-@example(Case(5, 2, 151936, ALL, "random", torch.bfloat16))
-@example(Case(5, 2, 262144, ALL, "random", torch.bfloat16))
-def test_cuda_kernel(case: Case) -> None:
-    assume(not near_ties(case))
-    check("cuda", case)
 
 
 @pytest.mark.parametrize("kernel", ["cpu", "torch", "emulated"])

@@ -26,7 +26,6 @@ def test_head_of_the_last_residual_is_the_models_logits(family: str, tied: bool,
     head = load_verifier_head(str(tmp_path), torch.float32, "cpu")
     error = (head.logits(residuals[-1]) - logits).abs().max().item()
     assert error <= 1e-6 * logits.abs().max().item(), f"{family}, tied={tied}: {error}"
-    assert torch.equal(head.argmax(residuals[-1], chunk=5), logits.argmax(-1).int())
     assert torch.equal(head.embedding, model.get_input_embeddings().weight)
     assert torch.equal(head.weight, model.get_output_embeddings().weight)
     assert (head.weight is head.embedding) == tied
@@ -80,11 +79,6 @@ def test_checkpoints_of_half_precision(family: str, dtype: str, tmp_path: Path) 
     half = load_verifier_head(str(tmp_path), torch.bfloat16, "cpu")
     assert half.weight.dtype == half.embedding.dtype == torch.bfloat16
     assert (half.logits(residuals[-1].bfloat16()) - logits).abs().max() <= 3e-2 * logits.abs().max()
-
-
-def test_argmax_of_nothing_is_nothing(tmp_path: Path) -> None:
-    make_verifier("qwen3", tmp_path)
-    assert load_verifier_head(str(tmp_path), torch.float32, "cpu").argmax(torch.zeros(0, HIDDEN)).shape == (0,)
 
 
 def test_only_the_needed_shards_are_read(tmp_path: Path) -> None:
