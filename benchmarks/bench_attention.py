@@ -1,6 +1,6 @@
 """How long the attention takes beside FlexAttention and torch's own attention, and how much memory.
 
-    python benchmarks/bench_attention.py [--case NAME] [--backend NAME] [--repeats 20] [--out FILE]
+    python benchmarks/bench_attention.py [--case NAME] [--backend NAME] [--skip NAME] [--repeats 20] [--out FILE]
 
 sm90, sm80, cpu   this library's kernels, where the machine runs them
 flex by plan      this library's "flex": FlexAttention, compiled, its block lists made from the plan
@@ -74,7 +74,8 @@ def measure(attend: Attend, tensors: tuple[Tensor, ...], repeats: int) -> tuple[
     turns: list[tuple[Any, Any, Any]] = []
     for turn in range(repeats + warm_up):
         if cuda and turn == warm_up:
-            torch.cuda.synchronize()  # what is timed is queued without a pause of the host's
+            torch.cuda.synchronize()
+            torch.cuda._sleep(200_000_000)  # a tenth of a second: the host gets ahead, and what is timed has no gaps
         begin = _mark(cuda)
         out = attend(*tensors)
         middle = _mark(cuda)
@@ -144,10 +145,11 @@ def plan_times(problem: Problem, device: str, repeats: int) -> dict[str, float]:
 
     rows = problem.anchors * problem.block
     make: Callable[..., Any] = torch.compile(create_block_mask) if device == "cuda" else create_block_mask
+    where = str(plan.anchors.device)  # "cuda" and "cuda:0" would be compiled apart
     times = {
         "plan": _wall(build, repeats, device),
         "create_block_mask": _wall(
-            lambda: make(mask_function(plan), 1, 1, rows, problem.tokens + rows, device), repeats, device
+            lambda: make(mask_function(plan), 1, 1, rows, problem.tokens + rows, where), repeats, device
         ),
     }
     if device == "cuda":
@@ -182,7 +184,7 @@ def limits(device: str, dtype: torch.dtype) -> tuple[float, float]:
     return 2 * side**3 / _wall(lambda: a @ a, 5, device), 2 * length / _wall(lambda: target.copy_(source), 5, device)
 
 
-def bench(problem: Problem, device: str, repeats: int, only: str | None) -> list[dict[str, Any]]:
+def bench(problem: Problem, device: str, repeats: int, chosen: Callable[[str], bool]) -> list[dict[str, Any]]:
     plan, tensors = problem.plan(device), problem.tensors(device)
     flop, moved = problem.flop(plan), problem.bytes_moved(tensors)
     arithmetic, bandwidth = limits(device, tensors[0].dtype)
@@ -190,21 +192,23 @@ def bench(problem: Problem, device: str, repeats: int, only: str | None) -> list
     rows: list[dict[str, Any]] = []
     first: Tensor | None = None
     for name, make in implementations(problem, plan, tensors).items():
-        if only is not None and name != only:
+        if not chosen(name):
             continue
         row: dict[str, Any] = {"case": problem.name, "implementation": name}
         try:
             attend = make()
             times, out = measure(attend, tensors, repeats)
             peak = peak_cuda(attend, tensors) if device == "cuda" else peak_cpu(problem, name)
-        except torch.OutOfMemoryError as error:
-            row["skipped"] = f"out of memory: {str(error).split('.')[0]}"
+        except Exception as error:  # noqa: BLE001  whatever one of them fails with, the others have their turn
+            row["skipped"] = f"{type(error).__name__}: {str(error)[:300]}"
             rows.append(row)
             print(f"{problem.name:<26}{name:<14} skipped, {row['skipped']}", flush=True)
             continue
         first = out if first is None else first
         difference = ((out - first).float().norm() / first.float().norm()).item()
-        assert difference < 0.02, f"{name} computes something else for {problem.name}: off by {difference:.3f}"
+        row |= {"off_by": difference, "agrees": difference < 0.02}
+        if not row["agrees"]:
+            print(f"{name} and the first of {problem.name} compute different things: {difference:.3f}", flush=True)
         row |= {f"{part}_s": value for part, value in asdict(times).items()}
         row |= {"forward_tflops": flop[0] / times.forward / 1e12, "backward_tflops": flop[1] / times.backward / 1e12}
         row |= {"forward_of_roofline": floor[0] / times.forward, "backward_of_roofline": floor[1] / times.backward}
@@ -233,7 +237,7 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """How many times faster this library's fastest is than each peer, forward and backward together, and the memory."""
     found = []
     for case in dict.fromkeys(row["case"] for row in rows):
-        done = {row["implementation"]: row for row in rows if row["case"] == case and "both_s" in row}
+        done = {row["implementation"]: row for row in rows if row["case"] == case and row.get("agrees")}
         best = min((row for name, row in done.items() if name in OURS), key=lambda row: row["both_s"], default=None)
         if best is None:
             continue
@@ -261,7 +265,11 @@ def targets(rows: list[dict[str, Any]], plans: dict[str, dict[str, float]], devi
                 wanted(f"{problem.name}: times faster than sdpa", False, 3.0, ratio["speed"])
                 wanted(f"{problem.name}: share of the extra memory of sdpa", True, 0.1, ratio["memory"])
         return found
-    kernels = [row for row in rows if row["case"] == "1 document" and row["implementation"] in ("sm90", "sm80")]
+    kernels = [
+        row
+        for row in rows
+        if row["case"] == "1 document" and row["implementation"] in ("sm90", "sm80") and row.get("agrees")
+    ]
     for part, limit in (("forward", 500.0), ("backward", 380.0)):
         reached = max((row[f"{part}_tflops"] for row in kernels), default=None)
         wanted(f"1 document: {part} TFLOP/s", False, limit, reached)
@@ -270,7 +278,7 @@ def targets(rows: list[dict[str, Any]], plans: dict[str, dict[str, float]], devi
         mine = ratio is not None and ratio["of"] in ("sm90", "sm80")
         wanted(f"{name}: times faster than flex", False, limit, ratio["speed"] if ratio is not None and mine else None)
     for name, plan in plans.items():
-        wanted(f"{name}: seconds of the plan's kernel", True, 20e-6, plan["plan, GPU alone"])
+        wanted(f"{name}: seconds of the plan's kernel", True, 20e-6, plan.get("plan, GPU alone"))
     return found
 
 
@@ -298,6 +306,7 @@ def main() -> None:
     torch._dynamo.config.recompile_limit = 64
     parser.add_argument("--case", choices=[problem.name for problem in problems], help="default: all")
     parser.add_argument("--backend", help="one implementation, as named above; default: all")
+    parser.add_argument("--skip", action="append", default=[], help="an implementation to leave out")
     parser.add_argument("--repeats", type=int, default=30 if device == "cuda" else 3)
     parser.add_argument("--out", type=Path, help="file for the results, rewritten after each case")
     args = parser.parse_args()
@@ -329,8 +338,13 @@ def main() -> None:
         if args.case not in (None, problem.name):
             continue
         result["cases"].append(asdict(problem))
-        result["plans"][problem.name] = plan_times(problem, device, args.repeats)
-        result["results"] += bench(problem, device, args.repeats, args.backend)
+        try:
+            result["plans"][problem.name] = plan_times(problem, device, args.repeats)
+        except Exception as error:  # noqa: BLE001  the kernels are timed all the same
+            print(f"{problem.name}: no plan times, {type(error).__name__}: {str(error)[:300]}", flush=True)
+        result["results"] += bench(
+            problem, device, args.repeats, lambda name: args.backend in (None, name) and name not in args.skip
+        )
         result["ratios"] = ratios(result["results"])
         result["targets"] = targets(result["results"], result["plans"], device)
         if args.out is not None:

@@ -30,7 +30,11 @@ def attention_flex(
     attend = _compiled() if q.device.type == "cuda" else cast(Callable[..., Any], flex_attention)
     keys, values = _join(k_ctx, k_blk), _join(v_ctx, v_blk)
     queries = q.transpose(0, 1)[None]
-    out = attend(queries, keys, values, block_mask=block_mask(plan), scale=scale, enable_gqa=True)
+    # Few queries would go to a kernel for decoding, which has no tiling for many of the group sizes (torch 2.13).
+    options = {"FORCE_USE_FLEX_ATTENTION": True}
+    out = attend(
+        queries, keys, values, block_mask=block_mask(plan), scale=scale, enable_gqa=True, kernel_options=options
+    )
     return cast(Tensor, out)[0].transpose(0, 1).contiguous()
 
 

@@ -17,15 +17,17 @@ vocabulary.
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dflash_scale.config import Config
 from dflash_scale.softmax_loss import TERMS, empty_logits, softmax_loss_
+
+if TYPE_CHECKING:
+    from dflash_scale.config import Config
 
 TOP = (4, 8)  # a label among this many of the drafter's best tokens is a hit; 1 is `correct`
 # Bytes of logits held at once where loss.chunk_slots is null. The products are as fast as they get well below both.
@@ -65,7 +67,7 @@ class LossSpec:
         return self.soft or self.labels == "verifier"
 
 
-def loss_spec(config: Config) -> LossSpec:
+def loss_spec(config: "Config") -> LossSpec:
     """The loss that the configuration asks for."""
     loss = config.loss
     return LossSpec(
@@ -168,11 +170,18 @@ class Chunk:
         return grid
 
 
+@functools.cache
+def constants(spec: LossSpec, block_size: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The fixed weights of the slots (S-1,) and those of the terms (4,); a copy for each chunk would wait for the
+    device."""
+    arrays = spec.decay(block_size), spec.terms
+    return tuple(torch.as_tensor(array, device=device, dtype=dtype) for array in arrays)  # type: ignore[return-value]
+
+
 def slot_weights(chunk: Chunk, label_logp: Tensor, spec: LossSpec) -> Tensor:
     """(n,) weights without gradient. label_logp (n,): log probability of each slot's label."""
     if spec.weights == "decay":
-        fixed = torch.as_tensor(spec.decay(chunk.grid[1] + 1), device=label_logp.device, dtype=label_logp.dtype)
-        return fixed[chunk.slot]
+        return constants(spec, chunk.grid[1] + 1, label_logp.device, label_logp.dtype)[0][chunk.slot]
     smooth = (1 - spec.alpha) * label_logp.exp() + spec.alpha
     reach = chunk.spread(smooth, 1.0).cumprod(dim=1) * chunk.spread(torch.ones_like(smooth), 0.0)
     return reach.flip(1).cumsum(1).flip(1)[chunk.block, chunk.slot]
@@ -181,7 +190,7 @@ def slot_weights(chunk: Chunk, label_logp: Tensor, spec: LossSpec) -> Tensor:
 def chunk_sums(chunk: Chunk, weights: Tensor, values: Tensor, ranks: Tensor, spec: LossSpec) -> BlockSums:
     """weights (n,), values (n, 4) and ranks (n,) of `softmax_loss_`, in the order of the chunk."""
     terms = (weights[:, None] * values).sum(0)
-    loss = terms @ terms.new_tensor(spec.terms)
+    loss = terms @ constants(spec, chunk.grid[1] + 1, terms.device, terms.dtype)[1]
     right = chunk.spread((ranks == 0).to(values.dtype), 0.0)
     trained = chunk.spread(torch.ones_like(weights), 0.0).sum(0)
     top = torch.stack([(ranks < k).sum() for k in TOP]).to(values.dtype)
