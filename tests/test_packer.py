@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dflash_scale.loss import LossSpec, normaliser
+from dflash_scale.loss import LossSpec, normaliser, trained_mask
 from dflash_scale.packer import AnchorSpec, Place, RowSchedule, Samples, ScheduleSpec, pack, plan_row
 
 
@@ -95,8 +95,8 @@ def test_a_planned_row_holds_its_samples_tokens_and_the_denominator_is_the_same_
     for anchor, trained, tokens in zip(plan.anchors, plan.trained, plan.block_tokens, strict=True):
         assert tokens[: trained + 1].tolist() == plan.tokens[anchor : anchor + trained + 1].tolist()
     alone = [plan_row(replace(row, places=(Place(p.sample, 0, p.length),)), samples, anchors) for p in row.places]
-    assert sum(normaliser(p.trained, 4, LossSpec()) for p in alone) == pytest.approx(
-        normaliser(plan.trained, 4, LossSpec())
+    assert sum(normaliser(trained_mask(p.trained, 4), LossSpec()) for p in alone) == pytest.approx(
+        normaliser(trained_mask(plan.trained, 4), LossSpec())
     )
     empty = plan_row(replace(row, places=()), samples, anchors)
     assert len(empty.tokens) == len(empty.anchors) == 0 and empty.block_tokens.shape == (0, 4)

@@ -52,7 +52,9 @@ class Window:
         self._limit = ring.capacity - largest
         self._waiting: deque[Want] = deque()
         self._opened = 0  # rows
-        self._more = True
+        # One row ahead, so that the end is known as soon as the last row is open: a reader that has got all may leave
+        # at once, and must not look as if it had left early.
+        self._next = next(self._rows, None)
         self._promised = 0  # bytes let through and not committed
         self._committed: deque[int] = deque()  # spans in the ring that the reader has not released
         self._held = 0  # their sum
@@ -61,11 +63,8 @@ class Window:
     def take(self) -> list[Want]:
         """The samples that may be requested from now on, each once, in the order of the rows."""
         self._account()
-        while self._more and self._opened < self.ring.reader_mark + self._lookahead:
-            row = next(self._rows, None)
-            if row is None:
-                self._more = False
-                break
+        while self._next is not None and self._opened < self.ring.reader_mark + self._lookahead:
+            row, self._next = self._next, next(self._rows, None)
             self._opened += 1
             for place in row.places:
                 nbytes = int(self._lengths[place.sample]) * self._bytes_per_token
@@ -98,7 +97,7 @@ class Window:
     @property
     def complete(self) -> bool:
         """Whether every sample of every row is in the ring."""
-        return not self._more and not self._waiting and not self._promised
+        return self._next is None and not self._waiting and not self._promised
 
     @property
     def reader_gone(self) -> bool:
