@@ -222,6 +222,18 @@ def bench(problem: Problem, device: str, repeats: int, chosen: Callable[[str], b
     return rows
 
 
+def failures(rows: list[dict[str, Any]], case: str) -> list[str]:
+    """What went wrong in a case. Too little memory is a result of its own."""
+    found = []
+    for row in (row for row in rows if row["case"] == case):
+        what = f"{case}: {row['implementation']}"
+        if "skipped" in row and not row["skipped"].startswith("OutOfMemoryError"):
+            found.append(f"{what}: {row['skipped']}")
+        elif "off_by" in row and not row["agrees"]:
+            found.append(f"{what} and the first one differ by {row['off_by']:.3f}")
+    return found
+
+
 def print_row(row: dict[str, Any]) -> None:
     print(
         f"{row['case']:<26}{row['implementation']:<14}"
@@ -298,7 +310,7 @@ def commit() -> str:
         return "unknown"
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     problems = GPU_PROBLEMS if device == "cuda" else CPU_PROBLEMS
@@ -320,6 +332,7 @@ def main() -> None:
         "cases": [],
         "results": [],
         "plans": {},
+        "failures": [],
     }
     print(f"{result['device']}, torch {torch.__version__}, commit {result['commit']}\n")
     columns = {
@@ -340,11 +353,12 @@ def main() -> None:
         result["cases"].append(asdict(problem))
         try:
             result["plans"][problem.name] = plan_times(problem, device, args.repeats)
-        except Exception as error:  # noqa: BLE001  the kernels are timed all the same
-            print(f"{problem.name}: no plan times, {type(error).__name__}: {str(error)[:300]}", flush=True)
+        except Exception as error:  # noqa: BLE001  the kernels are timed all the same, and the run fails in the end
+            result["failures"].append(f"{problem.name}: plan times: {type(error).__name__}: {str(error)[:300]}")
         result["results"] += bench(
             problem, device, args.repeats, lambda name: args.backend in (None, name) and name not in args.skip
         )
+        result["failures"] += failures(result["results"], problem.name)
         result["ratios"] = ratios(result["results"])
         result["targets"] = targets(result["results"], result["plans"], device)
         if args.out is not None:
@@ -357,7 +371,10 @@ def main() -> None:
         got = "not measured" if target["got"] is None else f"{target['got']:.3g}"
         verdict = {True: "met", False: "NOT met", None: ""}[target["met"]]
         print(f"{target['target']:<60} at {target['at']} {target['wanted']:g}: {got} {verdict}")
+    for failure in result["failures"]:
+        print(f"FAILED {failure}")
+    return 1 if result["failures"] else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
