@@ -319,10 +319,8 @@ int launch_dkv(const GpuBackward& args, void* stream) {
   p.dv_blk = args.dv_blk;
   int error = encode_queries(&p.q, args.q, s, kType);
   if (error == 0) error = encode_queries(&p.dout, args.dout, s, kType);
-  if (error == 0) error = encode_keys(&p.keys.k_ctx, args.k_ctx, s, s.tokens, kTile, kType);
-  if (error == 0) error = encode_keys(&p.keys.v_ctx, args.v_ctx, s, s.tokens, kTile, kType);
-  if (error == 0) error = encode_keys(&p.keys.k_blk, args.k_blk, s, slots, kTile, kType);
-  if (error == 0) error = encode_keys(&p.keys.v_blk, args.v_blk, s, slots, kTile, kType);
+  if (error == 0)
+    error = encode_key_maps(&p.keys, {args.k_ctx, args.v_ctx, args.k_blk, args.v_blk}, s, kTile, kTile, kType);
   if (error != 0) return error;
   const int64_t own_tiles = (slots + kTile - 1) / kTile;
   return launch(backward_dkv<kD, kType>, {(p.tiles + own_tiles) * s.kv_heads, kThreads, Shape::kShared}, p, stream);

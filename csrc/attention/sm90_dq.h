@@ -169,7 +169,7 @@ DFLASH_DEVICE void consume_dq(const DqParameters& p, int item, int head, char* s
   float* delta = reinterpret_cast<float*>(shared + Shape::kDelta) + index * kUnitRows;
   make_delta<kD, kType>(p, item, head, delta);
   DqConsumer<kD, kType> consumer{p,
-                                 {base + Shape::kRings, base + Shape::kBarriers + 8 * kConsumers},
+                                 item_rings<Shape>(base),
                                  base + index * Shape::kUnit,
                                  base + Shape::kGradients + index * Shape::kUnit,
                                  ThreadRows::of(p.rows, item),
@@ -185,28 +185,10 @@ DFLASH_DEVICE void consume_dq(const DqParameters& p, int item, int head, char* s
     consumer.delta[r] = delta[row];
   }
   float dq[kD / 2] = {};
-  if (consumer.unit.count > 0) barrier_wait(base + Shape::kBarriers + 8 * index, 0);
-  consumer.run(KeyWalk::of(p.rows, 2 * item * p.rows.unit_positions, 2 * p.rows.unit_positions), dq);
+  if (consumer.unit.count > 0) barrier_wait(unit_full<Shape>(base, index), 0);
+  consumer.run(item_walk(p.rows, item), dq);
   const float factor[2] = {p.scale, p.scale};
-  store_rows<kD, kType>(dq, factor, shared + index * Shape::kUnit, kUnitRows, [&](int row) -> void* {
-    const int64_t at = query_row(p.rows, p.q_heads, head, p.rows.item_position(item, index * kUnitRows + row), row);
-    return at < 0 ? nullptr : static_cast<char*>(p.dq) + at * kD * 2;
-  });
-}
-
-template <int kD>
-DFLASH_DEVICE void feed_dq(const DqParameters& p, int item, int head, uint32_t base) {
-  using Shape = DqShape<kD>;
-  for (int index = 0; index < kConsumers; ++index) {
-    const uint32_t barrier = base + Shape::kBarriers + 8 * index;
-    const int position = (2 * item + index) * p.rows.unit_positions;
-    if (position >= p.rows.positions) break;
-    barrier_arrive_expect(barrier, 2 * unit_bytes<kD>(p.rows));
-    copy_unit<kD>(base + index * Shape::kUnit, &p.q, barrier, p.rows, head, position);
-    copy_unit<kD>(base + Shape::kGradients + index * Shape::kUnit, &p.dout, barrier, p.rows, head, position);
-  }
-  const typename Shape::Rings rings{base + Shape::kRings, base + Shape::kBarriers + 8 * kConsumers};
-  rings.feed(KeyWalk::of(p.rows, 2 * item * p.rows.unit_positions, 2 * p.rows.unit_positions), p.keys, head);
+  store_unit<kD, kType>(dq, factor, shared + index * Shape::kUnit, p.dq, p, item, head);
 }
 
 template <int kD, Half kType>
@@ -216,20 +198,10 @@ DFLASH_GLOBAL void DFLASH_BOUNDS(kThreads, 1) backward_dq(const DFLASH_PARAMETER
   char* shared = shared_memory();
   const uint32_t base = shared_address(shared);
   const int item = p.order[block_index() / p.kv_heads], head = block_index() % p.kv_heads;
-  if (thread_index() == 0) {
-    for (int index = 0; index < kConsumers; ++index) barrier_init(base + Shape::kBarriers + 8 * index, 1);
-    typename Shape::Rings{base + Shape::kRings, base + Shape::kBarriers + 8 * kConsumers}.init();
-    barrier_init_fence();
-    async_fence();
-  }
-  sync_threads();
-  if (thread_index() < kWarpgroup) {
-    give_registers<24>();
-    if (thread_index() == 0) feed_dq<kD>(p, item, head, base);
-  } else {
-    take_registers<240>();
-    consume_dq<kD, kType>(p, item, head, shared);
-  }
+  const TensorMap* const tensors[] = {&p.q, &p.dout};
+  run_item<Shape>(
+      base, [&] { feed_item<kD, Shape>(p.rows, tensors, p.keys, item, head, base); },
+      [&] { consume_dq<kD, kType>(p, item, head, shared); });
 #endif
 }
 
@@ -252,7 +224,8 @@ int launch_dq(const GpuBackward& args, void* stream) {
   int error = encode_queries(&p.q, args.q, s, kType);
   if (error == 0) error = encode_queries(&p.dout, args.dout, s, kType);
   if (error == 0)
-    error = encode_key_maps(&p.keys, {args.k_ctx, args.v_ctx, args.k_blk, args.v_blk}, s, Shape::kKeys, kType);
+    error =
+        encode_key_maps(&p.keys, {args.k_ctx, args.v_ctx, args.k_blk, args.v_blk}, s, Shape::kKeys, kOwnStep, kType);
   if (error != 0) return error;
   return launch(backward_dq<kD, kType>, {static_cast<int64_t>(args.items) * s.kv_heads, kThreads, Shape::kShared}, p,
                 stream);

@@ -208,7 +208,7 @@ DFLASH_DEVICE void consume_forward(const ForwardParameters& p, int item, int hea
   const uint32_t base = shared_address(shared);
   const int index = thread_index() / kWarpgroup - 1;
   ForwardConsumer<kD, kType> consumer{p,
-                                      {base + Shape::kRings, base + Shape::kBarriers + 8 * kConsumers},
+                                      item_rings<Shape>(base),
                                       base + index * Shape::kUnit,
                                       ThreadRows::of(p.rows, item),
                                       UnitCover::of(p.rows, (2 * item + index) * p.rows.unit_positions),
@@ -217,8 +217,8 @@ DFLASH_DEVICE void consume_forward(const ForwardParameters& p, int item, int hea
                                       {},
                                       {}};
   float out[kD / 2] = {};
-  if (consumer.unit.count > 0) barrier_wait(base + Shape::kBarriers + 8 * index, 0);
-  consumer.run(KeyWalk::of(p.rows, 2 * item * p.rows.unit_positions, 2 * p.rows.unit_positions), out);
+  if (consumer.unit.count > 0) barrier_wait(unit_full<Shape>(base, index), 0);
+  consumer.run(item_walk(p.rows, item), out);
 
   float inverse[2];
   for (int r = 0; r < 2; ++r) {
@@ -229,24 +229,7 @@ DFLASH_DEVICE void consume_forward(const ForwardParameters& p, int item, int hea
     const int64_t at = query_row(p.rows, p.q_heads, head, consumer.mine.position[r], consumer.mine.row[r]);
     if (at >= 0 && thread_index() % 4 == 0) p.lse[at] = consumer.softmax.peak[r] * p.scale_log2 * kLn2 + logf(total);
   }
-  store_rows<kD, kType>(out, inverse, shared + index * Shape::kUnit, kUnitRows, [&](int row) -> void* {
-    const int64_t at = query_row(p.rows, p.q_heads, head, p.rows.item_position(item, index * kUnitRows + row), row);
-    return at < 0 ? nullptr : static_cast<char*>(p.out) + at * kD * 2;
-  });
-}
-
-template <int kD>
-DFLASH_DEVICE void feed_forward(const ForwardParameters& p, int item, int head, uint32_t base) {
-  using Shape = ForwardShape<kD>;
-  for (int index = 0; index < kConsumers; ++index) {
-    const int position = (2 * item + index) * p.rows.unit_positions;
-    if (position >= p.rows.positions) break;
-    const uint32_t barrier = base + Shape::kBarriers + 8 * index;
-    barrier_arrive_expect(barrier, unit_bytes<kD>(p.rows));
-    copy_unit<kD>(base + index * Shape::kUnit, &p.q, barrier, p.rows, head, position);
-  }
-  const typename Shape::Rings rings{base + Shape::kRings, base + Shape::kBarriers + 8 * kConsumers};
-  rings.feed(KeyWalk::of(p.rows, 2 * item * p.rows.unit_positions, 2 * p.rows.unit_positions), p.keys, head);
+  store_unit<kD, kType>(out, inverse, shared + index * Shape::kUnit, p.out, p, item, head);
 }
 
 template <int kD, Half kType>
@@ -256,20 +239,10 @@ DFLASH_GLOBAL void DFLASH_BOUNDS(kThreads, 1) forward(const DFLASH_PARAMETER For
   char* shared = shared_memory();
   const uint32_t base = shared_address(shared);
   const int item = p.order[block_index() / p.kv_heads], head = block_index() % p.kv_heads;
-  if (thread_index() == 0) {
-    for (int index = 0; index < kConsumers; ++index) barrier_init(base + Shape::kBarriers + 8 * index, 1);
-    typename Shape::Rings{base + Shape::kRings, base + Shape::kBarriers + 8 * kConsumers}.init();
-    barrier_init_fence();
-    async_fence();
-  }
-  sync_threads();
-  if (thread_index() < kWarpgroup) {
-    give_registers<24>();
-    if (thread_index() == 0) feed_forward<kD>(p, item, head, base);
-  } else {
-    take_registers<240>();
-    consume_forward<kD, kType>(p, item, head, shared);
-  }
+  const TensorMap* const tensors[] = {&p.q};
+  run_item<Shape>(
+      base, [&] { feed_item<kD, Shape>(p.rows, tensors, p.keys, item, head, base); },
+      [&] { consume_forward<kD, kType>(p, item, head, shared); });
 #endif
 }
 
@@ -287,7 +260,8 @@ int launch_forward(const GpuForward& args, void* stream) {
   p.lse = args.lse;
   int error = encode_queries(&p.q, args.q, s, kType);
   if (error == 0)
-    error = encode_key_maps(&p.keys, {args.k_ctx, args.v_ctx, args.k_blk, args.v_blk}, s, Shape::kKeys, kType);
+    error =
+        encode_key_maps(&p.keys, {args.k_ctx, args.v_ctx, args.k_blk, args.v_blk}, s, Shape::kKeys, kOwnStep, kType);
   if (error != 0) return error;
   return launch(forward<kD, kType>, {static_cast<int64_t>(args.items) * s.kv_heads, kThreads, Shape::kShared}, p,
                 stream);

@@ -214,19 +214,21 @@ DFLASH_DEVICE void store_rows(const float (&d)[kD / 2], const float (&factor)[2]
 
 // The maps that a stream of key tiles reads.
 struct KeyMaps {
-  TensorMap k_ctx, v_ctx, k_blk, v_blk;  // boxes of kKeys and of kOwnStep rows
+  TensorMap k_ctx, v_ctx, k_blk, v_blk;
 };
 
 struct KeyTensors {
   const void *k_ctx, *v_ctx, *k_blk, *v_blk;
 };
 
-inline int encode_key_maps(KeyMaps* maps, const KeyTensors& tensors, const AttentionShape& s, int keys, Half type) {
+// Boxes of `keys` rows of the context, and of `own` rows of the blocks.
+inline int encode_key_maps(KeyMaps* maps, const KeyTensors& tensors, const AttentionShape& s, int keys, int own,
+                           Half type) {
   const int64_t slots = s.anchors * s.block_size;
   int error = encode_keys(&maps->k_ctx, tensors.k_ctx, s, s.tokens, keys, type);
   if (error == 0) error = encode_keys(&maps->v_ctx, tensors.v_ctx, s, s.tokens, keys, type);
-  if (error == 0) error = encode_keys(&maps->k_blk, tensors.k_blk, s, slots, kOwnStep, type);
-  if (error == 0) error = encode_keys(&maps->v_blk, tensors.v_blk, s, slots, kOwnStep, type);
+  if (error == 0) error = encode_keys(&maps->k_blk, tensors.k_blk, s, slots, own, type);
+  if (error == 0) error = encode_keys(&maps->v_blk, tensors.v_blk, s, slots, own, type);
   return error;
 }
 
@@ -281,5 +283,68 @@ struct KeyRings {
     }
   }
 };
+
+// --- a block of threads that is a work item of one kv head: the forward and dq ---
+//
+// Its shared memory starts with the units' tiles, one tensor after another, and ends with the barriers: one for each
+// unit, then the rings'. Shape says where.
+
+template <typename Shape>
+DFLASH_DEVICE typename Shape::Rings item_rings(uint32_t base) {
+  return {base + Shape::kRings, base + Shape::kBarriers + 8 * kConsumers};
+}
+template <typename Shape>
+DFLASH_DEVICE uint32_t unit_full(uint32_t base, int index) {
+  return base + Shape::kBarriers + 8 * index;
+}
+DFLASH_DEVICE KeyWalk item_walk(const Rows& rows, int item) {
+  return KeyWalk::of(rows, 2 * item * rows.unit_positions, 2 * rows.unit_positions);
+}
+
+// The producer's part, by one thread: the units' rows of each tensor, then the tiles of keys.
+template <int kD, typename Shape, int kTensors>
+DFLASH_DEVICE void feed_item(const Rows& rows, const TensorMap* const (&tensors)[kTensors], const KeyMaps& keys,
+                             int item, int head, uint32_t base) {
+  for (int index = 0; index < kConsumers; ++index) {
+    const int position = (2 * item + index) * rows.unit_positions;
+    if (position >= rows.positions) break;
+    barrier_arrive_expect(unit_full<Shape>(base, index), kTensors * unit_bytes<kD>(rows));
+    for (int tensor = 0; tensor < kTensors; ++tensor)
+      copy_unit<kD>(base + (tensor * kConsumers + index) * Shape::kUnit, tensors[tensor], unit_full<Shape>(base, index),
+                    rows, head, position);
+  }
+  item_rings<Shape>(base).feed(item_walk(rows, item), keys, head);
+}
+
+// feed() in one thread of the producer, consume() in both consumers.
+template <typename Shape, typename Feed, typename Consume>
+DFLASH_DEVICE void run_item(uint32_t base, const Feed& feed, const Consume& consume) {
+  if (thread_index() == 0) {
+    for (int index = 0; index < kConsumers; ++index) barrier_init(unit_full<Shape>(base, index), 1);
+    item_rings<Shape>(base).init();
+    barrier_init_fence();
+    async_fence();
+  }
+  sync_threads();
+  if (thread_index() < kWarpgroup) {
+    give_registers<24>();
+    if (thread_index() == 0) feed();
+  } else {
+    take_registers<240>();
+    consume();
+  }
+}
+
+// A consumer's accumulator, row r times factor[r], to its unit's rows of `tensor`, (A*S, Hq, D), through the shared
+// memory of its queries.
+template <int kD, Half kType, typename Parameters>
+DFLASH_DEVICE void store_unit(const float (&d)[kD / 2], const float (&factor)[2], char* staging, void* tensor,
+                              const Parameters& p, int item, int head) {
+  const int index = thread_index() / kWarpgroup - 1;
+  store_rows<kD, kType>(d, factor, staging, kUnitRows, [&](int row) -> void* {
+    const int64_t at = query_row(p.rows, p.q_heads, head, p.rows.item_position(item, index * kUnitRows + row), row);
+    return at < 0 ? nullptr : static_cast<char*>(tensor) + at * kD * 2;
+  });
+}
 
 }  // namespace dflash::gpu::sm90
