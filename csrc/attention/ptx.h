@@ -160,3 +160,28 @@ int launch(void (*kernel)(Parameters), const Launch& how, const Parameters& para
 }  // namespace dflash::gpu
 
 #endif
+
+namespace dflash::gpu {
+
+inline constexpr float kLog2E = 1.4426950408889634f;
+
+// Sixteen bytes, as they are read and written; as 16-bit numbers, eight.
+struct alignas(16) Chunk {
+  uint32_t words[4];
+};
+
+// By value: from references the chunks would be read word by word.
+template <Half kType>
+DFLASH_DEVICE float dot(Chunk a, Chunk b) {
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    float a0, a1, b0, b1;
+    unpack<kType>(a.words[i], a0, a1);
+    unpack<kType>(b.words[i], b0, b1);
+    sum += a0 * b0 + a1 * b1;
+  }
+  return sum;
+}
+
+}  // namespace dflash::gpu

@@ -36,7 +36,7 @@ int backward_sm80(const GpuBackward& args, void* stream) {
                                         args.dv_blk,
                                         s.q_heads,
                                         static_cast<float>(s.scale),
-                                        static_cast<float>(s.scale * kLog2E)};
+                                        static_cast<float>(s.scale * gpu::kLog2E)};
     using Dq = QueryGradientTraits<kType, kDim>;
     const int64_t units = static_cast<int64_t>(args.items) * 2;
     const int error = launch_kernel<Dq>(query_gradient<Dq>, units * s.kv_heads, parameters, stream);

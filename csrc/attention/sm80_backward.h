@@ -48,16 +48,7 @@ DFLASH_DEVICE float quad_delta(const BackwardParameters& p, int64_t row) {
     const Chunk* out = reinterpret_cast<const Chunk*>(static_cast<const char*>(p.out) + row * kDim * 2);
     const Chunk* dout = reinterpret_cast<const Chunk*>(static_cast<const char*>(p.dout) + row * kDim * 2);
 #pragma unroll
-    for (int i = lane() % 4; i < kDim / 8; i += 4) {
-      const Chunk x = out[i], y = dout[i];
-#pragma unroll
-      for (int word = 0; word < 4; ++word) {
-        float x0, x1, y0, y1;
-        unpack<kType>(x.words[word], x0, x1);
-        unpack<kType>(y.words[word], y0, y1);
-        sum += x0 * y0 + x1 * y1;
-      }
-    }
+    for (int i = lane() % 4; i < kDim / 8; i += 4) sum += dot<kType>(out[i], dout[i]);
   }
   sum += shuffle_xor(sum, 1);
   return sum + shuffle_xor(sum, 2);

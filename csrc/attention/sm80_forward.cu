@@ -9,7 +9,7 @@ int forward_sm80(const GpuForward& args, void* stream) {
     const AttentionShape& s = args.shape;
     const ForwardParameters parameters{
         Rows::of(s), args.order, args.q,    Keys{args.k_ctx, args.v_ctx, args.k_blk, args.v_blk, s.kv_heads},
-        args.out,    args.lse,   s.q_heads, static_cast<float>(s.scale * kLog2E)};
+        args.out,    args.lse,   s.q_heads, static_cast<float>(s.scale * gpu::kLog2E)};
     return launch_kernel<Traits>(forward<Traits>, static_cast<int64_t>(args.items) * s.kv_heads, parameters, stream);
   });
 }

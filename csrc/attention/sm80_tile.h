@@ -11,12 +11,6 @@
 
 namespace dflash::gpu::sm80 {
 
-inline constexpr float kLog2E = 1.4426950408889634f;
-
-struct alignas(16) Chunk {
-  uint32_t words[4];
-};
-
 // Byte offset of a chunk in a tile.
 template <int kDim>
 DFLASH_HOST_DEVICE constexpr int swizzled(int row, int chunk) {

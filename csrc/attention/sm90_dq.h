@@ -32,20 +32,6 @@ struct DqShape {
   static constexpr int kShared = kBarriers + 8 * (kConsumers + Rings::kBarriers);
 };
 
-// By value: from references the chunks would be read word by word.
-template <Half kType>
-DFLASH_DEVICE float dot(Chunk a, Chunk b) {
-  float sum = 0;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    float a0, a1, b0, b1;
-    unpack<kType>(a.words[i], a0, a1);
-    unpack<kType>(b.words[i], b0, b1);
-    sum += a0 * b0 + a1 * b1;
-  }
-  return sum;
-}
-
 // A warp's 16 rows of delta, half a warp a row, to global memory and to `delta`, (64,) in shared memory. All of a
 // lane's loads are issued before the first is waited for.
 template <int kD, Half kType>

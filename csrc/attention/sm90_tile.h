@@ -18,7 +18,6 @@ inline constexpr int kConsumers = 2;
 inline constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
 inline constexpr int kConsumerWarps = kConsumers * kWarpgroup / 32;
 inline constexpr int kOwnStep = 16;  // keys of the own block that are copied and multiplied at a time
-inline constexpr float kLog2E = 1.4426950408889634f;
 inline constexpr float kLn2 = 0.6931471805599453f;
 
 DFLASH_HOST_DEVICE constexpr int panels(int head_dim) { return (head_dim + kPanel - 1) / kPanel; }
@@ -179,11 +178,6 @@ DFLASH_DEVICE void release(uint32_t barrier) {
   sync_warp();
   if (thread_index() % 32 == 0) barrier_arrive(barrier);
 }
-
-// Eight numbers, as they are read and written.
-struct alignas(16) Chunk {
-  uint32_t words[4];
-};
 
 // Writes a warpgroup's accumulator (64 x kD), row r times factor[r], as 16-bit rows to global memory, through
 // `staging`: panels of `staging_rows` rows in shared memory whose first 64 rows nothing else uses any more. place(row)

@@ -1,6 +1,6 @@
 // One row of logits per thread block: an online softmax over the row, then the gradient in its place.
 //
-// Threads read packets of 16 bytes, packet i of thread i modulo the block. A row is read twice and written once; a
+// Threads read chunks of 16 bytes, chunk i of thread i modulo the block. A row is read twice and written once; a
 // third time where reverse_kl or tv is wanted, because their gradients need sums over p and q, which need both norms.
 // Sums are combined in one fixed order, so that the result repeats bit for bit.
 #pragma once
@@ -14,41 +14,36 @@
 namespace dflash::gpu {
 
 inline constexpr int kWarpLanes = 32;
-// More threads than a short row has packets would only wait for each other.
+// More threads than a short row has chunks would only wait for each other.
 inline constexpr int kLongRow = 8192, kLongRowThreads = 256, kShortRowThreads = 128;
 inline constexpr float kLowest = -3.402823466e38f;  // not -inf: the difference of two stays a number
-inline constexpr float kLog2OfE = 1.4426950408889634f;
 
-DFLASH_DEVICE float exp_fast(float x) { return exp2_fast(x * kLog2OfE); }
-
-struct alignas(16) Packet {
-  uint32_t word[4];
-};
+DFLASH_DEVICE float exp_fast(float x) { return exp2_fast(x * kLog2E); }
 
 template <Number kNumber>
 struct Numbers {
   static constexpr bool kFull = kNumber == Number::kFloat;
   static constexpr Half kHalf = kNumber == Number::kFp16 ? Half::kFp16 : Half::kBf16;
   static constexpr int kBytes = kFull ? 4 : 2;
-  static constexpr int kCount = 16 / kBytes;  // in a packet
+  static constexpr int kCount = 16 / kBytes;  // in a chunk
 
-  DFLASH_DEVICE static void unpack_all(const Packet& packet, float (&x)[kCount]) {
+  DFLASH_DEVICE static void unpack_all(const Chunk& chunk, float (&x)[kCount]) {
     if constexpr (kFull) {
-      memcpy(x, packet.word, 16);
+      memcpy(x, chunk.words, 16);
     } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) unpack<kHalf>(packet.word[i], x[2 * i], x[2 * i + 1]);
+      for (int i = 0; i < 4; ++i) unpack<kHalf>(chunk.words[i], x[2 * i], x[2 * i + 1]);
     }
   }
-  DFLASH_DEVICE static Packet pack_all(const float (&x)[kCount]) {
-    Packet packet;
+  DFLASH_DEVICE static Chunk pack_all(const float (&x)[kCount]) {
+    Chunk chunk;
     if constexpr (kFull) {
-      memcpy(packet.word, x, 16);
+      memcpy(chunk.words, x, 16);
     } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) packet.word[i] = pack<kHalf>(x[2 * i], x[2 * i + 1]);
+      for (int i = 0; i < 4; ++i) chunk.words[i] = pack<kHalf>(x[2 * i], x[2 * i + 1]);
     }
-    return packet;
+    return chunk;
   }
   DFLASH_DEVICE static float load_one(const char* row, int64_t column) {
     if constexpr (kFull) return reinterpret_cast<const float*>(row)[column];
@@ -63,10 +58,10 @@ struct Numbers {
       reinterpret_cast<uint16_t*>(row)[column] = static_cast<uint16_t>(pack<kHalf>(value, 0.0f));
     }
   }
-  // The packet at `column`, -inf past the row's end; memory past the end is not touched.
+  // The chunk at `column`, -inf past the row's end; memory past the end is not touched.
   DFLASH_DEVICE static void load(const char* row, int column, int vocabulary, float (&x)[kCount]) {
     if (column + kCount <= vocabulary) {
-      unpack_all(*reinterpret_cast<const Packet*>(row + int64_t(column) * kBytes), x);
+      unpack_all(*reinterpret_cast<const Chunk*>(row + int64_t(column) * kBytes), x);
       return;
     }
 #pragma unroll
@@ -74,7 +69,7 @@ struct Numbers {
   }
   DFLASH_DEVICE static void store(char* row, int column, int vocabulary, const float (&x)[kCount]) {
     if (column + kCount <= vocabulary) {
-      *reinterpret_cast<Packet*>(row + int64_t(column) * kBytes) = pack_all(x);
+      *reinterpret_cast<Chunk*>(row + int64_t(column) * kBytes) = pack_all(x);
       return;
     }
 #pragma unroll
@@ -175,7 +170,7 @@ struct RowLoss {
   int vocabulary, label;
 
   template <typename Visit>
-  DFLASH_DEVICE void packets(const Visit& visit) const {
+  DFLASH_DEVICE void chunks(const Visit& visit) const {
 #pragma unroll 2
     for (int column = thread_index() * kCount; column < vocabulary; column += block_threads() * kCount) {
       float x[kCount], y[kCount] = {};
@@ -187,7 +182,7 @@ struct RowLoss {
 
   DFLASH_DEVICE Norms norms(float label_logit) const {
     Norms mine;
-    packets([&](int column, const float (&x)[kCount], const float (&y)[kCount]) {
+    chunks([&](int column, const float (&x)[kCount], const float (&y)[kCount]) {
       mine.drafter.see(x);
       if constexpr (kSoft) mine.verifier.see(y);
 #pragma unroll
@@ -199,7 +194,7 @@ struct RowLoss {
 
   DFLASH_DEVICE Sums sums(const LogProb& log_p, const LogProb& log_q) const {
     Sums mine;
-    packets([&](int, const float (&x)[kCount], const float (&y)[kCount]) {
+    chunks([&](int, const float (&x)[kCount], const float (&y)[kCount]) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         const float lp = log_p(x[i]), lq = log_q(y[i]), p = exp_fast(lp), q = exp_fast(lq);
@@ -215,7 +210,7 @@ struct RowLoss {
   DFLASH_DEVICE Sums gradient(const LogProb& log_p, const LogProb& log_q, const Sums& sums) const {
     const float* w = args.weights;
     Sums mine;
-    packets([&](int column, float (&x)[kCount], const float (&y)[kCount]) {
+    chunks([&](int column, float (&x)[kCount], const float (&y)[kCount]) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         const float lp = log_p(x[i]), p = exp_fast(lp);
