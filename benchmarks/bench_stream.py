@@ -39,9 +39,12 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from dflash_scale.packer import Place, Row, Samples
+from dflash_scale.stream.delivery import Delivery
 from dflash_scale.stream.embedded_http import CompletionServer, Reply, Request
+from dflash_scale.stream.embedded_http import Limits as RequestLimits
 from dflash_scale.stream.intake import Identity, Intake
 from dflash_scale.stream.jobs import Limits
+from dflash_scale.stream.layouts import RowLayouts
 from dflash_scale.stream.publisher import Publisher
 from dflash_scale.stream.ring import PeerDied, Ring, own_ring_name, record_span
 from dflash_scale.stream.window import Window
@@ -97,7 +100,7 @@ def send(size: Size, pipe: Connection) -> None:
         done.set_result(Reply([0], "length"))
         return done
 
-    server = CompletionServer("127.0.0.1:0", "bench", (1 << 20, 1 << 20), submit)
+    server = CompletionServer("127.0.0.1:0", "bench", RequestLimits(1 << 20, 1 << 20, LAYOUT), submit)
     pipe.send((server.url, publisher.endpoint))
     pipe.recv()
     server.close()
@@ -110,11 +113,11 @@ def receive(size: Size, servers: list[tuple[str, str]], pipe: Connection) -> Non
     pipe.send(ring.name)
     samples = Samples(OneLength(size, size.samples), OneLength(size, 0))
     rows = iter([Row("train", 0, 1 + i, 0, (Place(i, 0, size.tokens),)) for i in range(size.samples)])
-    window = Window(ring, rows, samples.lengths, LAYOUT.bytes_per_token, lookahead=IN_FLIGHT)
+    window = Window(ring, rows, samples.lengths, RowLayouts(LAYOUT, LAYOUT), lookahead=IN_FLIGHT)
     credit = IN_FLIGHT * size.nbytes
     limits = Limits(credit, credit, 16, 30.0, 3, 1.0, 30.0)
-    intake = Intake(servers, limits, Identity(RUN, f"{RUN}:0", LAYOUT), [window], samples)
-    while not intake.complete:
+    intake = Intake(servers, limits, Identity(RUN, f"{RUN}:0", LAYOUT), Delivery([window]), samples)
+    while not intake.delivery.complete:
         intake.step()
     pipe.send(intake.status())
     pipe.recv()

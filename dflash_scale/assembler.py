@@ -4,7 +4,7 @@ Samples arrive in any order; the row schedule says where each one lies. A row is
 in, so what is trained at a step never depends on the order of arrival. The row buffers are the only host memory that a
 rank holds besides its ring: `lookahead` rows being filled, one that is ready and one that is in use.
 
-T tokens in use in a row · L verifier layers tapped · H the verifier's hidden size.
+T tokens in use in a row · L verifier layers in its layout · H the verifier's hidden size.
 """
 
 import queue
@@ -14,10 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from dflash_scale.packer import AnchorSpec, Row, RowPlan, Samples, plan_row
+from dflash_scale.stream.layouts import RowLayouts
 from dflash_scale.stream.ring import QUARANTINED, Record, Ring
 from dflash_scale.stream.wire import Layout
 
@@ -26,7 +28,7 @@ POLL_S = 0.2  # how long the thread waits for a record before it looks whether i
 
 @dataclass(frozen=True, slots=True)
 class RowBatch:
-    """One row, ready to train: its plan, and states (T, L+1, H) on the training device."""
+    """One row, ready to train: its plan, and states (T, L, H) on the training device."""
 
     plan: RowPlan
     states: Tensor
@@ -37,7 +39,7 @@ class RowBatch:
 class AssemblerSpec:
     """`lookahead` rows are filled at once; `row_tokens` tokens fit in each."""
 
-    layout: Layout
+    layouts: RowLayouts
     row_tokens: int
     lookahead: int
     anchors: AnchorSpec
@@ -45,13 +47,21 @@ class AssemblerSpec:
 
 
 class RowBuffer:
-    """Host memory of one row, page-locked where there is a GPU, (row_tokens, L+1, H)."""
+    """Host memory of one row of either kind, page-locked where there is a GPU."""
 
     def __init__(self, spec: AssemblerSpec) -> None:
-        shape = (spec.row_tokens, len(spec.layout.layer_ids), spec.layout.hidden_size)
-        self.states = torch.zeros(shape, dtype=getattr(torch, spec.layout.dtype), pin_memory=spec.device.type == "cuda")
-        self.bytes = self.states.view(torch.uint8).view(spec.row_tokens, -1).numpy()
+        self._row_tokens, largest = spec.row_tokens, spec.layouts.validation.bytes_per_token
+        self._bytes = torch.zeros(spec.row_tokens * largest, dtype=torch.uint8, pin_memory=spec.device.type == "cuda")
         self.copied: torch.cuda.Event | None = None
+
+    def bytes(self, layout: Layout) -> npt.NDArray[np.uint8]:
+        """(row_tokens, bytes of a token)."""
+        return self._bytes.numpy()[: self._row_tokens * layout.bytes_per_token].reshape(self._row_tokens, -1)
+
+    def states(self, layout: Layout, tokens: int) -> Tensor:
+        """(tokens, L, H), the first of the row."""
+        used = self._bytes[: tokens * layout.bytes_per_token].view(getattr(torch, layout.dtype))
+        return used.view(tokens, len(layout.layer_ids), layout.hidden_size)
 
 
 @dataclass(slots=True)
@@ -120,13 +130,14 @@ class RowAssembler:
             if item.quarantined:
                 plan = without(plan, item.quarantined)
             in_use = item.buffer
-            yield RowBatch(plan, self._to_device(in_use, len(plan.tokens)), tuple(item.quarantined))
+            states = in_use.states(self._spec.layouts.of(item.row), len(plan.tokens))
+            yield RowBatch(plan, self._to_device(in_use, states), tuple(item.quarantined))
 
-    def _to_device(self, buffer: RowBuffer, tokens: int) -> Tensor:
+    def _to_device(self, buffer: RowBuffer, states: Tensor) -> Tensor:
         if self._copy_stream is None:
-            return buffer.states[:tokens]
+            return states
         with torch.cuda.stream(self._copy_stream):
-            states = buffer.states[:tokens].to(self._spec.device, non_blocking=True)
+            states = states.to(self._spec.device, non_blocking=True)
             buffer.copied = torch.cuda.Event()
             buffer.copied.record(self._copy_stream)
         current = torch.cuda.current_stream(self._spec.device)
@@ -183,7 +194,7 @@ class RowAssembler:
                 "the receiver and this rank do not run the same schedule"
             )
         start, length = row.missing.pop(record.sample)
-        target = row.buffer.bytes[start : start + length]
+        target = row.buffer.bytes(self._spec.layouts.of(row.row))[start : start + length]
         if record.status == QUARANTINED:
             row.quarantined.append(record.sample)
             target[:] = 0  # not stale values: a NaN there would reach the gradient of fc

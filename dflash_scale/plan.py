@@ -21,6 +21,7 @@ from dflash_scale.loss import CHUNK_BYTES, fitting_rows, loss_spec
 from dflash_scale.packer import Place, RowSchedule, Samples, schedule_spec
 from dflash_scale.prompts import Prepared, load_prepared
 from dflash_scale.softmax_loss import SLICE_NUMBERS
+from dflash_scale.stream.layouts import RowLayouts, row_layouts
 from dflash_scale.stream.wire import Layout
 from dflash_scale.taps import tapped_layers
 from dflash_scale.verifier import VerifierShape, mask_token_id, verifier_shape
@@ -59,7 +60,7 @@ class Plan:
     spec: DrafterSpec
     vocabulary: DraftVocabulary | None  # None: the verifier's, or unknown before there is a data set
     mask: str  # the mask token, in words: its id is only known where the tokenizer is
-    layout: Layout
+    layouts: RowLayouts
     world_size: int
     micro_steps: int
     trainable: int  # parameters
@@ -74,16 +75,15 @@ class Plan:
 def make_plan(config: Config, world_size: int) -> Plan:
     """Resolves a run; raises ValueError for what cannot be run on `world_size` ranks."""
     shape = verifier_shape(config.verifier.model)
-    layer_ids = tapped_layers(config.verifier.layer_ids, shape.layers)
-    layout = Layout((*layer_ids, shape.layers), shape.hidden_size, shape.stream_dtype(config.verifier.dtype))
+    layouts = planned_layouts(config, shape)
     data = load_prepared(config.data.path) if Path(config.data.path).exists() else None
     longest = int(data.manifest["longest"]) if data is not None else None
-    shares = resolve(config, world_size, token_bytes=layout.bytes_per_token, longest_sample=longest)
+    shares = resolve(config, world_size, token_bytes=layouts.validation.bytes_per_token, longest_sample=longest)
     tokenizer = local_tokenizer(config.verifier.model)
     mask_id, mask = planned_mask(config, shape, tokenizer)
     pruned = config.drafter.vocab_size
     vocabulary = run_vocabulary(data.train, shape.vocab_size, tokenizer, pruned) if data is not None else None
-    spec = drafter_spec(config.drafter, shape, layer_ids, mask_id)
+    spec = drafter_spec(config.drafter, shape, layouts.taps, mask_id)
     with torch.device("meta"):
         trainable = sum(parameter.numel() for parameter in Drafter(spec).parameters())
     rows = shape.vocab_size * (1 if shape.tie_word_embeddings else 2) + (pruned or 0)
@@ -98,7 +98,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
         spec=spec,
         vocabulary=vocabulary,
         mask=mask,
-        layout=layout,
+        layouts=layouts,
         world_size=world_size,
         micro_steps=shares.micro_steps,
         trainable=trainable,
@@ -108,9 +108,16 @@ def make_plan(config: Config, world_size: int) -> Plan:
         data=data,
         schedule=schedule,
         memory=gpu_memory(
-            config, spec, layout, Sizes(world_size, trainable, frozen, pruned or shape.vocab_size, anchors)
+            config, spec, layouts.train, Sizes(world_size, trainable, frozen, pruned or shape.vocab_size, anchors)
         ),
     )
+
+
+def planned_layouts(config: Config, shape: VerifierShape) -> RowLayouts:
+    """What the servers are asked for; raises ValueError for layers that the verifier has not."""
+    taps, dtype = tapped_layers(config.verifier.layer_ids, shape.layers), shape.stream_dtype(config.verifier.dtype)
+    needed = loss_spec(config).needs_verifier
+    return row_layouts(taps, shape.layers, shape.hidden_size, dtype, train_last=needed)
 
 
 def local_tokenizer(model: str) -> Any:
@@ -284,7 +291,10 @@ def _models(plan: Plan) -> Lines:
             "verifier",
             f"{plan.config.verifier.model} ({shape.model_type}, {shape.layers} layers of {shape.hidden_size})",
         ),
-        ("tapped layers", f"{list(plan.spec.layer_ids)} and {shape.layers} (k = residual after k layers)"),
+        (
+            "tapped layers",
+            f"{list(plan.spec.layer_ids)}, and {shape.layers} for the verifier's logits (k = residual after k layers)",
+        ),
         ("drafter", f"{layers.num_hidden_layers} layers of {layers.hidden_size}, MLP {layers.intermediate_size}"),
         ("attention", f"{attention}; blocks {'causal' if plan.spec.causal_block else 'bidirectional'}"),
         *_layer_kinds(plan),
@@ -314,13 +324,15 @@ def _layer_kinds(plan: Plan) -> Lines:
 
 
 def _stream(plan: Plan) -> Lines:
-    config, per_token = plan.config, plan.layout.bytes_per_token
+    config, layouts = plan.config, plan.layouts
+    per_token, validation = layouts.train.bytes_per_token, layouts.validation.bytes_per_token
     ranks = min(plan.world_size, GPUS_PER_NODE)
-    row = config.data.row_tokens * per_token
+    row = config.data.row_tokens * validation
+    more = f"; {validation:,} in validation, with the last residual" if validation > per_token else ""
     buffers = config.stream.lookahead_rows + ROW_BUFFERS_BESIDES_LOOKAHEAD
     return [
-        ("hidden states", f"{per_token:,} bytes per token, {plan.layout.dtype}"),
-        ("one row", f"{config.data.row_tokens} tokens, {size(row)}"),
+        ("hidden states", f"{per_token:,} bytes per token, {layouts.train.dtype}{more}"),
+        ("one row", f"{config.data.row_tokens} tokens, {size(row)} at most"),
         ("ring of a rank", size(config.stream.ring_bytes)),
         ("shared memory per node", f"{size(ranks * config.stream.ring_bytes)} ({ranks} rings)"),
         ("pinned memory per node", f"{size(ranks * buffers * row)} ({ranks} ranks × {buffers} row buffers)"),

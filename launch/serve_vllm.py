@@ -115,7 +115,7 @@ def _extraction_flags(serving: Serving) -> list[str]:
     if not taps or list(taps) != sorted(set(taps)) or taps[0] < 0 or taps[-1] >= layers:
         raise ValueError(
             f"--layer-ids must be different ids in ascending order from 0 (embeddings) to {layers - 1}, got "
-            f"{list(taps)}; the last residual, id {layers}, is always sent."
+            f"{list(taps)}; the last residual, id {layers}, is offered in any case."
         )
     speculative = {
         "method": "extract_hidden_states",

@@ -20,9 +20,8 @@ import torch
 from torch import distributed as dist
 
 from dflash_scale.config import Config, load_config, resolve
-from dflash_scale.plan import print_plan
+from dflash_scale.plan import planned_layouts, print_plan
 from dflash_scale.prompts import load_prepared, tokenizer_hash
-from dflash_scale.taps import tapped_layers
 from dflash_scale.verifier import verifier_shape
 
 if TYPE_CHECKING:
@@ -118,7 +117,6 @@ def set_up(
     from dflash_scale.drafter import Drafter, drafter_spec
     from dflash_scale.packer import AnchorSpec, RowSchedule, Samples, schedule_spec
     from dflash_scale.stream.receiver import Stream
-    from dflash_scale.stream.wire import Layout
     from dflash_scale.trainer import Parts, Trainer, make_engine
     from dflash_scale.verifier import mask_token_id
     from dflash_scale.verifier_head import load_verifier_head
@@ -135,9 +133,8 @@ def set_up(
 
     # The drafter, and of the verifier what the drafter needs: embedding, norm and head.
     shape = verifier_shape(config.verifier.model, allow_network=True)
-    layer_ids = tapped_layers(config.verifier.layer_ids, shape.layers)
-    layout = Layout((*layer_ids, shape.layers), shape.hidden_size, shape.stream_dtype(config.verifier.dtype))
-    resolve(config, world, token_bytes=layout.bytes_per_token, longest_sample=int(samples.lengths.max()))
+    layouts = planned_layouts(config, shape)
+    resolve(config, world, token_bytes=layouts.validation.bytes_per_token, longest_sample=int(samples.lengths.max()))
     tokenizer = AutoTokenizer.from_pretrained(config.verifier.model)
     if tokenizer_hash(tokenizer) != prepared.manifest["tokenizer"]:
         raise ValueError(
@@ -150,7 +147,7 @@ def set_up(
         log.info("the drafter's %d tokens are %.2f %% of the answers", len(vocabulary.ids), 100 * vocabulary.coverage)
     inside = None if vocabulary is None else vocabulary.t2d
     anchors = AnchorSpec(config.drafter.block_size, config.data.anchors_per_document, train.seed, inside)
-    spec = drafter_spec(config.drafter, shape, layer_ids, mask)
+    spec = drafter_spec(config.drafter, shape, layouts.taps, mask)
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
     head = load_verifier_head(config.verifier.model, dtype, device)
     drafter = Drafter(spec, config.drafter.attention_backend)
@@ -175,14 +172,14 @@ def set_up(
         block_size=config.drafter.block_size,
         seed=train.seed,
         data=prepared.fingerprint,
-        definition=json.dumps([config.verifier.model, layout.layer_ids, mask, config.drafter.model_dump(mode="json")]),
+        definition=json.dumps([config.verifier.model, layouts.taps, mask, config.drafter.model_dump(mode="json")]),
     )
     if resume:
         position = checkpoints.load(engine, position)
 
     # Hidden states: one receiver process per node fills this rank's ring, a thread fills rows from the ring.
-    stream = Stream.start(config, layout, first_step=position.step + 1, run_id=shared_run_id(control))
-    room = AssemblerSpec(layout, config.data.row_tokens, config.stream.lookahead_rows, anchors, device)
+    stream = Stream.start(config, layouts, first_step=position.step + 1, run_id=shared_run_id(control))
+    room = AssemblerSpec(layouts, config.data.row_tokens, config.stream.lookahead_rows, anchors, device)
     assembler = RowAssembler(stream.ring, schedule.rows(rank, position.step + 1), samples, room)
     batches = iter(assembler)
     rest = (engine, batches, checkpoints, control, position, output, vocabulary)

@@ -33,15 +33,16 @@ OTHER_LAYOUT = Layout((1, 3, 4), 16, "bfloat16")
 Frames = list[Any]
 
 
-def states(token_ids: bytes) -> bytes:
-    """The fake's hidden states of a prompt: a function of its tokens that no other prompt shares."""
-    seed = int.from_bytes(token_ids)
-    return random.Random(seed).randbytes(len(token_ids) // 4 * LAYOUT.bytes_per_token)
+def states(token_ids: bytes, layout: Layout) -> bytes:
+    """The fake's hidden states of a prompt: a function of its tokens and the layers that no other prompt shares."""
+    seed = int.from_bytes(token_ids + bytes(layout.layer_ids))
+    return random.Random(seed).randbytes(len(token_ids) // 4 * layout.bytes_per_token)
 
 
 def bad_frames(word: str, ticket: Ticket, token_ids: bytes) -> Iterator[Frames]:
     """What is sent for an attempt under the word `word`."""
-    good = wire.data_frames(ticket, LAYOUT, token_ids, states(token_ids))
+    layout = LAYOUT.only(ticket.layer_ids)
+    good = wire.data_frames(ticket, layout, token_ids, states(token_ids, layout))
     match word:
         case "corrupt":
             yield [good[0], good[1], bytes(good[2][:-1]) + bytes([good[2][-1] ^ 1])]
@@ -50,17 +51,18 @@ def bad_frames(word: str, ticket: Ticket, token_ids: bytes) -> Iterator[Frames]:
         case "extra-frame":
             yield [*good, b"more"]
         case "layout":
-            yield wire.data_frames(ticket, OTHER_LAYOUT, token_ids, states(token_ids))
+            yield wire.data_frames(ticket, OTHER_LAYOUT, token_ids, states(token_ids, OTHER_LAYOUT))
         case "tokens":
             other = (np.frombuffer(token_ids, "<i4") + 1).astype("<i4").tobytes()
-            yield wire.data_frames(ticket, LAYOUT, other, states(token_ids))
+            yield wire.data_frames(ticket, layout, other, states(token_ids, layout))
         case "garbage":
             yield [os.urandom(300)]
             yield [good[0]]
             yield [b"\x81" * 5000, b"x"]
             yield good
         case "stranger":
-            yield wire.data_frames(Ticket("otherrun", ticket.receiver, 0, 1, 0), LAYOUT, token_ids, states(token_ids))
+            stranger = Ticket("otherrun", ticket.receiver, 0, 1, 0, ticket.layer_ids)
+            yield wire.data_frames(stranger, layout, token_ids, states(token_ids, layout))
             yield good
         case "refuse":
             yield [wire.encode(wire.Refusal(ticket, "scripted refusal"))]

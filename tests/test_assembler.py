@@ -13,10 +13,11 @@ import torch
 
 from dflash_scale.assembler import AssemblerSpec, RowAssembler, without
 from dflash_scale.packer import AnchorSpec, Row, RowSchedule, Samples, ScheduleSpec, plan_row
+from dflash_scale.stream.layouts import RowLayouts
 from dflash_scale.stream.ring import COMMITTED, QUARANTINED, PeerDied, Ring, own_ring_name
 from dflash_scale.stream.wire import Layout
 
-LAYOUT = Layout((1, 3, 4), 8, "float32")
+LAYOUTS = RowLayouts(Layout((1, 3), 8, "float32"), Layout((1, 3, 4), 8, "float32"))
 ANCHORS = AnchorSpec(block_size=4, per_document=3, seed=1)
 LOOKAHEAD = 3
 
@@ -32,9 +33,9 @@ class Tokens:
         return np.ones(self.lengths[index], bool)
 
 
-def states_of(sample: int, tokens: int) -> torch.Tensor:
+def states_of(sample: int, tokens: int, layout: Layout) -> torch.Tensor:
     generator = torch.Generator().manual_seed(sample)
-    return torch.randn(tokens, len(LAYOUT.layer_ids), LAYOUT.hidden_size, generator=generator)
+    return torch.randn(tokens, len(layout.layer_ids), layout.hidden_size, generator=generator)
 
 
 @pytest.fixture
@@ -47,16 +48,17 @@ def writer() -> Iterator[Ring]:
 
 def make(writer: Ring) -> tuple[Samples, list[Row], RowAssembler]:
     lengths = [int(n) for n in np.random.default_rng(0).integers(5, 20, 30)]
-    samples = Samples(Tokens(lengths), Tokens([]))
-    spec = ScheduleSpec(40, rows_per_step=2, world_size=1, seed=0, epochs=1, max_steps=None, validate_every=0)
+    samples = Samples(Tokens(lengths), Tokens(lengths[:5]))
+    spec = ScheduleSpec(40, rows_per_step=2, world_size=1, seed=0, epochs=1, max_steps=None, validate_every=3)
     rows = list(RowSchedule(samples, spec).rows(0))
-    room = AssemblerSpec(LAYOUT, 40, LOOKAHEAD, ANCHORS, torch.device("cpu"))
+    assert {row.kind for row in rows[: 3 * LOOKAHEAD]} == {"train", "validation"}
+    room = AssemblerSpec(LAYOUTS, 40, LOOKAHEAD, ANCHORS, torch.device("cpu"))
     return samples, rows, RowAssembler(Ring.open(writer.name), iter(rows), samples, room)
 
 
 def put(ring: Ring, samples: Samples, row: Row, sample: int, status: int = COMMITTED) -> None:
     tokens = int(samples.lengths[sample])
-    payload = states_of(sample, tokens).numpy().tobytes() if status == COMMITTED else b""
+    payload = states_of(sample, tokens, LAYOUTS.of(row)).numpy().tobytes() if status == COMMITTED else b""
     slot = ring.reserve(len(payload))
     assert slot is not None
     slot[:] = payload
@@ -81,7 +83,7 @@ def test_rows_come_in_order_whatever_the_order_of_arrival(writer: Ring) -> None:
             assert batch.quarantined == ()
             for place in row.places:
                 here = batch.states[place.start : place.start + place.length]
-                assert torch.equal(here, states_of(place.sample, place.length))
+                assert torch.equal(here, states_of(place.sample, place.length, LAYOUTS.of(row)))
     assert next(batches, None) is None
     assembler.close()
 
@@ -131,7 +133,7 @@ def test_a_dead_receiver_is_an_error_in_the_training_thread() -> None:
     spec = ScheduleSpec(20, rows_per_step=1, world_size=1, seed=0, epochs=1, max_steps=None, validate_every=0)
     rows = RowSchedule(samples, spec).rows(0)
     reader = Ring.open(name)
-    assembler = RowAssembler(reader, rows, samples, AssemblerSpec(LAYOUT, 20, 2, ANCHORS, torch.device("cpu")))
+    assembler = RowAssembler(reader, rows, samples, AssemblerSpec(LAYOUTS, 20, 2, ANCHORS, torch.device("cpu")))
     process.kill()
     process.wait()
     with pytest.raises(PeerDied, match=f"pid {process.pid}"):

@@ -7,6 +7,7 @@ import ast
 import importlib
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from dflash_scale.stream import wire
 
 SOURCE = Path(__file__).parents[1] / "dflash_scale" / "stream" / "connector.py"
 BLOCKS, LAYERS, BLOCK_SIZE, HIDDEN = 9, 3, 4, 8
-TICKET = wire.Ticket("run-1", "rx", 0, 5, 0)
+TICKET = wire.Ticket("run-1", "rx", 0, 5, 0, (1, 3, 6))
 
 
 class Base:
@@ -101,8 +102,10 @@ def build(connector: ModuleType, **changes: Any) -> Any:
     return connector.HiddenStatesConnector(vllm_config(**changes), None, cache_config())
 
 
-def test_a_finished_request_reaches_its_receiver(connector: ModuleType) -> None:
-    """The blocks are out of order and the last one is not full: token t is row t % P of block ids[t // P]."""
+@pytest.mark.parametrize("layer_ids", [(1, 3, 6), (1, 3), (3, 6), (1, 6), (3,)])
+def test_a_finished_request_reaches_its_receiver(connector: ModuleType, layer_ids: tuple[int, ...]) -> None:
+    """Some layers or all; blocks out of order, the last one not full: token t is row t % P of block ids[t // P]."""
+    ticket = replace(TICKET, layer_ids=layer_ids)
     scheduler, worker = build(connector), build(connector)
     cache = cache_tensor()
     worker.register_kv_caches({"model.layers.0": torch.empty(0), "cache_only_layers.6": cache})
@@ -111,7 +114,7 @@ def test_a_finished_request_reaches_its_receiver(connector: ModuleType) -> None:
     try:
         blocks = [7, 2, 5]
         keep, reply = scheduler.request_finished_all_groups(
-            request(10, {"dflash": TICKET.to_params()}), ([0, 0, 0], blocks)
+            request(10, {"dflash": ticket.to_params()}), ([0, 0, 0], blocks)
         )
         assert (keep, reply) == (True, None)
         worker._connector_metadata = scheduler.build_connector_meta(None)
@@ -120,13 +123,13 @@ def test_a_finished_request_reaches_its_receiver(connector: ModuleType) -> None:
         cache.zero_()  # the blocks may be reused from here on
         worker._connector_metadata = None
         assert worker.get_finished(set()) == (None, None)
-        layout = wire.Layout((1, 3, 6), HIDDEN, "float32")
+        layout = wire.Layout(layer_ids, HIDDEN, "float32")
         assert socket.poll(10_000), "nothing arrived"
         header, ids, raw = wire.decode_data(socket.recv_multipart(), layout=layout, max_tokens=10)
-        assert header.ticket == TICKET
+        assert header.ticket == ticket
         assert memoryview(ids).cast("i").tolist() == list(range(100, 110))
-        got = torch.frombuffer(bytearray(raw), dtype=torch.float32).view(10, LAYERS, HIDDEN)
-        whole = cache_tensor()
+        got = torch.frombuffer(bytearray(raw), dtype=torch.float32).view(10, len(layer_ids), HIDDEN)
+        whole = cache_tensor()[:, [(1, 3, 6).index(layer) for layer in layer_ids]]
         for token in range(10):
             assert torch.equal(got[token], whole[blocks[token // BLOCK_SIZE], :, token % BLOCK_SIZE]), f"token {token}"
     finally:
@@ -168,6 +171,16 @@ def test_incomplete_requests_are_refused(connector: ModuleType, changes: dict[st
     (finished,) = scheduler.build_connector_meta(None).requests
     assert (finished.ticket, finished.block_ids) == (TICKET, ())
     assert reason in finished.refusal
+
+
+def test_layers_that_the_server_has_not_are_refused(connector: ModuleType) -> None:
+    scheduler = build(connector)
+    params = {"dflash": replace(TICKET, layer_ids=(1, 2)).to_params()}
+    keep, reply = scheduler.request_finished_all_groups(request(4, params), ([0], [1]))
+    assert keep is False
+    assert "has the layers [1, 3, 6], asked for [1, 2]" in reply["dflash_error"]
+    (finished,) = scheduler.build_connector_meta(None).requests
+    assert finished.refusal == reply["dflash_error"]
 
 
 def test_requests_that_never_ran_have_no_blocks(connector: ModuleType) -> None:
@@ -239,4 +252,6 @@ def test_imports_of_ours_are_wire_and_publisher() -> None:
             imported |= {f"{node.module}.{alias.name}" for alias in node.names}
     ours = {name for name in imported if name.startswith("dflash_scale")}
     assert ours == {"dflash_scale.stream.wire", "dflash_scale.stream.publisher.Publisher"}
-    assert {name.split(".")[0] for name in imported - ours} == {"logging", "dataclasses", "typing", "torch", "vllm"}
+    assert {name.split(".")[0] for name in imported - ours} == {
+        *("logging", "collections", "dataclasses", "typing", "torch", "vllm")
+    }

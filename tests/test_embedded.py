@@ -98,7 +98,7 @@ def test_states_equal_transformers(folder: Path) -> None:
     verifier = TappedVerifier(str(folder), (0, 1, 3), "float32")
     assert verifier.layout == wire.Layout((0, 1, 3, 4), 32, "float32")
     for length in (1, 2, 37, 200):
-        states, answer = verifier.run(prompt(length), 1, ignore_eos=True)
+        states, answer = verifier.run(prompt(length), 1, True, verifier.layout.layer_ids)
         want = states_by_transformers(folder, prompt(length), (0, 1, 3))
         assert states.shape == (length, 4, 32), states.shape
         torch.testing.assert_close(states, want, rtol=1e-5, atol=1e-6)
@@ -109,7 +109,7 @@ def test_states_equal_transformers(folder: Path) -> None:
 def test_taps_of_every_family_equal_hooks(family: str, tmp_path: Path) -> None:
     want, logits = residuals_and_logits(make_verifier(family, tmp_path, shard="1GB"), list(range(10, 34)))
     verifier = TappedVerifier(str(tmp_path), default_layer_ids(LAYERS), "float32")
-    states, answer = verifier.run(list(range(10, 34)), 1, ignore_eos=True)
+    states, answer = verifier.run(list(range(10, 34)), 1, True, verifier.layout.layer_ids)
     assert verifier.layout == wire.Layout((2, 4), HIDDEN, "float32")
     torch.testing.assert_close(states, want[[2, 4]].transpose(0, 1), rtol=1e-5, atol=1e-5)
     assert answer == [int(logits[-1].argmax())]
@@ -122,24 +122,24 @@ def test_greedy_answer_equals_generate(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
     inputs = torch.tensor([prompt(9)])
     want = model.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=12, do_sample=False)
-    states, answer = verifier.run(prompt(9), 12, ignore_eos=True)
+    states, answer = verifier.run(prompt(9), 12, True, verifier.layout.layer_ids)
     assert answer == want[0, 9:].tolist()
     assert states.shape[0] == 9, "hidden states are the prompt's, not the answer's"
 
 
 def test_eos_ends_the_answer(folder: Path) -> None:
     verifier = TappedVerifier(str(folder), (1,), "float32")
-    _, answer = verifier.run(prompt(9), 12, ignore_eos=True)
+    _, answer = verifier.run(prompt(9), 12, True, verifier.layout.layer_ids)
     verifier._eos = {answer[2]}
     cut = answer[: answer.index(answer[2]) + 1]
-    assert verifier.run(prompt(9), 12, ignore_eos=False)[1] == cut
+    assert verifier.run(prompt(9), 12, False, ())[1] == cut
     assert verifier.stopped(cut)
 
 
 def test_bfloat16_layout(folder: Path) -> None:
     verifier = TappedVerifier(str(folder), (2,), "bfloat16")
     assert verifier.layout.dtype == "bfloat16"
-    assert verifier.run(prompt(5), 1, ignore_eos=True)[0].dtype == torch.bfloat16
+    assert verifier.run(prompt(5), 1, True, verifier.layout.layer_ids)[0].dtype == torch.bfloat16
 
 
 def test_concurrent_requests_arrive_whole_and_equal_to_lone_ones(folder: Path, server: EmbeddedServer) -> None:
@@ -157,7 +157,7 @@ def test_concurrent_requests_arrive_whole_and_equal_to_lone_ones(folder: Path, s
         assert hello.model == str(folder)
 
         def ask(sample: int) -> tuple[int, dict[str, Any]]:
-            ticket = wire.Ticket("run", "rx-1", 0, sample, 0)
+            ticket = wire.Ticket("run", "rx-1", 0, sample, 0, server.layout.layer_ids[sample % 3 :])
             content = {"model": str(folder), "prompt": prompts[sample], "max_tokens": 1, "temperature": 0}
             return post(server.http, {**content, "kv_transfer_params": {"dflash": ticket.to_params()}})
 
@@ -169,12 +169,16 @@ def test_concurrent_requests_arrive_whole_and_equal_to_lone_ones(folder: Path, s
         seen = set()
         for _ in prompts:
             assert socket.poll(10_000), f"only {len(seen)} of {len(prompts)} samples arrived"
-            header, ids, raw = wire.decode_data(socket.recv_multipart(), layout=hello.layout, max_tokens=256)
+            frames = socket.recv_multipart()
+            header = wire.decode(frames[0], max_tokens=256)
+            assert isinstance(header, wire.Header)
             sample = header.ticket.sample
+            layout = hello.layout.only(hello.layout.layer_ids[sample % 3 :])
+            header, ids, raw = wire.decode_data(frames, layout=layout, max_tokens=256)
             seen.add(sample)
             assert memoryview(ids).cast("i").tolist() == prompts[sample]
-            want, answer = alone.run(prompts[sample], 1, ignore_eos=True)
-            assert torch.equal(as_tensor(raw, header.tokens, hello.layout), want), f"sample {sample}"
+            want, answer = alone.run(prompts[sample], 1, True, hello.layout.layer_ids[sample % 3 :])
+            assert torch.equal(as_tensor(raw, header.tokens, layout), want), f"sample {sample}"
             assert replies[sample][1]["choices"][0]["token_ids"] == answer
         assert seen == set(prompts)
     finally:

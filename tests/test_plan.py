@@ -31,8 +31,9 @@ def test_qwen3_8b_on_8_gpus() -> None:
     layer = 2 * hidden * queries + 2 * hidden * keys + 3 * hidden * inner + 2 * hidden + 2 * 128
     assert plan.trainable == depth * layer + 5 * hidden * hidden + 2 * hidden
     assert plan.frozen == 2 * 151936 * hidden + hidden
-    assert plan.layout.bytes_per_token == 6 * hidden * 2
-    assert plan.layout.layer_ids == (2, 10, 18, 26, 34, 36)
+    assert plan.layouts.train.bytes_per_token == 5 * hidden * 2
+    assert plan.layouts.validation.bytes_per_token == 6 * hidden * 2
+    assert plan.layouts.validation.layer_ids == (2, 10, 18, 26, 34, 36)
     assert plan.micro_steps == 1
 
 
@@ -98,8 +99,8 @@ def test_the_printout_says_all_of_it() -> None:
         "training ranks           8, one per GPU",
         "receivers                1, one per node",
         "server 0                 http://127.0.0.1:8001, hidden states from tcp://127.0.0.1:5601",
-        "[2, 10, 18, 26, 34] and 36",
-        "49,152 bytes per token, bfloat16",
+        "[2, 10, 18, 26, 34], and 36 for the verifier's logits",
+        "40,960 bytes per token, bfloat16; 49,152 in validation, with the last residual",
         "shared memory per node   8.6 GB (8 rings)",
         "pinned memory per node   19.3 GB (8 ranks × 6 row buffers)",
         "trainable parameters     1,048,626,432",

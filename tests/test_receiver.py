@@ -24,11 +24,13 @@ from dflash_scale.packer import Row, RowSchedule, Samples, schedule_spec
 from dflash_scale.prompts import FEATURES, FORMAT, load_prepared
 from dflash_scale.stream.intake import Dropped
 from dflash_scale.stream.jobs import Key
+from dflash_scale.stream.layouts import RowLayouts
 from dflash_scale.stream.receiver import STOP_SIGNAL, Receiver, ReceiverSpec, Stream, read_status, spawn_receiver
 from dflash_scale.stream.ring import COMMITTED, QUARANTINED, PeerDied, Ring
 
 SAMPLES, VALIDATION, LONGEST = 60, 6, 40
 RUN = f"receivertest{os.getpid()}"
+LAYOUTS = RowLayouts(LAYOUT.only((1, 4)), LAYOUT)
 
 
 def free_port() -> int:
@@ -112,7 +114,7 @@ class Run:
         content, status = self.config.model_dump(mode="json"), str(self.folder / "status.json")
         ranks = tuple(range(world))
         self.receiver = spawn_receiver(
-            ReceiverSpec(RUN, content, world, ranks, first_step, os.getpid(), LAYOUT, status)
+            ReceiverSpec(RUN, content, world, ranks, first_step, os.getpid(), LAYOUTS, status)
         )
         return self.receiver
 
@@ -169,7 +171,7 @@ def consume(ring: Ring, rows: list[Row], samples: Samples, lookahead: int, each:
         if record.status == COMMITTED:
             token_ids = samples.tokens(record.sample).astype("<i4").tobytes()
             assert record.tokens * 4 == len(token_ids)
-            assert bytes(record.payload) == states(token_ids), f"{key} has other bytes"
+            assert bytes(record.payload) == states(token_ids, LAYOUTS.of(rows[home[0]])), f"{key} has other bytes"
         else:
             assert len(record.payload) == 0
         ring.release()
@@ -328,7 +330,7 @@ def test_the_receiver_dies_with_its_parent_and_leaves_nothing(make_run: Callable
     run = make_run([FakeServer().start()])
     content, status = run.config.model_dump(mode="json"), str(tmp_path / "status.json")
     path = tmp_path / "given.json"
-    path.write_text(ReceiverSpec(RUN, content, 1, (0,), 1, 0, LAYOUT, status).dump())
+    path.write_text(ReceiverSpec(RUN, content, 1, (0,), 1, 0, LAYOUTS, status).dump())
     parent = subprocess.Popen([sys.executable, "-c", PARENT, str(path)], stdout=subprocess.PIPE)
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
@@ -356,7 +358,7 @@ def test_a_killed_receiver_leaves_no_segment_once_its_readers_are_attached(make_
 
 def test_a_rank_starts_its_stream_with_one_call(make_run: Callable[..., Run]) -> None:
     run = make_run([FakeServer().start()])
-    stream = Stream.start(run.config, LAYOUT, first_step=3, run_id=RUN)
+    stream = Stream.start(run.config, LAYOUTS, first_step=3, run_id=RUN)
     rows = run.rows(1, 0, first_step=3)
     got = consume(stream.ring, rows, run.samples, run.config.stream.lookahead_rows)
     assert set(got) == expected(rows)
@@ -372,10 +374,10 @@ def test_the_second_rank_finds_its_ring(make_run: Callable[..., Run], monkeypatc
     for name, value in {"WORLD_SIZE": "4", "LOCAL_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     run.config = parse_config(run.config.model_dump() | {"train": {"rows_per_step": 4, "output_dir": str(run.folder)}})
-    first = Stream.start(run.config, LAYOUT, first_step=1, run_id=RUN)
+    first = Stream.start(run.config, LAYOUTS, first_step=1, run_id=RUN)
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    second = Stream.start(run.config, LAYOUT, first_step=1, run_id=RUN)
+    second = Stream.start(run.config, LAYOUTS, first_step=1, run_id=RUN)
     assert second.receiver is None
     wanted = next(row for row in run.rows(4, 3) if row.places)
     record = second.ring.next_record(timeout=60)

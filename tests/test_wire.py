@@ -20,7 +20,7 @@ from dflash_scale.stream.publisher import Publisher
 from dflash_scale.stream.wire import Header, Hello, HelloReply, Layout, Refusal, Ticket, WireError
 
 LAYOUT = Layout((2, 4, 6), 8, "bfloat16")
-TICKET = Ticket("run-1", "node0.rank:1", 3, 12345, 1)
+TICKET = Ticket("run-1", "node0.rank:1", 3, 12345, 1, LAYOUT.layer_ids)
 
 
 def payload(tokens: int, layout: Layout = LAYOUT) -> tuple[bytes, bytes]:
@@ -29,10 +29,13 @@ def payload(tokens: int, layout: Layout = LAYOUT) -> tuple[bytes, bytes]:
 
 names = st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._:-]{0,63}\Z")
 integers = st.integers(0, wire.MAX_INT)
-tickets = st.builds(Ticket, names, names, integers, integers, integers)
+layer_ids = st.sets(st.integers(0, wire.MAX_LAYER_ID), min_size=1, max_size=wire.MAX_LAYERS).map(
+    lambda ids: tuple(sorted(ids))
+)
+tickets = st.builds(Ticket, names, names, integers, integers, integers, layer_ids)
 layouts = st.builds(
     Layout,
-    st.sets(st.integers(0, 4096), min_size=1, max_size=wire.MAX_LAYERS).map(lambda ids: tuple(sorted(ids))),
+    layer_ids,
     st.integers(1, wire.MAX_HIDDEN_SIZE),
     st.sampled_from(sorted(wire.DTYPE_BYTES)),
 )
@@ -126,7 +129,7 @@ def header_map(**changes: Any) -> bytes:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"v": 2}, "protocol version 2"),
+        ({"v": 1}, "protocol version 1"),
         ({"v": True}, "protocol version True"),
         ({"type": "hullo"}, "unknown message type"),
         ({"type": ["data"]}, "unknown message type"),
@@ -152,6 +155,8 @@ def header_map(**changes: Any) -> bytes:
         ({"ticket__receiver": "\x00abc"}, "receiver must be"),
         ({"ticket__receiver": "a" * 65}, "receiver must be"),
         ({"ticket__run_id": "a/../b"}, "run_id must be"),
+        ({"ticket__layer_ids": [6, 2]}, "strictly ascending"),
+        ({"ticket__layer_ids": {"2": 6}}, "must be a list"),
         ({"ticket": None}, "ticket must be a map"),
     ],
 )
@@ -244,16 +249,16 @@ def test_publisher_sends_in_order_to_the_receiver_named(context: "zmq.Context[zm
         assert hello(socket, name) == HelloReply(LAYOUT, "model-1", publisher.server_id)
     sent = [payload(1 + sample % 7) for sample in range(200)]
     for sample, (ids, states) in enumerate(sent):
-        publisher.send(Ticket("run-1", "ab"[sample % 2], 0, sample, 0), ids, states)
+        publisher.send(Ticket("run-1", "ab"[sample % 2], 0, sample, 0, LAYOUT.layer_ids), ids, states)
     for sample, (ids, states) in enumerate(sent):
         socket = sockets["ab"[sample % 2]]
         assert socket.poll(10_000), f"sample {sample} did not arrive"
         header, got_ids, got_states = wire.decode_data(socket.recv_multipart(), layout=LAYOUT, max_tokens=7)
         assert header.ticket.sample == sample
         assert (bytes(got_ids), bytes(got_states)) == (ids, states)
-    publisher.refuse(Ticket("run-1", "a", 0, 7, 2), "x" * 9999)
+    publisher.refuse(Ticket("run-1", "a", 0, 7, 2, LAYOUT.layer_ids), "x" * 9999)
     refusal = wire.decode(sockets["a"].recv(), max_tokens=0)
-    assert refusal == Refusal(Ticket("run-1", "a", 0, 7, 2), "x" * wire.MAX_REASON_CHARS)
+    assert refusal == Refusal(Ticket("run-1", "a", 0, 7, 2, LAYOUT.layer_ids), "x" * wire.MAX_REASON_CHARS)
     publisher.close()
     assert publisher.counters.sent == 201
     assert publisher._held_bytes == 0
@@ -264,7 +269,7 @@ def test_publisher_refuses_what_it_cannot_hold(context: "zmq.Context[zmq.Socket[
     publisher = Publisher("tcp://127.0.0.1:*", LAYOUT, "m", max_bytes=len(ids) + len(states) - 1)
     socket = wire.connect_dealer(context, publisher.endpoint, "rx", max_message_bytes=1 << 20)
     hello(socket, "rx")
-    assert publisher.send(Ticket("run-1", "rx", 0, 1, 0), ids, states) is False
+    assert publisher.send(Ticket("run-1", "rx", 0, 1, 0, LAYOUT.layer_ids), ids, states) is False
     refusal = wire.decode(socket.recv(), max_tokens=0)
     assert isinstance(refusal, Refusal)
     assert "unsent bytes" in refusal.reason
@@ -307,7 +312,7 @@ def test_a_new_receiver_takes_its_name_over(context: "zmq.Context[zmq.Socket[byt
     hello(first, "rx")
     second = wire.connect_dealer(context, publisher.endpoint, "rx", max_message_bytes=1 << 20)
     hello(second, "rx")
-    publisher.send(Ticket("run-1", "rx", 0, 1, 0), *payload(5))
+    publisher.send(Ticket("run-1", "rx", 0, 1, 0, LAYOUT.layer_ids), *payload(5))
     assert second.poll(10_000)
     publisher.close()
 
@@ -316,7 +321,7 @@ def test_frames_beyond_the_bound_are_not_read(context: "zmq.Context[zmq.Socket[b
     publisher = Publisher("tcp://127.0.0.1:*", Layout((1, 2), 1024, "float32"), "m")
     socket = wire.connect_dealer(context, publisher.endpoint, "rx", max_message_bytes=8192)
     hello(socket, "rx")
-    publisher.send(Ticket("run-1", "rx", 0, 1, 0), *payload(5, publisher.layout))
+    publisher.send(Ticket("run-1", "rx", 0, 1, 0, (1, 2)), *payload(5, publisher.layout))
     assert not socket.poll(500), "a message of 40 KiB came through a bound of 8 KiB"
     publisher.close()
 
@@ -342,3 +347,21 @@ def test_imports_nothing_heavy() -> None:
     packages, ours = (set(line.split()) for line in done.stdout.splitlines())
     assert not packages & {"torch", "numpy", "deepspeed", "transformers", "vllm", "datasets", "pydantic"}
     assert ours == {"dflash_scale", "dflash_scale.stream", "dflash_scale.stream.wire", "dflash_scale.stream.publisher"}
+
+
+def test_a_layout_offers_some_of_its_layers() -> None:
+    assert LAYOUT.only((2, 6)) == Layout((2, 6), 8, "bfloat16")
+    assert LAYOUT.offers(LAYOUT)
+    assert not LAYOUT.offers(Layout((2, 4), 8, "float32"))
+    assert not LAYOUT.offers(Layout((2, 4), 16, "bfloat16"))
+    with pytest.raises(WireError, match=r"has the layers \[2, 4, 6\], asked for \[2, 5\]"):
+        LAYOUT.only((2, 5))
+
+
+def test_a_sample_of_layers_that_the_server_has_not() -> None:
+    publisher = Publisher("tcp://127.0.0.1:*", LAYOUT, "m")
+    try:
+        with pytest.raises(WireError, match="asked for"):
+            publisher.send(Ticket("run-1", "rx", 0, 1, 0, (2, 3)), *payload(5, Layout((2, 3), 8, "bfloat16")))
+    finally:
+        publisher.close()

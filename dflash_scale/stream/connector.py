@@ -15,6 +15,7 @@ Shape letters: L verifier layers tapped · H hidden size · B cache blocks · P 
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +69,8 @@ class _CacheLayer:
 
 @dataclass(slots=True)
 class _Copy:
-    """A copy under way. `states` (tokens, L+1, H) in host memory is valid once `event` (None on a CPU) is."""
+    """A copy under way. `states` (tokens, layers of the ticket, H) in host memory is valid once `event` is, on a CPU
+    at once."""
 
     finished: Finished
     states: torch.Tensor
@@ -88,6 +90,7 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
             )
         self._extra: dict[str, Any] = extra
         _check_parallelism(vllm_config)
+        self._layer_ids = _layer_ids(vllm_config)
         self._layer = _hidden_state_layer(kv_cache_config)
         self._to_worker: list[Finished] = []  # scheduler side
         self._cache: torch.Tensor | None = None  # worker side, TP rank 0 only, as the next three
@@ -125,7 +128,7 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         if ticket is None:
             return False, None
         blocks = block_ids[self._layer.group] if self._layer.group < len(block_ids) else []
-        refusal = self._why_not(request, len(blocks))
+        refusal = self._why_not(request, ticket, len(blocks))
         if refusal is not None:
             self._to_worker.append(Finished(request.request_id, ticket, (), (), refusal))
             return False, {"dflash_error": refusal}
@@ -134,8 +137,10 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         self._to_worker.append(Finished(request.request_id, ticket, tokens, tuple(blocks)))
         return True, None
 
-    def _why_not(self, request: "Request", blocks: int) -> str | None:
+    def _why_not(self, request: "Request", ticket: wire.Ticket, blocks: int) -> str | None:
         """The reason for which this request's hidden states are not whole in the cache, None if they are."""
+        if not set(ticket.layer_ids) <= set(self._layer_ids):
+            return f"this server has the layers {list(self._layer_ids)}, asked for {list(ticket.layer_ids)}"
         if request.status.name not in ("FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED"):
             return f"the request ended with {request.status.name}"
         if not request.prompt_token_ids:
@@ -152,7 +157,7 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         if get_tensor_model_parallel_rank() != 0:
             return
         cache = kv_caches[self._layer.name]
-        layout = _layout(self._vllm_config, self._layer.block_size, cache)
+        layout = _layout(self._vllm_config, self._layer_ids, self._layer.block_size, cache)
         self._cache = cache.transpose(1, 2)  # (B, P, L+1, H), a view
         self._publisher = Publisher(
             self._extra["zmq"],
@@ -197,25 +202,35 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         return done or None, None
 
     def _start_copy(self, finished: Finished) -> _Copy:
-        """Copies the first len(token_ids) tokens of the request's blocks to host memory of their own."""
-        cache, tokens = self._cache, len(finished.token_ids)
-        assert cache is not None
-        if cache.device.type == "cpu":
-            blocks = torch.tensor(finished.block_ids)
-            return _Copy(finished, cache.index_select(0, blocks).flatten(0, 1)[:tokens], None)
+        """Copies the wanted layers of the first len(token_ids) tokens of the request's blocks to host memory."""
+        assert self._cache is not None
+        device = self._cache.device
+        if device.type == "cpu":
+            return _Copy(finished, self._gather(finished), None)
         if self._copy_stream is None:
-            self._copy_stream = torch.cuda.Stream(cache.device)
+            self._copy_stream = torch.cuda.Stream(device)
         # The forward that wrote these blocks may still run on vLLM's stream; everything below waits for it on the
         # side stream, allocates there, and so needs neither a host sync nor record_stream.
-        self._copy_stream.wait_stream(torch.cuda.current_stream(cache.device))
+        self._copy_stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._copy_stream):
-            blocks = torch.tensor(finished.block_ids).pin_memory().to(cache.device, non_blocking=True)
-            gathered = cache.index_select(0, blocks).flatten(0, 1)[:tokens]
+            gathered = self._gather(finished)
             states = torch.empty(gathered.shape, dtype=gathered.dtype, pin_memory=True)
             states.copy_(gathered, non_blocking=True)
             event = torch.cuda.Event()
             event.record(self._copy_stream)
         return _Copy(finished, states, event)
+
+    def _gather(self, finished: Finished) -> torch.Tensor:
+        """(tokens, layers of the ticket, H) on the cache's device. Layers side by side, as the taps are, cost no
+        second copy."""
+        assert self._cache is not None
+        places = [self._layer_ids.index(layer) for layer in finished.ticket.layer_ids]
+        first, stop = places[0], places[-1] + 1
+        blocks = _indices(finished.block_ids, self._cache.device)
+        states = self._cache[:, :, first:stop].index_select(0, blocks).flatten(0, 1)[: len(finished.token_ids)]
+        if len(places) == stop - first:
+            return states
+        return states.index_select(1, _indices([place - first for place in places], states.device))
 
     def get_finished_count(self) -> int:
         return 1  # only TP rank 0 reports; the default waits for every rank and never frees the blocks
@@ -228,6 +243,12 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
     def get_required_kvcache_layout(cls, vllm_config: "VllmConfig") -> str | None:
         """On a GPU a token's layers side by side, so that the gather reads whole rows; a CPU has its own layout."""
         return "LBNHC" if current_platform.is_cuda_alike() else None
+
+
+def _indices(values: Sequence[int], device: torch.device) -> torch.Tensor:
+    """On a GPU without waiting for it: pageable memory would."""
+    indices = torch.tensor(values)
+    return indices if device.type == "cpu" else indices.pin_memory().to(device, non_blocking=True)
 
 
 def _check_parallelism(config: "VllmConfig") -> None:
@@ -267,11 +288,18 @@ def _hidden_state_layer(config: "KVCacheConfig") -> _CacheLayer:
     return found[0]
 
 
-def _layout(config: "VllmConfig", block_size: int, cache: torch.Tensor) -> wire.Layout:
-    """The wire's layout, after checking that the cache is (B, L+1, P, H) as vLLM 0.32 makes it."""
+def _layer_ids(config: "VllmConfig") -> tuple[int, ...]:
+    """What `launch/serve_vllm.py` wrote for the extraction: the taps, and n."""
     assert config.speculative_config is not None
-    draft = config.speculative_config.draft_model_config.hf_config
-    layer_ids = tuple(draft.eagle_aux_hidden_state_layer_ids)
+    layer_ids = tuple(config.speculative_config.draft_model_config.hf_config.eagle_aux_hidden_state_layer_ids)
+    layers = config.model_config.get_total_num_hidden_layers()
+    if layer_ids[-1] != layers:
+        raise ValueError(f"the last layer id must be the verifier's {layers} layers, got {list(layer_ids)}")
+    return layer_ids
+
+
+def _layout(config: "VllmConfig", layer_ids: tuple[int, ...], block_size: int, cache: torch.Tensor) -> wire.Layout:
+    """The wire's layout, after checking that the cache is (B, L+1, P, H) as vLLM 0.32 makes it."""
     hidden_size = config.model_config.get_hidden_size()
     want = (len(layer_ids), block_size, hidden_size)
     if cache.dim() != 4 or tuple(cache.shape[1:]) != want:
@@ -279,9 +307,6 @@ def _layout(config: "VllmConfig", block_size: int, cache: torch.Tensor) -> wire.
             f"the cache of hidden states has the shape {tuple(cache.shape)}, expected (blocks, layers, block size, "
             f"hidden size) = (*, {', '.join(map(str, want))}): this version of vLLM orders it in an unknown way."
         )
-    layers = config.model_config.get_total_num_hidden_layers()
-    if layer_ids[-1] != layers:
-        raise ValueError(f"the last layer id must be the verifier's {layers} layers, got {list(layer_ids)}")
     return wire.Layout(layer_ids, hidden_size, str(cache.dtype).removeprefix("torch."))
 
 

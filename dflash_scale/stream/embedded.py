@@ -27,7 +27,7 @@ from typing import Any, Final
 import torch
 
 from dflash_scale.stream import wire
-from dflash_scale.stream.embedded_http import CompletionServer, Reply, Request
+from dflash_scale.stream.embedded_http import CompletionServer, Limits, Reply, Request
 from dflash_scale.stream.publisher import Publisher
 from dflash_scale.taps import causal_model, decoder_layers
 
@@ -86,12 +86,15 @@ class TappedVerifier:
         return keep
 
     @torch.inference_mode()
-    def run(self, token_ids: Sequence[int], max_tokens: int, ignore_eos: bool) -> tuple[torch.Tensor, list[int]]:
-        """(T,) prompt ids -> hidden states (T, L+1, H) of the prompt and up to max_tokens greedy token ids."""
+    def run(
+        self, token_ids: Sequence[int], max_tokens: int, ignore_eos: bool, layer_ids: Sequence[int]
+    ) -> tuple[torch.Tensor, list[int]]:
+        """(T,) prompt ids -> hidden states (T, L, H) of the prompt after `layer_ids`, none if there are none, and up to
+        max_tokens greedy token ids."""
         self._taps.clear()  # setdefault above keeps the first forward's, which is the prompt's
         inputs = torch.tensor([list(token_ids)])
         output = self._model(inputs, use_cache=max_tokens > 1, logits_to_keep=1)
-        states = torch.stack([self._taps[k][0] for k in self.layout.layer_ids], dim=1)
+        states = torch.stack([self._taps[k][0] for k in layer_ids], dim=1) if layer_ids else torch.empty(0)
         answer = [int(output.logits[0, -1].argmax())]
         while len(answer) < max_tokens and (ignore_eos or answer[-1] not in self._eos):
             step = torch.tensor([answer[-1:]])
@@ -112,7 +115,7 @@ class EmbeddedServer:
         self._queue: queue.Queue[tuple[Request, Future[Reply]] | None] = queue.Queue(MAX_WAITING)
         self._publisher = Publisher(options.zmq, self._verifier.layout, options.model, insecure=options.insecure)
         self.zmq = self._publisher.endpoint
-        limits = (self._verifier.vocab_size, self._verifier.max_tokens)
+        limits = Limits(self._verifier.vocab_size, self._verifier.max_tokens, self._verifier.layout)
         try:
             self._http = CompletionServer(options.http, options.model, limits, self._submit)
         except OSError:
@@ -148,7 +151,8 @@ class EmbeddedServer:
                 future.set_exception(error)
 
     def _answer(self, request: Request) -> Reply:
-        states, answer = self._verifier.run(request.token_ids, request.max_tokens, request.ignore_eos)
+        layer_ids = request.ticket.layer_ids if request.ticket is not None else ()
+        states, answer = self._verifier.run(request.token_ids, request.max_tokens, request.ignore_eos, layer_ids)
         if request.ticket is not None:
             token_ids = torch.tensor(request.token_ids, dtype=torch.int32)
             self._publisher.send(request.ticket, _bytes_of(token_ids), _bytes_of(states))

@@ -32,17 +32,25 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """What requests are checked against: ids below `vocab_size`, prompt and answer of `max_tokens` together, and layers
+    of `layout`."""
+
+    vocab_size: int
+    max_tokens: int
+    layout: wire.Layout
+
+
+@dataclass(frozen=True, slots=True)
 class Reply:
     token_ids: list[int]
     finish_reason: str  # "stop" | "length"
 
 
 class CompletionServer:
-    """Listens from construction until `close`. limits: (vocabulary size, longest prompt + answer in tokens)."""
+    """Listens from construction until `close`."""
 
-    def __init__(
-        self, address: str, model: str, limits: tuple[int, int], submit: Callable[[Request], "Future[Reply]"]
-    ) -> None:
+    def __init__(self, address: str, model: str, limits: Limits, submit: Callable[[Request], "Future[Reply]"]) -> None:
         host, _, port = address.rpartition(":")
 
         class Handler(_Handler):
@@ -71,14 +79,14 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     wbufsize = -1  # headers and body in one packet: unbuffered, each reply waits 40 ms for a delayed ACK
     model: str
-    limits: tuple[int, int]
+    limits: Limits
     submit: Callable[[Request], "Future[Reply]"]
 
     def do_GET(self) -> None:
         if self.path == "/health":
             self._reply(HTTPStatus.OK, {})
         elif self.path == "/v1/models":
-            entry = {"id": self.model, "object": "model", "max_model_len": self.limits[1]}
+            entry = {"id": self.model, "object": "model", "max_model_len": self.limits.max_tokens}
             self._reply(HTTPStatus.OK, {"object": "list", "data": [entry]})
         else:
             self._fail(HTTPStatus.NOT_FOUND, f"no route {self.path!r:.80}")
@@ -130,7 +138,7 @@ class _Handler(BaseHTTPRequestHandler):
         log.debug(format, *args)
 
 
-def parse_request(body: bytes, model: str, limits: tuple[int, int]) -> Request:
+def parse_request(body: bytes, model: str, limits: Limits) -> Request:
     """Raises ValueError for what this server cannot do as asked; keys that it does not know are ignored, as in vLLM."""
     try:
         content = json.loads(body)
@@ -138,22 +146,23 @@ def parse_request(body: bytes, model: str, limits: tuple[int, int]) -> Request:
         raise ValueError(f"the body is not JSON: {type(error).__name__}") from error
     if not isinstance(content, dict):
         raise ValueError("the body must be a JSON object")
-    vocab_size, max_length = limits
     token_ids = content.get("prompt")
     if not isinstance(token_ids, list) or not token_ids or not all(type(i) is int for i in token_ids):
         raise ValueError("prompt must be a non-empty list of token ids")
-    if min(token_ids) < 0 or max(token_ids) >= vocab_size:
-        raise ValueError(f"prompt has token ids outside 0..{vocab_size - 1}")
+    if min(token_ids) < 0 or max(token_ids) >= limits.vocab_size:
+        raise ValueError(f"prompt has token ids outside 0..{limits.vocab_size - 1}")
     max_tokens = content.get("max_tokens", 16)
     if type(max_tokens) is not int or max_tokens < 1:
         raise ValueError(f"max_tokens must be an integer from 1 on, got {max_tokens!r:.40}")
-    if len(token_ids) + max_tokens > max_length:
-        raise ValueError(f"{len(token_ids)} + {max_tokens} tokens exceed the model's {max_length}")
+    if len(token_ids) + max_tokens > limits.max_tokens:
+        raise ValueError(f"{len(token_ids)} + {max_tokens} tokens exceed the model's {limits.max_tokens}")
     if content.get("model", model) != model:
         raise ValueError(f"this server has the model {model!r}, not {content['model']!r:.200}")
     if content.get("temperature", 0) not in (0, 0.0):
         raise ValueError("this server decodes greedily: temperature must be 0")
     ticket = wire.Ticket.from_request(content.get("kv_transfer_params"))
+    if ticket is not None:
+        limits.layout.only(ticket.layer_ids)
     return Request(tuple(token_ids), max_tokens, content.get("ignore_eos") is True, ticket)
 
 

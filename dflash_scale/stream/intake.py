@@ -7,9 +7,7 @@ set's token ids is counted, logged at most once a minute and dropped.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import queue
 import time
 from collections import Counter, defaultdict
@@ -18,22 +16,20 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from dflash_scale.packer import Samples
 from dflash_scale.stream import wire
 from dflash_scale.stream.calls import Calls, Event, HealthAnswered
+from dflash_scale.stream.delivery import Delivery
 from dflash_scale.stream.fleet import Fleet
 from dflash_scale.stream.jobs import Action, Job, Key, Limits, Lost, Probe, Quarantined, Send
-from dflash_scale.stream.ring import COMMITTED, QUARANTINED
-from dflash_scale.stream.window import Want, Window
+from dflash_scale.stream.links import Links
 from dflash_scale.stream.wire import Layout, Ticket, WireError
 
 log = logging.getLogger(__name__)
 
 STEP_MS: Final = 10  # the reader's progress is seen by looking at it: this is how often
 MESSAGES_PER_TURN: Final = 8  # from one server, before the others have theirs
-QUARANTINED_KEPT: Final = 1000  # named in the status; all are counted
 LOG_EVERY_S: Final = 60.0
 
 
@@ -43,7 +39,8 @@ class LayoutMismatch(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who receives, and what. `receiver` is the routing id, different for every receiver process."""
+    """Who receives, and what. `receiver` is the routing id, different for every receiver process; a server must offer
+    all layers of `layout`, though not every sample is asked for with all of them."""
 
     run_id: str
     receiver: str
@@ -83,7 +80,7 @@ class Intake:
         servers: (http, zmq) addresses.
         limits: bounds of the fleet.
         identity: who receives, and what.
-        windows: one per local rank.
+        delivery: where the samples go.
         samples: the data set; its token ids are sent, and compared with what comes back.
     """
 
@@ -92,66 +89,41 @@ class Intake:
         servers: Sequence[tuple[str, str]],
         limits: Limits,
         identity: Identity,
-        windows: Sequence[Window],
+        delivery: Delivery,
         samples: Samples,
     ) -> None:
-        self._identity, self._windows, self._samples = identity, list(windows), samples
+        self._identity, self.delivery, self._samples = identity, delivery, samples
         self.fleet = Fleet([http for http, _ in servers], limits, time.monotonic())
         self.dropped = Dropped()
-        self.quarantined: list[dict[str, Any]] = []
-        self.counts: Counter[str] = Counter()  # committed, committed_bytes, quarantined
         self.blocked_on = "servers"
         self.blocked_s: defaultdict[str, float] = defaultdict(float)
-        self._wanted: dict[Key, tuple[Want, Window]] = {}
-        self._attached = False
         self._clock = time.monotonic()
         self._max_tokens = int(samples.lengths.max())
         self._greetings: dict[int, Greeting] = {}
         self._server_ids: dict[int, str] = {}
         self._models: dict[int, str] = {}
+        self._broken: set[int] = set()  # servers whose data connection broke since their last greeting
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._calls = Calls(
             [http for http, _ in servers], limits.requests_per_server, limits.request_timeout_s + 1, self._report
         )
-        self._context = zmq.Context()
         largest = self._max_tokens * identity.layout.bytes_per_token
-        self._addresses = [address for _, address in servers]
-        self._broken: set[int] = set()  # servers whose data connection broke since their last greeting
-        self._sockets = [
-            wire.connect_dealer(self._context, address, identity.receiver, max_message_bytes=largest)
-            for address in self._addresses
-        ]
-        self._monitors = [socket.get_monitor_socket(zmq.EVENT_DISCONNECTED) for socket in self._sockets]
-        self._poller = zmq.Poller()
-        for socket in [*self._sockets, *self._monitors, self._wake]:
-            self._poller.register(socket, zmq.POLLIN)
+        self._links = Links([address for _, address in servers], identity.receiver, largest)
 
     def close(self) -> None:
         self._calls.close()
-        for socket in self._sockets:
-            socket.disable_monitor()
-        self._context.destroy(linger=0)
-
-    @property
-    def complete(self) -> bool:
-        """Whether every sample of the schedule is in its ring."""
-        return self._attached and all(window.complete for window in self._windows)
-
-    @property
-    def deserted(self) -> bool:
-        """Whether nothing is left to do because ranks have left their rings."""
-        return self._attached and all(window.complete or window.reader_gone for window in self._windows)
+        self._links.close()
 
     def status(self) -> dict[str, Any]:
         """The changing part of the status file."""
+        delivery = self.delivery
         return {
             "issued": self.fleet.issued,
             "retried": self.fleet.retried,
-            "committed": self.counts["committed"],
-            "committed_bytes": self.counts["committed_bytes"],
-            "quarantined": self.counts["quarantined"],
-            "quarantined_samples": self.quarantined,
+            "committed": delivery.counts["committed"],
+            "committed_bytes": delivery.counts["committed_bytes"],
+            "quarantined": delivery.counts["quarantined"],
+            "quarantined_samples": delivery.quarantined,
             "dropped": dict(self.dropped.counts),
             "outstanding_bytes": self.fleet.outstanding_bytes,
             "blocked_on": self.blocked_on,
@@ -167,51 +139,37 @@ class Intake:
             LayoutMismatch: before the first request: a server sends something else than what the run wants.
         """
         now = time.monotonic()
-        self._tend_rings()
+        for want in self.delivery.take():
+            self.fleet.add(want.key, want.tokens, want.nbytes)
         for action in self.fleet.poll(now):
             self._act(action)
         self._account(now)
-        for ready, _ in self._poller.poll(STEP_MS):
-            if ready == self._wake:
-                os.eventfd_read(self._wake)
-            elif ready in self._monitors:
-                recv_monitor_message(ready)
-                self._disconnected(self._monitors.index(ready))
-            else:
-                self._receive(self._sockets.index(ready))
+        seen = self._links.wait(STEP_MS)
+        for server in seen.broken:
+            self._broken.add(server)
+            self.fleet.disconnected(server, time.monotonic())
+        for server in seen.readable:
+            self._receive(server)
         while not self._events.empty():
             self._happened(self._events.get())
 
     def _report(self, event: Event) -> None:
         """Called from the HTTP threads."""
         self._events.put(event)
-        os.eventfd_write(self._wake, 1)
-
-    def _tend_rings(self) -> None:
-        for window in self._windows:
-            window.ring.beat()
-            if window.reader_gone:
-                continue
-            for want in window.take():
-                self._wanted[want.key] = (want, window)
-                self.fleet.add(want.key, want.tokens, want.nbytes)
-        if not self._attached and all(window.ring.peer_attached() for window in self._windows):
-            self._attached = True
-            for window in self._windows:  # both sides hold the memory now; without a name nothing can be left behind
-                window.ring.unlink()
+        self._links.wake()
 
     def _account(self, now: float) -> None:
         """Keeps what the stream waited for: whoever asks which half is the bottleneck finds it here."""
         self.blocked_s[self.blocked_on] += now - self._clock
         self._clock = now
-        if not self._attached:
+        if not self.delivery.attached:
             self.blocked_on = "readers"  # a rank that has not opened its ring yet
         elif self.fleet.waiting:
             self.blocked_on = self.fleet.blocked
         elif len(self.fleet):
             self.blocked_on = "servers"
         else:
-            self.blocked_on = "ring" if any(window.waits_for_ring for window in self._windows) else "trainer"
+            self.blocked_on = "ring" if self.delivery.waits_for_ring else "trainer"
 
     # Actions of the fleet, and what becomes of them.
 
@@ -222,30 +180,20 @@ class Intake:
             case Probe():
                 self._greetings[action.server] = Greeting(action)
                 if not self.fleet.servers[action.server].healthy:
-                    self._reconnect(action.server)
+                    self._links.reconnect(action.server)
                 self._calls.health(action, self.fleet.probe_timeout_s)
                 hello = wire.encode(wire.Hello(self._identity.run_id, self._identity.receiver))
                 try:
-                    self._sockets[action.server].send(hello, zmq.NOBLOCK)
+                    self._links.sockets[action.server].send(hello, zmq.NOBLOCK)
                 except zmq.Again:
                     log.debug("hellos to %s wait already", self.fleet.servers[action.server].address)
             case Quarantined():
-                self._quarantine(action)
-
-    def _disconnected(self, server: int) -> None:
-        self._broken.add(server)
-        self._reconnect(server)
-        self.fleet.disconnected(server, time.monotonic())
-
-    def _reconnect(self, server: int) -> None:
-        """ZeroMQ reconnects after most failures by itself, but not after a message above MAXMSGSIZE."""
-        with contextlib.suppress(zmq.ZMQError):  # it has given the endpoint up already
-            self._sockets[server].disconnect(self._addresses[server])
-        self._sockets[server].connect(self._addresses[server])
+                self.delivery.quarantine(action.key, action.reason)
 
     def _send(self, send: Send) -> None:
         epoch, sample = send.key
-        ticket = Ticket(self._identity.run_id, self._identity.receiver, epoch, sample, send.attempt)
+        layer_ids = self.delivery.want(send.key).layout.layer_ids
+        ticket = Ticket(self._identity.run_id, self._identity.receiver, epoch, sample, send.attempt, layer_ids)
         body = {
             "model": self._models[send.server],
             "prompt": self._samples.tokens(sample).tolist(),
@@ -254,17 +202,6 @@ class Intake:
             "kv_transfer_params": {"dflash": ticket.to_params()},
         }
         self._calls.post(send, body)
-
-    def _quarantine(self, action: Quarantined) -> None:
-        want, window = self._wanted.pop(action.key)
-        if self._reserve(window, 0) is None:
-            return
-        epoch, sample = action.key
-        window.ring.commit(sample=sample, epoch=epoch, status=QUARANTINED, tokens=0)
-        window.committed(want, 0)
-        self.counts["quarantined"] += 1
-        if len(self.quarantined) < QUARANTINED_KEPT:
-            self.quarantined.append({"epoch": epoch, "sample": sample, "reason": action.reason})
 
     def _happened(self, event: Event) -> None:
         if isinstance(event, HealthAnswered):
@@ -296,7 +233,7 @@ class Intake:
 
     def _mismatch(self, server: int, got: Layout) -> str:
         want = self._identity.layout
-        if got == want:
+        if got.offers(want):
             return ""
         return (
             f"server {self.fleet.servers[server].address} sends layers {list(got.layer_ids)} of {got.hidden_size} "
@@ -307,7 +244,7 @@ class Intake:
     # Messages of the servers.
 
     def _receive(self, server: int) -> None:
-        socket = self._sockets[server]
+        socket = self._links.sockets[server]
         for _ in range(MESSAGES_PER_TURN):
             try:
                 frame = socket.recv(zmq.NOBLOCK)
@@ -352,9 +289,10 @@ class Intake:
 
     def _deliver(self, server: int, job: Job, header: wire.Header) -> tuple[str, str] | None:
         """Moves a message's payload into the ring; gives (reason, detail) when it is not what was asked for."""
-        socket = self._sockets[server]
-        if header.layout != self._identity.layout:
-            return "wrong layout", self._mismatch(server, header.layout)
+        socket = self._links.sockets[server]
+        want = self.delivery.want(job.key)
+        if header.layout != want.layout:
+            return "wrong layout", f"{header.layout} came, {want.layout} was asked for"
         if header.tokens != job.tokens:
             return "wrong tokens", f"{header.tokens} tokens came, {job.tokens} were asked for"
         if not socket.getsockopt(zmq.RCVMORE):
@@ -364,36 +302,22 @@ class Intake:
             return "wrong tokens", "the token ids are not those of the sample"
         if not socket.getsockopt(zmq.RCVMORE):
             return "malformed", "the hidden states are missing"
-        want, window = self._wanted[job.key]
-        slot = self._reserve(window, job.nbytes)
+        slot = self.delivery.reserve(job.key)
         if slot is None:  # the rank has left: nobody wants it any more
-            del self._wanted[job.key]
             self.fleet.delivered(job, header.ticket.attempt)
             return None
         received = socket.recv_into(slot)
         if socket.getsockopt(zmq.RCVMORE) or received != job.nbytes:
-            window.ring.abandon()
+            self.delivery.abandon(job.key)
             return "malformed", f"{job.nbytes} bytes in one frame were announced, {received} or more frames came"
         try:
             wire.check_payload(header, token_ids, slot)
         except WireError as error:
-            window.ring.abandon()
+            self.delivery.abandon(job.key)
             return "corrupt", str(error)
-        window.ring.commit(sample=job.key[1], epoch=job.key[0], status=COMMITTED, tokens=job.tokens)
-        window.committed(want, job.nbytes)
-        del self._wanted[job.key]
+        self.delivery.commit(job.key)
         self.fleet.delivered(job, header.ticket.attempt)
-        self.counts["committed"] += 1
-        self.counts["committed_bytes"] += job.nbytes
         return None
-
-    def _reserve(self, window: Window, nbytes: int) -> memoryview | None:
-        """A slot; the window keeps room for it. None when nobody reads this ring any more."""
-        while (slot := window.ring.reserve(nbytes)) is None:
-            if window.reader_gone:
-                return None
-            time.sleep(0.001)
-        return slot
 
 
 def _key(ticket: Ticket) -> Key:

@@ -107,10 +107,11 @@ class Publisher:
     def send(self, ticket: wire.Ticket, token_ids: wire.Buffer, hidden_states: wire.Buffer) -> bool:
         """Queues one sample; False if it was refused instead because `max_bytes` are held already.
 
-        token_ids: int32 little-endian bytes. hidden_states: bytes of (tokens, L+1, H) in the layout's dtype. The
-        buffers are not copied: leave them alone. Raises WireError if their sizes do not fit each other.
+        token_ids: int32 little-endian bytes. hidden_states: bytes of (tokens, L, H), the layers that the ticket wants.
+        The buffers are not copied: leave them alone. Raises WireError if their sizes do not fit each other.
         """
-        want = len(token_ids) // wire.TOKEN_ID_BYTES * self.layout.bytes_per_token
+        layout = self.layout.only(ticket.layer_ids)
+        want = len(token_ids) // wire.TOKEN_ID_BYTES * layout.bytes_per_token
         if len(token_ids) % wire.TOKEN_ID_BYTES or not token_ids or len(hidden_states) != want:
             raise wire.WireError(
                 f"{len(token_ids)} bytes of token ids need {want} bytes of states, got {len(hidden_states)}"
@@ -192,7 +193,7 @@ class Publisher:
                 frames: list[wire.Buffer] = [wire.encode(item)]
             else:
                 ticket, token_ids, states = item
-                frames = wire.data_frames(ticket, self.layout, token_ids, states)
+                frames = wire.data_frames(ticket, self.layout.only(ticket.layer_ids), token_ids, states)
                 nbytes = len(token_ids) + len(states)
             receiver = ticket.receiver.encode()
             out = _Outgoing(receiver, frames, nbytes, time.monotonic())

@@ -32,8 +32,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from dflash_scale.config import Config, parse_config
+from dflash_scale.stream.layouts import RowLayouts
 from dflash_scale.stream.ring import Ring, own_ring_name, reclaim, ring_name
-from dflash_scale.stream.wire import Layout
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class ReceiverSpec:
     """What a receiver process is told: one JSON file.
 
     ranks: global ranks of this node, in the order of their local ranks · first_step: optimizer step (from 1) whose rows
-    come first · layout: what the run trains on · status: path of the status file.
+    come first · layouts: what the run trains on · status: path of the status file.
     """
 
     run_id: str
@@ -61,7 +61,7 @@ class ReceiverSpec:
     ranks: tuple[int, ...]
     first_step: int
     parent_pid: int
-    layout: Layout
+    layouts: RowLayouts
     status: str
 
     def dump(self) -> str:
@@ -70,7 +70,7 @@ class ReceiverSpec:
     @classmethod
     def parse(cls, text: str) -> ReceiverSpec:
         fields = json.loads(text)
-        fields["ranks"], fields["layout"] = tuple(fields["ranks"]), Layout.from_params(fields["layout"])
+        fields["ranks"], fields["layouts"] = tuple(fields["ranks"]), RowLayouts.from_params(fields["layouts"])
         return cls(**fields)
 
 
@@ -124,7 +124,7 @@ class Stream:
     receiver: Receiver | None
 
     @classmethod
-    def start(cls, config: Config, layout: Layout, *, first_step: int, run_id: str) -> Stream:
+    def start(cls, config: Config, layouts: RowLayouts, *, first_step: int, run_id: str) -> Stream:
         """Starts (first rank of a node) or awaits (the others) the receiver and opens this rank's ring.
 
         The rank's place is read from the launcher's RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_SIZE (for torchrun:
@@ -144,7 +144,7 @@ class Stream:
             ranks = tuple(range(first, first + local_size))
             content = config.model_dump(mode="json")
             receiver = spawn_receiver(
-                ReceiverSpec(run_id, content, world_size, ranks, first_step, os.getpid(), layout, str(status))
+                ReceiverSpec(run_id, content, world_size, ranks, first_step, os.getpid(), layouts, str(status))
             )
         name = receiver.ring_names[0] if receiver else await_ring_name(status, local_rank)
         return cls(open_ring(name, receiver), status, receiver)
@@ -243,9 +243,10 @@ def serve(spec: ReceiverSpec, config: Config, rings: Sequence[Ring], stop: Stop)
         next_status, state = 0.0, "running"
         while state == "running":
             intake.step()
-            if time.monotonic() >= next_status or intake.complete or intake.deserted or stop.reason:
-                gone = stop.look() or intake.deserted
-                state = "complete" if intake.complete else "stopped" if gone else "running"
+            delivery = intake.delivery
+            if time.monotonic() >= next_status or delivery.complete or delivery.deserted or stop.reason:
+                gone = stop.look() or delivery.deserted
+                state = "complete" if delivery.complete else "stopped" if gone else "running"
                 status = {"state": state, "pid": os.getpid(), "rings": names, **intake.status()}
                 write_status(spec.status, status)
                 next_status = time.monotonic() + STATUS_EVERY_S
@@ -258,6 +259,7 @@ def make_intake(spec: ReceiverSpec, config: Config, rings: Sequence[Ring]) -> An
     """The loop with all that it works on, from the spec: the same schedule that the ranks compute."""
     from dflash_scale.packer import RowSchedule, Samples, schedule_spec
     from dflash_scale.prompts import load_prepared  # imports datasets, seconds: after the rings are there
+    from dflash_scale.stream.delivery import Delivery
     from dflash_scale.stream.intake import Identity, Intake
     from dflash_scale.stream.jobs import Limits
     from dflash_scale.stream.window import Window
@@ -271,7 +273,7 @@ def make_intake(spec: ReceiverSpec, config: Config, rings: Sequence[Ring]) -> An
             ring,
             schedule.rows(rank, spec.first_step),
             samples.lengths,
-            spec.layout.bytes_per_token,
+            spec.layouts,
             stream.lookahead_rows,
         )
         for rank, ring in zip(spec.ranks, rings, strict=True)
@@ -285,9 +287,9 @@ def make_intake(spec: ReceiverSpec, config: Config, rings: Sequence[Ring]) -> An
         probe_s=stream.probe_s,
         no_server_timeout_s=stream.no_server_timeout_s,
     )
-    identity = Identity(spec.run_id, f"{spec.run_id}:{spec.ranks[0]}:{os.getpid()}", spec.layout)
+    identity = Identity(spec.run_id, f"{spec.run_id}:{spec.ranks[0]}:{os.getpid()}", spec.layouts.validation)
     servers = [(server.http, server.zmq) for server in stream.servers]
-    return Intake(servers, limits, identity, windows, samples)
+    return Intake(servers, limits, identity, Delivery(windows), samples)
 
 
 def main() -> int:

@@ -11,7 +11,9 @@ import numpy.typing as npt
 
 from dflash_scale.packer import Row
 from dflash_scale.stream.jobs import Key
+from dflash_scale.stream.layouts import RowLayouts
 from dflash_scale.stream.ring import Ring, record_span
+from dflash_scale.stream.wire import Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +22,12 @@ class Want:
 
     key: Key
     tokens: int
-    nbytes: int
+    layout: Layout
+
+    @property
+    def nbytes(self) -> int:
+        """Of hidden states."""
+        return self.tokens * self.layout.bytes_per_token
 
 
 class Window:
@@ -34,16 +41,16 @@ class Window:
         ring: the writer's end.
         rows: the rank's rows in the order it consumes them.
         lengths: (samples,) tokens of every sample.
-        bytes_per_token: of hidden states.
+        layouts: what is wanted of a row's tokens.
         lookahead: rows behind the reader's mark that may be fetched.
     """
 
     def __init__(
-        self, ring: Ring, rows: Iterator[Row], lengths: npt.NDArray[np.int32], bytes_per_token: int, lookahead: int
+        self, ring: Ring, rows: Iterator[Row], lengths: npt.NDArray[np.int32], layouts: RowLayouts, lookahead: int
     ) -> None:
         self.ring = ring
-        self._rows, self._lengths, self._bytes_per_token, self._lookahead = rows, lengths, bytes_per_token, lookahead
-        largest = record_span(int(lengths.max()) * bytes_per_token)
+        self._rows, self._lengths, self._layouts, self._lookahead = rows, lengths, layouts, lookahead
+        largest = record_span(int(lengths.max()) * layouts.validation.bytes_per_token)
         if 2 * largest > ring.capacity:
             raise ValueError(
                 f"the longest sample has {int(lengths.max())} tokens and takes {largest} bytes of a ring of "
@@ -66,9 +73,9 @@ class Window:
         while self._next is not None and self._opened < self.ring.reader_mark + self._lookahead:
             row, self._next = self._next, next(self._rows, None)
             self._opened += 1
+            layout = self._layouts.of(row)
             for place in row.places:
-                nbytes = int(self._lengths[place.sample]) * self._bytes_per_token
-                self._waiting.append(Want((row.epoch, place.sample), int(self._lengths[place.sample]), nbytes))
+                self._waiting.append(Want((row.epoch, place.sample), int(self._lengths[place.sample]), layout))
         taken = []
         while self._waiting:
             span = record_span(self._waiting[0].nbytes)

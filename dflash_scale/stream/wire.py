@@ -6,7 +6,7 @@ Channel, in both directions over one ZeroMQ connection per (server, receiver) pa
   (`Ticket.receiver`). A server never opens a connection, whatever a request asks for.
 - Frames: receiver -> server `[hello]`; server -> receiver `[hello reply]`, `[refusal]`, or
   `[header][token ids][hidden states]`. Frame 0 is always one msgpack map of at most 4 KiB with a fixed set of
-  keys. Token ids are int32 little-endian, hidden states (tokens, L+1, H) contiguous in the layout's dtype.
+  keys. Token ids are int32 little-endian, hidden states (tokens, L, H) contiguous in the layout's dtype.
 - Ordering: messages to one receiver leave in the order they were queued. Requests finish in any order, so a
   receiver matches data to requests by the whole ticket, never by position.
 - Loss: a message may be lost (either end dies, or the receiver stays away too long); the server never repeats
@@ -20,7 +20,7 @@ Channel, in both directions over one ZeroMQ connection per (server, receiver) pa
 Nothing here is unpickled, and no size that came over the network is used before it was compared with a bound.
 Imported inside the vLLM server: standard library, msgpack, xxhash and zmq only.
 
-Shape letters: L verifier layers tapped · H hidden size.
+Shape letters: L verifier layers sent · H hidden size.
 """
 
 import ipaddress
@@ -35,11 +35,12 @@ import msgpack
 import xxhash
 import zmq
 
-VERSION: Final = 1
+VERSION: Final = 2
 MAX_HEADER_BYTES: Final = 4096
 MAX_REASON_CHARS: Final = 512
 MAX_MODEL_CHARS: Final = 1024
 MAX_LAYERS: Final = 128
+MAX_LAYER_ID: Final = 4096
 MAX_HIDDEN_SIZE: Final = 1 << 17
 MAX_INT: Final = (1 << 63) - 1
 DTYPE_BYTES: Final[Mapping[str, int]] = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -57,10 +58,10 @@ class WireError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What every token carries: the hidden states after `layer_ids` decoder layers, (L+1, H) of `dtype`.
+    """What every token carries: the hidden states after `layer_ids` decoder layers, (L, H) of `dtype`.
 
-    layer_ids are the taps in ascending order followed by n, the verifier's number of layers; id k is the
-    residual stream after k layers (0 = embeddings), before the final norm.
+    Id k is the residual stream after k layers (0 = embeddings), before the final norm. A server offers the taps and n,
+    the verifier's number of layers; a ticket asks for all of them or for some.
     """
 
     layer_ids: tuple[int, ...]
@@ -68,13 +69,7 @@ class Layout:
     dtype: str
 
     def __post_init__(self) -> None:
-        ids = self.layer_ids
-        if not isinstance(ids, tuple) or not 1 <= len(ids) <= MAX_LAYERS:
-            raise WireError(f"layer_ids must be a tuple of 1 to {MAX_LAYERS} layer ids, got {ids!r}")
-        for layer_id in ids:
-            _check_int("layer id", layer_id, 0, 4096)
-        if any(a >= b for a, b in itertools.pairwise(ids)):
-            raise WireError(f"layer_ids must be strictly ascending (taps, then n), got {list(ids)}")
+        _check_layer_ids(self.layer_ids)
         _check_int("hidden_size", self.hidden_size, 1, MAX_HIDDEN_SIZE)
         if not isinstance(self.dtype, str) or self.dtype not in DTYPE_BYTES:
             raise WireError(f"dtype must be one of {sorted(DTYPE_BYTES)}, got {self.dtype!r}")
@@ -83,13 +78,22 @@ class Layout:
     def bytes_per_token(self) -> int:
         return len(self.layer_ids) * self.hidden_size * DTYPE_BYTES[self.dtype]
 
+    def offers(self, other: "Layout") -> bool:
+        """Whether `other` is this layout, or some layers of it."""
+        alike = (self.hidden_size, self.dtype) == (other.hidden_size, other.dtype)
+        return alike and set(other.layer_ids) <= set(self.layer_ids)
+
+    def only(self, layer_ids: tuple[int, ...]) -> "Layout":
+        """This layout with some of its layers. Raises WireError for a layer that it has not."""
+        part = Layout(layer_ids, self.hidden_size, self.dtype)
+        if not self.offers(part):
+            raise WireError(f"this server has the layers {list(self.layer_ids)}, asked for {list(layer_ids)}")
+        return part
+
     @classmethod
     def from_params(cls, params: object) -> "Layout":
         fields = _fields("layout", params, ("layer_ids", "hidden_size", "dtype"))
-        ids = fields["layer_ids"]
-        if not isinstance(ids, list | tuple):
-            raise WireError(f"layer_ids must be a list, got {type(ids).__name__}")
-        return cls(tuple(ids), fields["hidden_size"], fields["dtype"])
+        return cls(_layer_ids(fields["layer_ids"]), fields["hidden_size"], fields["dtype"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +105,12 @@ class Ticket:
     epoch: int
     sample: int
     attempt: int
+    layer_ids: tuple[int, ...]  # what is wanted of what the server offers
 
     def __post_init__(self) -> None:
         _check_name("run_id", self.run_id)
         _check_name("receiver", self.receiver)
+        _check_layer_ids(self.layer_ids)
         for field in ("epoch", "sample", "attempt"):
             _check_int(field, getattr(self, field), 0, MAX_INT)
 
@@ -113,7 +119,8 @@ class Ticket:
 
     @classmethod
     def from_params(cls, params: object) -> "Ticket":
-        return cls(**_fields("ticket", params, ("run_id", "receiver", "epoch", "sample", "attempt")))
+        fields = _fields("ticket", params, ("run_id", "receiver", "epoch", "sample", "attempt", "layer_ids"))
+        return cls(**{**fields, "layer_ids": _layer_ids(fields["layer_ids"])})
 
     @classmethod
     def from_request(cls, kv_transfer_params: object) -> "Ticket | None":
@@ -350,6 +357,22 @@ def _fields(what: str, params: object, keys: Sequence[str]) -> dict[str, Any]:
     if params.keys() != set(keys):
         raise WireError(f"the {what} must have exactly the keys {list(keys)}, got {list(params)!r:.200}")
     return dict(params)
+
+
+def _layer_ids(value: object) -> tuple[Any, ...]:
+    """A list of layer ids as it comes from JSON or msgpack, not yet checked any further."""
+    if not isinstance(value, list | tuple):
+        raise WireError(f"layer_ids must be a list, got {type(value).__name__}")
+    return tuple(value)
+
+
+def _check_layer_ids(ids: object) -> None:
+    if not isinstance(ids, tuple) or not 1 <= len(ids) <= MAX_LAYERS:
+        raise WireError(f"layer_ids must be a tuple of 1 to {MAX_LAYERS} layer ids, got {ids!r:.80}")
+    for layer_id in ids:
+        _check_int("layer id", layer_id, 0, MAX_LAYER_ID)
+    if any(a >= b for a, b in itertools.pairwise(ids)):
+        raise WireError(f"layer_ids must be strictly ascending, got {list(ids)}")
 
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:

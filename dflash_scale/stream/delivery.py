@@ -1,0 +1,107 @@
+"""The receiver's output: what the ranks want now, and the way of a sample into the ring of the rank that wants it.
+
+A sample that was taken is committed or quarantined, exactly one of the two, and once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Final
+
+from dflash_scale.stream.jobs import Key
+from dflash_scale.stream.ring import COMMITTED, QUARANTINED
+from dflash_scale.stream.window import Want, Window
+
+QUARANTINED_KEPT: Final = 1000  # named in the status; all are counted
+
+
+class Delivery:
+    """Fills the rings of one node's ranks, one window each."""
+
+    def __init__(self, windows: Sequence[Window]) -> None:
+        self._windows = list(windows)
+        self._wanted: dict[Key, tuple[Want, Window]] = {}
+        self.attached = False  # whether every rank has opened its ring
+        self.counts: Counter[str] = Counter()  # committed, committed_bytes, quarantined
+        self.quarantined: list[dict[str, Any]] = []
+
+    @property
+    def complete(self) -> bool:
+        """Whether every sample of the schedule is in its ring."""
+        return self.attached and all(window.complete for window in self._windows)
+
+    @property
+    def deserted(self) -> bool:
+        """Whether nothing is left to do because ranks have left their rings."""
+        return self.attached and all(window.complete or window.reader_gone for window in self._windows)
+
+    @property
+    def waits_for_ring(self) -> bool:
+        """Whether a sample that is due finds no room in a ring."""
+        return any(window.waits_for_ring for window in self._windows)
+
+    def take(self) -> list[Want]:
+        """The samples that are due since the last call. Call it every few milliseconds: it keeps the rings alive."""
+        taken = []
+        for window in self._windows:
+            window.ring.beat()
+            if window.reader_gone:
+                continue
+            for want in window.take():
+                self._wanted[want.key] = (want, window)
+                taken.append(want)
+        if not self.attached and all(window.ring.peer_attached() for window in self._windows):
+            self.attached = True
+            for window in self._windows:  # both sides hold the memory now; without a name nothing can be left behind
+                window.ring.unlink()
+        return taken
+
+    def want(self, key: Key) -> Want:
+        """What was taken under this key and is neither committed nor quarantined."""
+        return self._wanted[key][0]
+
+    def reserve(self, key: Key) -> memoryview | None:
+        """Where the sample's hidden states go; `commit` or `abandon` must follow before the next `reserve`.
+
+        None: the rank has left, nobody wants the sample any more, and it is forgotten.
+        """
+        want, window = self._wanted[key]
+        slot = _reserve(window, want.nbytes)
+        if slot is None:
+            del self._wanted[key]
+        return slot
+
+    def abandon(self, key: Key) -> None:
+        """What was written to the slot is void; the sample is still wanted."""
+        self._wanted[key][1].ring.abandon()
+
+    def commit(self, key: Key) -> None:
+        """The slot holds the sample."""
+        want, window = self._wanted.pop(key)
+        window.ring.commit(sample=key[1], epoch=key[0], status=COMMITTED, tokens=want.tokens)
+        window.committed(want, want.nbytes)
+        self.counts["committed"] += 1
+        self.counts["committed_bytes"] += want.nbytes
+
+    def quarantine(self, key: Key, reason: str) -> None:
+        """The rank gets a record without payload instead of the sample."""
+        want, window = self._wanted.pop(key)
+        if _reserve(window, 0) is None:
+            return
+        epoch, sample = key
+        window.ring.commit(sample=sample, epoch=epoch, status=QUARANTINED, tokens=0)
+        window.committed(want, 0)
+        self.counts["quarantined"] += 1
+        if len(self.quarantined) < QUARANTINED_KEPT:
+            self.quarantined.append({"epoch": epoch, "sample": sample, "reason": reason})
+
+
+def _reserve(window: Window, nbytes: int) -> memoryview | None:
+    """A slot; the window keeps room for it. None when nobody reads this ring any more."""
+    while (slot := window.ring.reserve(nbytes)) is None:
+        if window.reader_gone:
+            return None
+        time.sleep(0.001)
+    return slot

@@ -1,0 +1,36 @@
+"""What the rows of a run carry of the verifier: layouts by kind of row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dflash_scale.packer import Row
+from dflash_scale.stream.wire import Layout
+
+
+@dataclass(frozen=True, slots=True)
+class RowLayouts:
+    """`validation` has every layer of `train`, and n besides: validation tells whether labels and verifier agree."""
+
+    train: Layout
+    validation: Layout
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """The layers that the drafter sees."""
+        return self.validation.layer_ids[:-1]
+
+    def of(self, row: Row) -> Layout:
+        return self.train if row.kind == "train" else self.validation
+
+    @classmethod
+    def from_params(cls, params: dict[str, object]) -> RowLayouts:
+        """From `dataclasses.asdict`, by way of JSON. Raises WireError."""
+        return cls(Layout.from_params(params["train"]), Layout.from_params(params["validation"]))
+
+
+def row_layouts(taps: Sequence[int], layers: int, hidden_size: int, dtype: str, *, train_last: bool) -> RowLayouts:
+    """For a verifier of `layers` layers; `train_last`: whether training needs the verifier's logits."""
+    whole = Layout((*taps, layers), hidden_size, dtype)
+    return RowLayouts(whole if train_last else Layout(tuple(taps), hidden_size, dtype), whole)

@@ -1,0 +1,73 @@
+"""The data connections of a receiver: one ZeroMQ socket per server, watched together with one wake-up for threads."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from dflash_scale.stream import wire
+
+
+@dataclass(slots=True)
+class Seen:
+    """What a wait found: servers with messages to read, and servers whose connection broke."""
+
+    readable: list[int] = field(default_factory=list)
+    broken: list[int] = field(default_factory=list)
+
+
+class Links:
+    """Connects to every address under the routing id `receiver`. All but `wake` belongs to one thread.
+
+    Args:
+        addresses: of the servers' publishers.
+        receiver: routing id.
+        max_message_bytes: the largest frame to accept.
+    """
+
+    def __init__(self, addresses: Sequence[str], receiver: str, max_message_bytes: int) -> None:
+        self._addresses = list(addresses)
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._context = zmq.Context()
+        self.sockets = [
+            wire.connect_dealer(self._context, address, receiver, max_message_bytes=max_message_bytes)
+            for address in self._addresses
+        ]
+        self._monitors = [socket.get_monitor_socket(zmq.EVENT_DISCONNECTED) for socket in self.sockets]
+        self._poller = zmq.Poller()
+        for source in [*self.sockets, *self._monitors, self._wake]:
+            self._poller.register(source, zmq.POLLIN)
+
+    def wake(self) -> None:
+        """Ends a `wait`; for other threads."""
+        os.eventfd_write(self._wake, 1)
+
+    def wait(self, milliseconds: int) -> Seen:
+        """Until there is something to do, at most this long. A broken connection is being made anew already."""
+        seen = Seen()
+        for ready, _ in self._poller.poll(milliseconds):
+            if ready == self._wake:
+                os.eventfd_read(self._wake)
+            elif ready in self._monitors:
+                recv_monitor_message(ready)
+                seen.broken.append(self._monitors.index(ready))
+                self.reconnect(seen.broken[-1])
+            else:
+                seen.readable.append(self.sockets.index(ready))
+        return seen
+
+    def reconnect(self, server: int) -> None:
+        """ZeroMQ reconnects after most failures by itself, but not after a message above MAXMSGSIZE."""
+        with contextlib.suppress(zmq.ZMQError):  # it has given the endpoint up already
+            self.sockets[server].disconnect(self._addresses[server])
+        self.sockets[server].connect(self._addresses[server])
+
+    def close(self) -> None:
+        for socket in self.sockets:
+            socket.disable_monitor()
+        self._context.destroy(linger=0)  # the wake-up stays open: a thread that is still in a request may use it
