@@ -1,16 +1,18 @@
-"""How many bytes per second go from two server processes into a training rank, and how that compares.
+"""How many bytes per second go from server processes into a training rank, and how that compares.
 
-    python benchmarks/bench_stream.py [--sample-mib 16] [--samples 96] [--json FILE]
+    python benchmarks/bench_stream.py [--sample-mib 1 16 200] [--senders 1 2 4] [--json FILE]
 
-stream   two sender processes (the real HTTP face and Publisher, hidden states made once), ZeroMQ over TCP, the real
-         receiver loop in a process of its own (header checks, token ids, checksum, ring), read here: every byte is
-         copied out of the ring into a buffer
-files    two writer processes save the same payloads as safetensors in /dev/shm and rename them; they are loaded here,
+tcp, ipc sender processes (the real HTTP face and Publisher, hidden states made once), ZeroMQ, the real receiver loop in
+         a process of its own (header checks, token ids, checksum, ring), read here: every byte is copied out of the
+         ring into a buffer
+files    writer processes save the same payloads as safetensors in /dev/shm and rename them; they are loaded here,
          copied into the same buffer and deleted; at most as many files exist as the stream has samples in flight.
          It has no request, no checksum and no polling delay in it
 memcpy   one copy of a payload from memory to memory, in one thread: the upper bound of anything that copies once
 xxh3     the checksum alone, in one thread: the stream computes it twice, at both ends
 
+Copies of a byte on its way, by the stream: sender's memory to the kernel, kernel to ZeroMQ's message, message to the
+ring, ring to the buffer; and by the file: memory to the file, file to an array, array to the buffer.
 All of it runs on one machine, so the processes share its cores; the number of cores stands in the result.
 """
 
@@ -45,6 +47,7 @@ from dflash_scale.stream.embedded_http import Limits as RequestLimits
 from dflash_scale.stream.intake import Identity, Intake
 from dflash_scale.stream.jobs import Limits
 from dflash_scale.stream.layouts import RowLayouts
+from dflash_scale.stream.links import keep_freed_memory
 from dflash_scale.stream.publisher import Publisher
 from dflash_scale.stream.ring import PeerDied, Ring, own_ring_name, record_span
 from dflash_scale.stream.window import Window
@@ -52,9 +55,9 @@ from dflash_scale.stream.wire import Layout
 
 LAYOUT: Final = Layout((2, 9, 17, 25, 33, 36), 4096, "bfloat16")  # an 8B verifier: 48 KiB per token
 RUN: Final = f"bench{os.getpid()}"
-SENDERS: Final = 2
 WARM: Final = 8  # records before the clock starts: first touches, first connections
 IN_FLIGHT: Final = 12  # samples, both ways
+LEAST_OF_FILES: Final = {"tcp": 1.5, "ipc": 2.0}  # the targets, on two cores
 
 Bytes = npt.NDArray[np.uint8]
 spawn = get_context("spawn")
@@ -62,8 +65,11 @@ spawn = get_context("spawn")
 
 @dataclass(frozen=True)
 class Size:
+    """How much is sent, and by how many processes."""
+
     tokens: int
     samples: int
+    senders: int
 
     @property
     def nbytes(self) -> int:
@@ -88,10 +94,10 @@ def payload(size: Size) -> Bytes:
     return np.random.default_rng(0).integers(0, 256, size.nbytes, np.uint8)
 
 
-def send(size: Size, pipe: Connection) -> None:
+def send(size: Size, address: str, pipe: Connection) -> None:
     """A server without a model."""
     states = payload(size).data
-    publisher = Publisher("tcp://127.0.0.1:0", LAYOUT, "bench")
+    publisher = Publisher(address, LAYOUT, "bench")
 
     def submit(request: Request) -> "Future[Reply]":
         assert request.ticket is not None
@@ -109,6 +115,7 @@ def send(size: Size, pipe: Connection) -> None:
 
 def receive(size: Size, servers: list[tuple[str, str]], pipe: Connection) -> None:
     """The receiver process without its command line."""
+    keep_freed_memory()
     ring = Ring.create(own_ring_name(RUN, 0), IN_FLIGHT * record_span(size.nbytes))
     pipe.send(ring.name)
     samples = Samples(OneLength(size, size.samples), OneLength(size, 0))
@@ -129,13 +136,24 @@ def rate(size: Size, started: float) -> float:
     return (size.samples - WARM) * size.nbytes / (time.perf_counter() - started)
 
 
-def bench_stream(size: Size, buffer: Bytes) -> float:
+def bench_stream(size: Size, transport: str, buffer: Bytes) -> float:
     """Bytes per second from the senders' memory into `buffer`."""
-    pipes = [spawn.Pipe() for _ in range(SENDERS + 1)]
-    processes = [spawn.Process(target=send, args=(size, theirs)) for _, theirs in pipes[:SENDERS]]
+    with tempfile.TemporaryDirectory(prefix="dflash-bench-") as folder:
+        addresses = [
+            "tcp://127.0.0.1:0" if transport == "tcp" else f"ipc://{folder}/{sender}" for sender in range(size.senders)
+        ]
+        return transfer(size, addresses, buffer)
+
+
+def transfer(size: Size, addresses: list[str], buffer: Bytes) -> float:
+    pipes = [spawn.Pipe() for _ in range(size.senders + 1)]
+    processes = [
+        spawn.Process(target=send, args=(size, address, theirs))
+        for address, (_, theirs) in zip(addresses, pipes[:-1], strict=True)
+    ]
     for process in processes:
         process.start()
-    servers = [mine.recv() for mine, _ in pipes[:SENDERS]]
+    servers = [mine.recv() for mine, _ in pipes[:-1]]
     mine, theirs = pipes[-1]
     processes.append(spawn.Process(target=receive, args=(size, servers, theirs)))
     processes[-1].start()
@@ -167,7 +185,7 @@ def write_files(size: Size, folder: str, first: int, room: Any, names: Any) -> N
         "hidden_states": payload(size).reshape(size.tokens, -1),
         "token_ids": np.arange(size.tokens, dtype=np.int32),
     }
-    for sample in range(first, size.samples, SENDERS):
+    for sample in range(first, size.samples, size.senders):
         room.acquire()
         aside, path = f"{folder}/.{sample}", f"{folder}/{sample}.safetensors"
         save_file(states, aside)
@@ -181,7 +199,7 @@ def bench_files(size: Size, buffer: Bytes) -> float:
     try:
         room, names = spawn.Semaphore(IN_FLIGHT), spawn.SimpleQueue()
         processes = [
-            spawn.Process(target=write_files, args=(size, folder, first, room, names)) for first in range(SENDERS)
+            spawn.Process(target=write_files, args=(size, folder, first, room, names)) for first in range(size.senders)
         ]
         for process in processes:
             process.start()
@@ -219,34 +237,54 @@ def cpu_name() -> str:
     return platform.machine()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sample-mib", type=float, default=16.0)
-    parser.add_argument("--samples", type=int, default=96)
-    parser.add_argument("--rounds", type=int, default=3, help="of both ways in turn; the best of each counts")
-    parser.add_argument("--json", type=Path, help="file for the results")
-    args = parser.parse_args()
-    size = Size(max(1, round(args.sample_mib * 2**20 / LAYOUT.bytes_per_token)), args.samples)
-    if size.samples <= 2 * WARM:
-        raise SystemExit(f"--samples: got {size.samples}, wanted more than {2 * WARM}")
-    load = os.getloadavg()[0]  # above 0, the figures are those of a machine that others use as well
+def measure(size: Size, rounds: int) -> dict[str, list[float]]:
+    """Bytes per second of every way, each round; the ways take turns, so that a busy moment meets all of them."""
     source, buffer = payload(size), np.zeros(size.nbytes, np.uint8)
-    rates = {
+    rates: dict[str, list[float]] = {
         "memcpy": [repeat(size, lambda: np.copyto(buffer, source))],
         "xxh3": [repeat(size, lambda: xxhash.xxh3_64_intdigest(source.data))],
-        "stream": [],
-        "files": [],
+        **{way: [] for way in ("tcp", "ipc", "files")},
     }
-    for _ in range(args.rounds):  # in turn, so that a busy moment of the machine meets both
-        rates["stream"].append(bench_stream(size, buffer))
+    for _ in range(rounds):
+        for transport in LEAST_OF_FILES:
+            rates[transport].append(bench_stream(size, transport, buffer))
         rates["files"].append(bench_files(size, buffer))
-    best = {name: max(found) for name, found in rates.items()}
+    return rates
+
+
+def show(size: Size, rates: dict[str, list[float]]) -> None:
+    best = {way: max(found) for way, found in rates.items()}
+    print(f"\n{size.senders} senders, {size.samples} samples of {size.nbytes / 2**20:.1f} MiB")
+    print(f"{'':8}{'GB/s':>8}{'of files':>10}{'of memcpy':>11}   target, of files; all rounds, GB/s")
+    for way, value in best.items():
+        each = " ".join(f"{found / 1e9:.2f}" for found in rates[way])
+        target = f"{LEAST_OF_FILES[way]:.1f}" if way in LEAST_OF_FILES else ""
+        print(
+            f"{way:8}{value / 1e9:8.2f}{value / best['files']:10.2f}{value / best['memcpy']:11.2f}   {target:4} {each}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sample-mib", type=float, nargs="+", default=[16.0])
+    parser.add_argument("--senders", type=int, nargs="+", default=[2])
+    parser.add_argument("--gigabytes", type=float, default=1.6, help="per round, as samples; at least 32 of them")
+    parser.add_argument("--rounds", type=int, default=3, help="of all ways in turn; the best of each counts")
+    parser.add_argument("--json", type=Path, help="file for the results")
+    args = parser.parse_args()
+    load = os.getloadavg()[0]  # above 0, the figures are those of a machine that others use as well
     cores = len(os.sched_getaffinity(0))
-    print(f"{size.samples} samples of {size.nbytes / 2**20:.1f} MiB, {cores} cores, {cpu_name()}")
-    print(f"{'':8}{'GB/s':>8}{'of files':>10}{'of memcpy':>11}   all rounds, GB/s")
-    for name, value in best.items():
-        rounds = " ".join(f"{found / 1e9:.2f}" for found in rates[name])
-        print(f"{name:8}{value / 1e9:8.2f}{value / best['files']:10.2f}{value / best['memcpy']:11.2f}   {rounds}")
+    print(f"{cores} cores, {cpu_name()}")
+    cases = []
+    for mib in args.sample_mib:
+        tokens = max(1, round(mib * 2**20 / LAYOUT.bytes_per_token))
+        samples = max(4 * WARM, round(args.gigabytes * 1e9 / (tokens * LAYOUT.bytes_per_token)))
+        for senders in args.senders:
+            size = Size(tokens, samples, senders)
+            rates = measure(size, args.rounds)
+            show(size, rates)
+            rounded = {way: [round(found) for found in each] for way, each in rates.items()}
+            cases.append({"sample_bytes": size.nbytes, "samples": samples, "senders": senders, "bytes_per_s": rounded})
     if args.json:
         result = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -257,9 +295,7 @@ def main() -> None:
             "python": platform.python_version(),
             "libzmq": zmq.zmq_version(),
             "versions": {name: version(name) for name in ("pyzmq", "numpy", "safetensors", "xxhash", "msgpack")},
-            "sample_bytes": size.nbytes,
-            "samples": size.samples,
-            "bytes_per_s": {name: [round(found) for found in rates[name]] for name in rates},
+            "cases": cases,
         }
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 

@@ -33,6 +33,7 @@ from typing import Any, Final
 
 from dflash_scale.config import Config, parse_config
 from dflash_scale.stream.layouts import RowLayouts
+from dflash_scale.stream.links import keep_freed_memory
 from dflash_scale.stream.ring import Ring, own_ring_name, reclaim, ring_name
 
 log = logging.getLogger(__name__)
@@ -297,6 +298,7 @@ def main() -> int:
     parser.add_argument("--spec", required=True, type=Path, help="JSON of a ReceiverSpec")
     spec = ReceiverSpec.parse(parser.parse_args().spec.read_text(encoding="utf-8"))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s receiver %(levelname)s %(message)s", stream=sys.stderr)
+    keep_freed_memory()
     stop = Stop(spec.parent_pid)
     rings: list[Ring] = []
     try:

@@ -53,6 +53,7 @@ class Demo:
     vllm_python: str | None
     verifier_seconds: float
     prompts: int
+    overrides: tuple[str, ...] = ()  # section.key=value, of the run's configuration
 
     @property
     def engine(self) -> str:
@@ -193,6 +194,7 @@ def run(demo: Demo) -> dict[str, object]:
         f"verifier.model={verifier}",
         f"data.path={demo.out / 'data'}",
         f"train.output_dir={demo.out / 'train'}",
+        *demo.overrides,
     ]
     config = load_config(demo.config, overrides)
     with ExitStack() as stack:
@@ -235,13 +237,15 @@ def main() -> int:
     parser.add_argument("--config", type=Path, default=REPO / "configs" / "demo.json")
     parser.add_argument("--verifier-seconds", type=float, default=180, help="how long the verifier is trained")
     parser.add_argument("--prompts", type=int, default=1920, help="conversations to train on")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value")
     args = parser.parse_args()
     python = os.environ.get("DFLASH_SCALE_VLLM_PYTHON", str(REPO / ".venv-vllm" / "bin" / "python"))
     if args.vllm and not Path(python).is_file():
         print(f"demo: no vLLM at {python}: run `make setup`, or set DFLASH_SCALE_VLLM_PYTHON", file=sys.stderr)
         return 2
     vllm = python if args.vllm else None
-    demo = Demo(args.out, args.cache, args.config, vllm, args.verifier_seconds, args.prompts)
+    sizes = (args.verifier_seconds, args.prompts)
+    demo = Demo(args.out, args.cache, args.config, vllm, *sizes, overrides=tuple(args.set))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
     try:
         content = run(demo)

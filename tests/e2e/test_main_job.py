@@ -1,14 +1,17 @@
 """The main job with real vLLM: two extraction servers, one killed while training runs; then the exported drafter in a
-real vLLM, held against Transformers and against the training forward."""
+real vLLM, held against Transformers and against the training forward. And the same with a pruned vocabulary."""
 
 import json
 import os
 import signal
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import Run, wait_for
+from safetensors.torch import load_file
 
 from dflash_scale.config import load_config
 from dflash_scale.evaluate import EvaluateSpec, Evaluation, evaluate
@@ -16,7 +19,7 @@ from dflash_scale.evaluate_vllm import stop
 from dflash_scale.export import export_checkpoint, named_checkpoint
 from dflash_scale.prompts import prepare
 from launch.demo.answers import AnswerSpec, make_answers
-from launch.demo.main import VLLM_FLAGS, Demo, servers
+from launch.demo.main import VLLM_FLAGS, Demo, Server, servers
 from launch.demo.verifier import make_verifier
 
 pytestmark = pytest.mark.e2e
@@ -24,6 +27,41 @@ pytestmark = pytest.mark.e2e
 REPO = Path(__file__).resolve().parents[2]
 VLLM_PYTHON = os.environ.get("DFLASH_SCALE_VLLM_PYTHON", str(REPO / ".venv-vllm" / "bin" / "python"))
 KILL_AT = 12  # the step at which one server dies
+
+
+VOCABULARY = 512  # of 2048, the pruned drafter's
+
+
+@dataclass
+class Material:
+    """What both runs share: a small verifier and its own answers."""
+
+    folder: Path
+    verifier: Path
+    held_out: Path
+
+    def servers(self, vllm_python: str | None) -> AbstractContextManager[list[Server]]:
+        """Two extraction servers: vLLM, or Transformers for None."""
+        config = REPO / "configs" / "demo.json"
+        demo = Demo(self.folder, self.folder, config, vllm_python, 60, 480)
+        return servers(demo, load_config(config, [f"verifier.model={self.verifier}"]))
+
+    def content(self, name: str, addresses: list[dict[str, str]], **drafter: int) -> dict[str, Any]:
+        """The demo's configuration for a run in the folder `name`, made short."""
+        overrides = [f"verifier.model={self.verifier}", f"data.path={self.folder / 'data'}"]
+        overrides += [f"train.output_dir={self.folder / name / 'out'}", "train.epochs=2"]
+        overrides += ["train.checkpoint_every=20", "train.validate_every=40"]
+        content: dict[str, Any] = json.loads(load_config(REPO / "configs" / "demo.json", overrides).dump())
+        content["stream"] |= {"servers": addresses, "probe_s": 1.0}
+        content["drafter"] |= drafter
+        return content
+
+    def evaluate(self, run: Run) -> Evaluation:
+        """Of the run's export, in Transformers and in a real vLLM."""
+        drafter = export_checkpoint(named_checkpoint(run.folder / "out"), run.folder / "drafter")
+        log = run.folder / "vllm-drafter.log"
+        spec = EvaluateSpec(str(self.verifier), drafter, self.held_out, 24, 64, VLLM_PYTHON, VLLM_FLAGS, log_file=log)
+        return evaluate(spec)
 
 
 @dataclass
@@ -34,24 +72,23 @@ class Trained:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """One whole run, smaller than the demo; a missing vLLM fails here."""
+def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
+    """A missing vLLM fails here."""
     folder = tmp_path_factory.mktemp("main-job")
     assert Path(VLLM_PYTHON).is_file(), f"no vLLM at {VLLM_PYTHON}: run `make setup` or set DFLASH_SCALE_VLLM_PYTHON"
     verifier = make_verifier(folder / "verifier", seconds=60)
     held_in, held_out = folder / "held-in.jsonl", folder / "held-out.jsonl"
     make_answers(verifier, held_in, held_out, AnswerSpec(prompts=480, heldout=24))
     prepare([held_in], str(verifier), folder / "data", validation_fraction=0.05)
-    demo = Demo(folder, folder, REPO / "configs" / "demo.json", VLLM_PYTHON, 60, 480)
-    overrides = [f"verifier.model={verifier}", f"data.path={folder / 'data'}"]
-    overrides += [f"train.output_dir={folder / 'run' / 'out'}", "train.epochs=2"]
-    overrides += ["train.checkpoint_every=20", "train.validate_every=40"]
-    config = load_config(demo.config, overrides)
-    with servers(demo, config) as fleet:
+    return Material(folder, verifier, held_out)
+
+
+@pytest.fixture(scope="module")
+def trained(material: Material) -> Trained:
+    """One whole run, smaller than the demo."""
+    with material.servers(VLLM_PYTHON) as fleet:
         addresses = [{"http": server.http, "zmq": server.zmq} for server in fleet]
-        content = {**json.loads(config.dump())}
-        content["stream"] |= {"servers": addresses, "probe_s": 1.0}
-        run = Run(folder / "run", content)
+        run = Run(material.folder / "run", material.content("run", addresses))
         try:
             run.launch()
             wait_for(lambda: run.step() >= KILL_AT or run.process.poll() is not None, 180, f"step {KILL_AT}")
@@ -63,13 +100,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
                 if process.pid not in {server.process.pid for server in fleet}:
                     process.kill()
             stop(fleet[0].process)  # what the killed server left of itself
-    drafter = export_checkpoint(named_checkpoint(folder / "run" / "out"), folder / "drafter")
-    result = evaluate(
-        EvaluateSpec(
-            str(verifier), drafter, held_out, 24, 64, VLLM_PYTHON, VLLM_FLAGS, log_file=folder / "vllm-drafter.log"
-        )
-    )
-    return Trained(run, fleet[0].http, result)
+    return Trained(run, fleet[0].http, material.evaluate(run))
 
 
 def test_the_run_outlives_a_killed_vllm_and_trains_every_sample_once(trained: Trained) -> None:
@@ -99,3 +130,18 @@ def test_streamed_states_are_the_verifiers(trained: Trained) -> None:
     lines = (trained.run.folder / "out" / "metrics.jsonl").read_text().splitlines()
     agreements = [json.loads(line)["verifier_agreement"] for line in lines if '"validation"' in line]
     assert agreements and min(agreements) > 0.999
+
+
+def test_a_pruned_drafter_is_accepted_in_vllm_as_its_evaluation_predicts(material: Material) -> None:
+    with material.servers(None) as fleet:
+        addresses = [{"http": server.http, "zmq": server.zmq} for server in fleet]
+        run = Run(material.folder / "pruned", material.content("pruned", addresses, vocab_size=VOCABULARY))
+        run.launch()
+        assert run.wait(400) == 0, run.log[-6000:]
+    result = material.evaluate(run)
+    assert load_file(run.folder / "drafter" / "model.safetensors")["lm_head.weight"].shape[0] == VOCABULARY
+    assert result.vllm is not None
+    assert result.equal == 1.0 and result.vllm_equal == 1.0
+    assert result.speculative.length > 1.5
+    assert result.vllm.length == pytest.approx(result.speculative.length, rel=0.05)
+    assert result.vllm.gap(result.replay) < 1.0
