@@ -7,6 +7,7 @@ rank holds besides its ring: `lookahead` rows being filled, one that is ready an
 T tokens in use in a row · L verifier layers in its layout · H the verifier's hidden size.
 """
 
+import contextlib
 import queue
 import threading
 from collections import deque
@@ -108,6 +109,7 @@ class RowAssembler:
         for _ in range(spec.lookahead + 2):
             self._free.put(RowBuffer(spec))
         self._ready: queue.SimpleQueue[OpenRow | BaseException | None] = queue.SimpleQueue()
+        self._next: list[OpenRow | BaseException | None] = []  # what `wait` has taken from it
         self._stop = threading.Event()
         self._copy_stream = torch.cuda.Stream(spec.device) if spec.device.type == "cuda" else None
         self._thread = threading.Thread(target=self._run, name="row-assembler", daemon=True)
@@ -118,10 +120,17 @@ class RowAssembler:
         self._stop.set()
         self._thread.join()
 
+    def wait(self, seconds: float) -> bool:
+        """Whether there is a next row, or an end, at most this much later."""
+        if not self._next:
+            with contextlib.suppress(queue.Empty):
+                self._next.append(self._ready.get(timeout=seconds))
+        return bool(self._next)
+
     def __iter__(self) -> Iterator[RowBatch]:
         """Raises what ended the thread, for example that the receiver died."""
         in_use: RowBuffer | None = None
-        while (item := self._ready.get()) is not None:
+        while (item := self._next.pop() if self._next else self._ready.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
             if in_use is not None:

@@ -10,7 +10,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -42,6 +42,8 @@ from dflash_scale.verifier_head import VerifierHead
 from dflash_scale.vocabulary import DraftVocabulary
 
 log = logging.getLogger(__name__)
+
+LOOK_FOR_STOP_S = 0.2  # how often a rank that waits for data looks whether it was asked to stop
 
 
 def lr_factor(step: int, total: int, warmup_ratio: float, floor: float) -> float:
@@ -122,6 +124,7 @@ class Parts:
     anchors: AnchorSpec
     engine: DeepSpeedEngine
     batches: Iterator[RowBatch]
+    wait_for_batch: Callable[[float], bool]  # whether the next one is there, at most so many seconds later
     checkpoints: Checkpoints
     control: dist.ProcessGroup  # gloo, for what stays on the CPU
     position: Position
@@ -199,6 +202,7 @@ class Trainer:
             for row in self.parts.schedule.train_rows(self.rank, step)
         ]
         mine = sum(self._normaliser(plan) for plan in plans)
+        self._await_data()
         total, stops = agree([mine, float(self.stopping)], self.parts.control)
         if stops:
             return False
@@ -231,6 +235,13 @@ class Trainer:
         if step % self.parts.config.train.log_every == 0 or step == self.parts.schedule.total_steps:
             self._log(step, lr)
         return True
+
+    def _await_data(self) -> None:
+        """Returns when the step can begin, or need not: once it has begun, every rank has to end it."""
+        started = time.perf_counter()
+        while not self.stopping and not self.parts.wait_for_batch(LOOK_FOR_STOP_S):
+            pass
+        self.interval.waited += time.perf_counter() - started
 
     def _next_batch(self, plan: RowPlan) -> RowBatch:
         started = time.perf_counter()

@@ -181,8 +181,7 @@ def set_up(
     stream = Stream.start(config, layouts, first_step=position.step + 1, run_id=shared_run_id(control))
     room = AssemblerSpec(layouts, config.data.row_tokens, config.stream.lookahead_rows, anchors, device)
     assembler = RowAssembler(stream.ring, schedule.rows(rank, position.step + 1), samples, room)
-    batches = iter(assembler)
-    rest = (engine, batches, checkpoints, control, position, output, vocabulary)
+    rest = (engine, iter(assembler), assembler.wait, checkpoints, control, position, output, vocabulary)
     parts = Parts(config, spec, head, samples, schedule, anchors, *rest)
 
     def close() -> None:

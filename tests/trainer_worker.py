@@ -116,7 +116,7 @@ def main() -> None:
         position = checkpoints.load(engine, position)
     anchors = AnchorSpec(config.drafter.block_size, config.data.anchors_per_document, train.seed, inside)
     source = batches(schedule.rows(rank, position.step + 1), samples, anchors)
-    rest = (source, checkpoints, control, position, out, vocabulary)
+    rest = (source, lambda seconds: True, checkpoints, control, position, out, vocabulary)
     parts = Parts(config, spec, head, samples, schedule, anchors, engine, *rest)
     state = record_gradients(engine)
     Trainer(parts).run()

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from dflash_scale.prompts import load_prepared, prepare
+from dflash_scale.stream.receiver import read_status
 from dflash_scale.stream.ring import reclaim
 
 REPO = Path(__file__).resolve().parents[2]
@@ -130,6 +131,11 @@ class Run:
         lines = path.read_text().splitlines() if path.exists() else []
         return int(json.loads(lines[-1])["step"]) if lines else 0
 
+    def blocked_on(self) -> str:
+        """What the receiver waits for."""
+        paths = sorted((self.folder / "out" / "stream").glob("*-rank0.json"), key=lambda path: path.stat().st_mtime)
+        return str(read_status(paths[-1]).get("blocked_on")) if paths else ""
+
     def processes(self) -> list[psutil.Process]:
         """All processes of this run: they have its folder in their command line."""
         found = []
@@ -164,7 +170,9 @@ class Run:
         """No process of the run, and no shared memory once the next start has reclaimed what a kill left."""
         wait_for(lambda: not self.processes(), seconds, f"end of {[p.cmdline() for p in self.processes()]}")
         reclaim()
-        assert not [name for name in os.listdir("/dev/shm") if name.startswith("dflash-")]
+        statuses = (self.folder / "out" / "stream").glob("*-rank0.json")
+        rings = {name for path in statuses for name in read_status(path)["rings"]}
+        assert rings and not rings & set(os.listdir("/dev/shm"))
 
     def assert_every_sample_once_an_epoch(self) -> None:
         samples = len(load_prepared(self.config["data"]["path"]).train)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,6 +48,12 @@ def run(inputs: tuple[Path, Path], servers: list[Embedded], tmp_path: Path) -> I
             process.kill()
 
 
+def stands_still(run: Run) -> bool:
+    before = run.step()
+    time.sleep(2)
+    return run.step() == before
+
+
 def resume_to_the_end(run: Run) -> None:
     run.launch("--resume")
     assert run.wait() == 0, run.log[-6000:]
@@ -86,6 +93,22 @@ def test_a_killed_launcher_leaves_no_rank_and_resume_continues(run: Run) -> None
     run.assert_nothing_left()
     saved = (run.folder / "out" / "checkpoints" / "latest").read_text()
     assert int(saved.removeprefix("step-")) == run.step(), "the ranks did not save when they saw the launcher gone"
+    resume_to_the_end(run)
+
+
+def test_a_signal_while_no_server_answers_saves_a_checkpoint(run: Run, servers: list[Embedded]) -> None:
+    for server in servers:
+        server.kill()
+    wait_for(lambda: run.blocked_on() == "no server", 60, "a stream without servers")
+    wait_for(lambda: stands_still(run), 60, "the ranks to have used up their rows")
+    for process in run.processes():
+        process.send_signal(signal.SIGTERM)
+    assert run.wait() != 0
+    run.assert_nothing_left()
+    saved = (run.folder / "out" / "checkpoints" / "latest").read_text()
+    assert int(saved.removeprefix("step-")) == run.step()
+    for server in servers:
+        server.start()
     resume_to_the_end(run)
 
 
