@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from dflash_scale.stream.ring import (
     COMMITTED,
@@ -18,23 +19,16 @@ from dflash_scale.stream.ring import (
     PeerDied,
     Ring,
     own_ring_name,
-    process_start,
-    reclaim,
     record_span,
-    ring_name,
 )
 
 RUN = f"ringtest{os.getpid()}"
 
 
-def segments(run: str = RUN) -> list[str]:
-    return [entry.name for entry in Path("/dev/shm").iterdir() if entry.name.startswith(f"dflash-{run}")]
-
-
 @pytest.fixture(autouse=True)
 def nothing_left_in_shared_memory() -> Iterator[None]:
     yield
-    assert segments() == []
+    assert [entry.name for entry in Path("/dev/shm").iterdir() if entry.name.startswith(f"dflash-{RUN}")] == []
 
 
 @pytest.fixture
@@ -159,8 +153,8 @@ def test_misuse_is_an_error_that_names_the_ring(pair: tuple[Ring, Ring]) -> None
         writer.peek()
     with pytest.raises(ValueError, match="without a peek"):
         reader.release()
-    with pytest.raises(ValueError, match="never fits"):
-        writer.reserve(4096)
+    with pytest.raises(ValueError, match="never fits into half of"):
+        writer.reserve(2048 - 63)
     assert writer.reserve(8) is not None
     with pytest.raises(ValueError, match="before commit"):
         writer.reserve(8)
@@ -181,33 +175,33 @@ def test_views_outlive_the_ring() -> None:
         reader.peek()
 
 
-@pytest.mark.parametrize("name", ["dflash-../etc", "other-name", "dflash-a b", "dflash-" + "x" * 300, ""])
-def test_odd_names_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="ring name"):
-        Ring.create(name, 4096)
-
-
-def test_open_refuses_what_is_not_a_ring() -> None:
-    path = Path(f"/dev/shm/dflash-{RUN}-odd")
-    try:
-        with pytest.raises(FileNotFoundError):
-            Ring.open(path.name)
-        path.write_bytes(b"")
-        with pytest.raises(FileNotFoundError, match="being made"):
-            Ring.open(path.name)
-        path.write_bytes(b"\1" * 12288)
-        with pytest.raises(ValueError, match="magic/version"):
-            Ring.open(path.name)
-    finally:
-        path.unlink()
-
-
-def test_open_refuses_a_truncated_segment() -> None:
-    writer = Ring.create(own_ring_name(RUN, 0), 16384)
-    os.truncate(f"/dev/shm{writer.name}", 12288)
-    with pytest.raises(ValueError, match="capacity 16384"):
-        Ring.open(writer.name)
-    writer.unlink()
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # and nobody writes
+def test_a_tensor_over_a_record_is_the_ring_itself(pair: tuple[Ring, Ring]) -> None:
+    writer, reader = pair
+    states = torch.arange(60, dtype=torch.bfloat16).view(5, 3, 4)
+    slot = writer.reserve(states.nbytes)
+    assert slot is not None
+    slot[:] = states.view(torch.uint8).flatten().numpy()
+    writer.commit(sample=0, epoch=0, status=COMMITTED, tokens=5)
+    record = reader.peek()
+    assert record is not None
+    view = torch.frombuffer(record.payload, dtype=torch.bfloat16).view(5, 3, 4)
+    assert view.data_ptr() == np.frombuffer(record.payload, np.uint8).ctypes.data
+    assert torch.equal(view, states)
+    while put(writer, 1, b"\xff" * 960):  # all the room there is, and none of it is the held record's
+        pass
+    assert torch.equal(view, states)
+    # What the writer stores through its own mapping is what the tensor holds: there is one copy of these bytes.
+    slot[:2] = states.new_tensor([-7]).view(torch.uint8).numpy()
+    assert view[0, 0, 0] == -7
+    address = view.data_ptr()
+    reader.release()
+    while take(reader) is not None:
+        pass
+    assert put(writer, 2, b"\0" * 768)  # 832 with its header: the rest of this lap
+    assert put(writer, 3, b"\1" * 960)
+    assert (view.view(torch.uint8) == 1).all(), "after the release the bytes are the writer's again"
+    assert view.data_ptr() == address
 
 
 def test_a_ring_has_one_reader_and_a_name_one_owner(pair: tuple[Ring, Ring]) -> None:
@@ -224,11 +218,6 @@ def test_a_ring_has_one_reader_and_a_name_one_owner(pair: tuple[Ring, Ring]) -> 
         Ring.open(writer.name)  # a closed reader's place is free
     finally:
         writer.unlink()
-
-
-def test_too_little_shared_memory_is_refused_with_numbers() -> None:
-    with pytest.raises(OSError, match=r"needs .* MiB of shared memory, /dev/shm has .* free of .* --shm-size"):
-        Ring.create(own_ring_name(RUN, 0), 1 << 45)
 
 
 def test_mark_and_beat_cross_over(pair: tuple[Ring, Ring]) -> None:
@@ -312,28 +301,25 @@ def test_a_writer_killed_in_a_reservation_leaves_only_whole_records() -> None:
     ring.close()
 
 
-def test_reclaim_takes_the_dead_owners_segments_only() -> None:
-    mine = Ring.create(own_ring_name(RUN, 0), 4096)
-    command = [sys.executable, "-c", WRITER, RUN, "65536", "1", "hang"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+def test_the_next_reader_goes_on_where_a_killed_one_stopped() -> None:
+    writer = Ring.create(own_ring_name(RUN, 0), 4096)
+    for sample in range(3):
+        assert put(writer, sample, bytes([sample]))
+    code = (
+        "import sys; from dflash_scale.stream.ring import Ring\n"
+        "ring = Ring.open(sys.argv[1]); ring.peek(); ring.release(); ring.peek(); print(flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, writer.name]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    theirs = process.stdout.readline().strip()
-    assert theirs == ring_name(RUN, process.pid, 0)
-    assert reclaim(f"dflash-{RUN}-") == []
+    process.stdout.readline()
+    assert writer.peer_alive()
+    with pytest.raises(ValueError, match=f"already has a reader, pid {process.pid}"):
+        Ring.open(writer.name)
     process.kill()
     process.wait()
-    stranger = Path(f"/dev/shm/dflash-{RUN}-not-a-ring")
-    stranger.touch()
-    reused = Path(f"/dev/shm/dflash-{RUN}-{os.getpid()}-1-0")  # our pid, but of a process that started at boot
-    reused.touch()
-    assert sorted(reclaim(f"dflash-{RUN}-")) == sorted([theirs, f"/{reused.name}"])
-    assert sorted(segments()) == sorted([mine.name[1:], stranger.name])
-    stranger.unlink()
-    mine.unlink()
-
-
-def test_process_start_of_nobody_is_none() -> None:
-    assert process_start(os.getpid()) is not None
-    assert process_start((1 << 22) + 1) is None
-    with pytest.raises(ProcessLookupError):
-        ring_name(RUN, (1 << 22) + 1, 0)
+    assert writer.peer_attached() and not writer.peer_alive()
+    with Ring.open(writer.name) as reader:
+        writer.unlink()
+        assert [take(reader) for _ in range(3)] == [(1, b"\1"), (2, b"\2"), None]
+    writer.close()

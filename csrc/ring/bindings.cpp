@@ -4,6 +4,7 @@
 
 #include <system_error>
 
+#include "process.h"
 #include "ring.h"
 
 namespace py = pybind11;

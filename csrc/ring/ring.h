@@ -6,8 +6,8 @@
 //   +----------+------------+------------+----------+----------------------------------------+
 //   | identity | writer's   | reader's   | unused   | records, each 64-aligned and contiguous |
 //   | magic,   | head, beat | tail, mark |          |                                        |
-//   | version, | closed,    | closed,    |          | +--------+---------+--------+-------+  |
-//   | capacity | pid+start  | pid+start  |          | | header | payload | header | ...   |  |
+//   | version, | pid+start  | pid+start  |          | +--------+---------+--------+-------+  |
+//   | capacity |            |            |          | | header | payload | header | ...   |  |
 //   +----------+------------+------------+----------+-+--------+---------+--------+-------+--+
 //
 // `head` and `tail` count bytes since the segment was made; they never wrap, the offset is count % capacity.
@@ -29,47 +29,48 @@
 //   published --peek()--> held (head was read with acquire order: the bytes are there) --release()--> free: tail moves
 //
 // A writer that dies between reserve() and commit() leaves nothing behind: `head` did not move. Each side can tell that
-// the other is gone by its pid and start time (a pid alone is used again), or by its closed flag.
+// the other is gone by its pid and start time (a pid alone is used again), to which close() adds a bit. A record may
+// take half of the capacity: a larger one could wait for an end that is never free.
 #pragma once
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <optional>
 #include <string>
-#include <vector>
+
+#include "memory.h"
+#include "segment.h"
 
 namespace dflash::ring {
 
 inline constexpr std::uint64_t kMagic = 0x31474E4952464C44ull;  // "DLFRING1" in memory order
-inline constexpr std::uint32_t kVersion = 1;
+inline constexpr std::uint32_t kVersion = 2;
 inline constexpr std::size_t kLine = 64;
 inline constexpr std::size_t kPage = 4096;
 
 static_assert(std::atomic<std::uint64_t>::is_always_lock_free, "the ring needs lock-free 64-bit atomics");
+static_assert(sizeof(Word<std::uint64_t>) == sizeof(std::uint64_t));
 
 struct alignas(kLine) IdentityLine {
-  std::atomic<std::uint64_t> magic;  // stored last by the maker: a segment without it is still being made
+  Word<std::uint64_t> magic;  // stored last by the maker: a segment without it is still being made
   std::uint32_t version;
   std::uint32_t header_bytes;
   std::uint64_t capacity;
 };
 
 struct alignas(kLine) WriterLine {
-  std::atomic<std::uint64_t> head;
-  std::atomic<std::uint64_t> committed;  // records, not bytes
-  std::atomic<std::uint64_t> beat;       // moves as long as the writer's loop does
-  std::atomic<std::uint64_t> process;    // see process_id()
-  std::atomic<std::uint32_t> closed;
+  Word<std::uint64_t> head;
+  Word<std::uint64_t> committed;  // records, not bytes; one more than `head` says while it is being published
+  Word<std::uint64_t> beat;       // moves as long as the writer's loop does
+  Word<std::uint64_t> process;    // see process_id(); another number once this side has closed
 };
 
 struct alignas(kLine) ReaderLine {
-  std::atomic<std::uint64_t> tail;
-  std::atomic<std::uint64_t> released;  // records, not bytes
-  std::atomic<std::uint64_t> mark;      // the reader's own progress, in units that the two sides agree on
-  std::atomic<std::uint64_t> process;
-  std::atomic<std::uint32_t> closed;
+  Word<std::uint64_t> tail;
+  Word<std::uint64_t> released;  // records, not bytes; counted after `tail` has moved
+  Word<std::uint64_t> mark;      // the reader's own progress, in units that the two sides agree on
+  Word<std::uint64_t> process;
 };
 
 struct HeaderPage {
@@ -100,21 +101,6 @@ struct Meta {
   std::uint64_t tokens = 0;
 };
 
-// A mapped segment. Views of its bytes share the ownership, so a view outlives the ring that gave it.
-class Mapping {
- public:
-  Mapping(int fd, std::size_t bytes);
-  ~Mapping();
-  Mapping(const Mapping&) = delete;
-  Mapping& operator=(const Mapping&) = delete;
-  std::byte* data() const { return data_; }
-  std::size_t bytes() const { return bytes_; }
-
- private:
-  std::byte* data_;
-  std::size_t bytes_;
-};
-
 struct Span {
   std::shared_ptr<Mapping> owner;
   std::byte* data;
@@ -129,7 +115,7 @@ struct Record {
 class Ring {
  public:
   // Throws std::invalid_argument for a bad name or capacity, std::system_error for what the system refuses (ENOSPC:
-  // /dev/shm is too small; all pages are allocated here, so that no later store can raise SIGBUS).
+  // /dev/shm is too small).
   static std::unique_ptr<Ring> create(const std::string& name, std::size_t capacity);
   // Throws std::system_error(ENOENT) when the segment is not there or not ready yet, std::invalid_argument when it is
   // not a ring of this version or has a living reader already.
@@ -137,7 +123,7 @@ class Ring {
   ~Ring();
 
   // Writer. One reservation at a time.
-  std::optional<Span> reserve(std::size_t bytes);
+  std::optional<Span> reserve(std::size_t bytes);  // none while the ring is too full
   void commit(const Meta& meta);
   void abandon();
   void beat();
@@ -153,7 +139,6 @@ class Ring {
   std::uint64_t released() const;
   std::size_t capacity() const { return capacity_; }
   std::size_t free_bytes() const;  // not reserved ones included
-  bool is_writer() const { return is_writer_; }
   const std::string& name() const { return name_; }
   bool peer_attached() const;
   bool peer_alive() const;  // attached, its process runs, and it has not closed
@@ -169,13 +154,17 @@ class Ring {
     std::size_t skip;  // bytes that a skip record covers in front of it
   };
 
-  Ring(std::string name, std::shared_ptr<Mapping> mapping, std::size_t capacity, bool is_writer);
+  // `lock` is the writer's hold on the file, and empty for the reader.
+  Ring(std::string name, Descriptor lock, std::shared_ptr<Mapping> mapping, std::size_t capacity);
   HeaderPage& page() const;
   std::byte* at(std::uint64_t count) const;
-  const RecordHeader& checked_header(std::uint64_t tail, std::uint64_t head) const;
+  RecordHeader& header_at(std::uint64_t count) const;
+  RecordHeader checked_header(std::uint64_t tail, std::uint64_t head) const;
   void expect(bool writer, const char* call) const;
+  std::uint64_t peer() const;
 
   std::string name_;
+  Descriptor lock_;
   std::shared_ptr<Mapping> mapping_;
   std::size_t capacity_;
   bool is_writer_;
@@ -185,14 +174,5 @@ class Ring {
 
 // Bytes of the ring that a record of `payload` bytes takes: what a caller subtracts from capacity().
 std::size_t record_span(std::size_t payload);
-
-// (start time << 24 | pid): one number that names a process for as long as the machine is up. 0: no such process, or a
-// zombie. The start time is field 22 of /proc/PID/stat, in clock ticks since boot (proc(5)); pids have at most 22 bits.
-std::uint64_t process_id(int pid);
-int process_pid(std::uint64_t process);
-std::uint64_t process_start(std::uint64_t process);
-
-// Unlinks every segment `/PREFIX*-PID-START-RANK` in /dev/shm whose owner is gone; gives the names.
-std::vector<std::string> reclaim(const std::string& prefix);
 
 }  // namespace dflash::ring

@@ -4,7 +4,8 @@ Channel: the writer makes the segment, one reader opens it, the writer unlinks t
 so that nothing stays in /dev/shm however the processes end; `reclaim()` covers a death before that.
 Ordering: records come out in the order of their commits. Loss: none while both live; a record that was reserved but not
 committed never existed. Back-pressure: `reserve()` gives None when the ring is full. Who may die: either side; the
-other sees it through `peer_alive()` (pid and start time), and a reader still gets all that was committed before.
+other sees it through `peer_alive()` (pid and start time), and a reader still gets all that was committed before. A
+reader's place is free once it has closed or died; the next one begins with the first record that was not released.
 
 An object may be used by one thread at a time.
 """
@@ -41,7 +42,7 @@ class Record:
 
 
 def ring_name(run_id: str, owner_pid: int, local_rank: int) -> str:
-    """The segment's name; it carries the owner's pid and start time, so that `reclaim()` knows when it is abandoned.
+    """The segment's name; it carries the owner's pid and start time, so that no two owners ever have the same.
 
     Raises:
         ProcessLookupError: no such process.
@@ -63,10 +64,10 @@ def record_span(payload_bytes: int) -> int:
 
 
 def reclaim(prefix: str = "dflash-") -> list[str]:
-    """Unlinks the segments whose owner process is gone; gives their names.
+    """Unlinks the segments that no living process owns; gives their names.
 
-    A container that shares /dev/shm, but not the pid namespace, looks gone: its rings lose their names, which only
-    matters until its readers are attached.
+    The owner holds a lock on its segment that only its death or its `close()` takes away, so neither a pid that is used
+    again nor a pid namespace of its own misleads this. A child that the owner forked without exec shares the lock.
     """
     return _ring.reclaim(prefix)
 
@@ -83,7 +84,7 @@ class Ring:
 
         Raises:
             ValueError: the name or the capacity is not possible.
-            OSError: /dev/shm is too small (ENOSPC), or the name exists.
+            OSError: /dev/shm is too small (ENOSPC), the process may not make such a file (EFBIG), or the name exists.
         """
         return cls(_ring.Ring.create(name, capacity // LINE * LINE))
 
@@ -113,7 +114,11 @@ class Ring:
     # The writer's side.
 
     def reserve(self, nbytes: int) -> memoryview | None:
-        """A writable view of `nbytes` in the ring, to be filled in place; None while the ring is too full."""
+        """A writable view of `nbytes` in the ring, to be filled in place; None while the ring is too full.
+
+        Raises:
+            ValueError: `record_span(nbytes)` is more than half of the capacity, for which there may never be room.
+        """
         return self._native.reserve(nbytes)
 
     def commit(self, *, sample: int, epoch: int, status: int, tokens: int) -> None:
@@ -154,7 +159,7 @@ class Ring:
                     return record
                 raise PeerDied(
                     f"the receiver (pid {self.peer_pid}) that fills ring {self.name} is gone after "
-                    f"{self.committed} records; its own message on stderr says why"
+                    f"{self.released} records; its own message on stderr says why"
                 )
             left = deadline - time.monotonic()
             if left <= 0:
@@ -189,12 +194,12 @@ class Ring:
 
     @property
     def committed(self) -> int:
-        """Records published so far."""
+        """Records published so far; one more if the writer died inside of `commit()`."""
         return self._native.committed
 
     @property
     def released(self) -> int:
-        """Records given back so far."""
+        """Records given back so far; one less if a reader died inside of `release()`."""
         return self._native.released
 
     @property
