@@ -51,7 +51,7 @@ from dflash_scale.stream.links import keep_freed_memory
 from dflash_scale.stream.publisher import Publisher
 from dflash_scale.stream.ring import PeerDied, Ring, own_ring_name, record_span
 from dflash_scale.stream.window import Window
-from dflash_scale.stream.wire import Layout
+from dflash_scale.stream.wire import Layout, Origin
 
 LAYOUT: Final = Layout((2, 9, 17, 25, 33, 36), 4096, "bfloat16")  # an 8B verifier: 48 KiB per token
 RUN: Final = f"bench{os.getpid()}"
@@ -123,7 +123,7 @@ def receive(size: Size, servers: list[tuple[str, str]], pipe: Connection) -> Non
     window = Window(ring, rows, samples.lengths, RowLayouts(LAYOUT, LAYOUT), lookahead=IN_FLIGHT)
     credit = IN_FLIGHT * size.nbytes
     limits = Limits(credit, credit, 16, 30.0, 3, 1.0, 30.0)
-    intake = Intake(servers, limits, Identity(RUN, f"{RUN}:0", LAYOUT), Delivery([window]), samples)
+    intake = Intake(servers, limits, Identity(RUN, f"{RUN}:0", LAYOUT, Origin(), None), Delivery([window]), samples)
     while not intake.delivery.complete:
         intake.step()
     pipe.send(intake.status())

@@ -1,30 +1,80 @@
-"""Addresses of servers: well formed, and on loopback unless the run says that it accepts an open wire."""
+"""Addresses of servers: their form, and whether they can only mean this machine.
+
+    http://HOST:PORT     tcp://HOST:PORT     ipc://PATH (ZeroMQ only)     an IPv6 host stands in brackets: [::1]
+
+Standard library only: used by the configuration, by the servers' launchers and inside the vLLM server.
+"""
 
 from __future__ import annotations
 
 import ipaddress
-from urllib.parse import urlsplit
+import re
 
 EXAMPLES = {"http": "http://127.0.0.1:8001", "tcp": "tcp://127.0.0.1:5601"}
 
+_FORM = re.compile(
+    r"(?P<scheme>[a-z]+)://(?:\[(?P<six>[0-9A-Fa-f:.]+)\]|(?P<host>[^\s/:@?#\[\]]+)):(?P<port>[0-9]+|\*)/?"
+)
 
-def check_address(name: str, address: str, scheme: str, insecure: bool) -> None:
-    """Raises ValueError, starting with `name`, unless `address` is SCHEME://HOST:PORT and may be used."""
-    try:
-        parts = urlsplit(address)
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        host = port = None
-    else:
-        if parts.scheme != scheme or parts.path not in ("", "/") or parts.query or parts.username:
-            host = None
-    if not host or not port:
+
+def split_address(name: str, address: str, scheme: str) -> tuple[str, int]:
+    """Host (IPv6 without brackets) and port of SCHEME://HOST:PORT; port 0 for `*`, which lets the system choose one.
+
+    Raises ValueError, starting with `name`, for any other form.
+    """
+    found = _FORM.fullmatch(address)
+    port = 0 if found is None or found["port"] == "*" else int(found["port"])
+    if found is None or found["scheme"] != scheme or port > 65535 or not _is_ipv6(found["six"] or "::"):
         raise ValueError(f"{name}: got {address!r}, wanted {scheme}://HOST:PORT; write it as in {EXAMPLES[scheme]}")
-    if not insecure and not is_loopback(host):
+    return found["six"] or found["host"], port
+
+
+def check_server(name: str, address: str, scheme: str, *, open_to_others: bool) -> None:
+    """Raises ValueError, starting with `name`, unless a receiver may connect to `address`.
+
+    open_to_others: whether it may be on another machine.
+    """
+    host, port = split_address(name, address, scheme)
+    if not port:
+        raise ValueError(f"{name}: got {address!r}, wanted the port of a server; write it as in {EXAMPLES[scheme]}")
+    if not open_to_others and not is_loopback(host):
+        keys = "name a folder of keys in stream.keys, " if scheme == "tcp" else ""
         raise ValueError(
-            f"{name}: got {address!r}, wanted a loopback address because the stream is not encrypted; "
+            f"{name}: got {address!r}, wanted a loopback address because the stream is not encrypted; {keys}"
             "tunnel it to 127.0.0.1, or set stream.insecure to true on a network that you trust"
         )
+
+
+def check_bind(name: str, address: str, *, open_to_others: bool) -> None:
+    """Raises ValueError, starting with `name`, unless a server may offer hidden states at the ZeroMQ `address`.
+
+    open_to_others: whether other machines may reach it, because it asks for keys or the network is trusted.
+    """
+    if address.startswith("ipc://") and len(address) > len("ipc://"):
+        return
+    host, _ = split_address(name, address, "tcp")
+    if not open_to_others and not is_loopback(host):
+        raise ValueError(
+            f"{name}: got {address!r}, wanted a loopback address because without keys anybody who reaches it is "
+            "served; give --keys DIR (`dflash-scale keys DIR` makes them), or --insecure in a trusted network"
+        )
+
+
+def check_bind_http(name: str, host: str, *, insecure: bool) -> None:
+    """Raises ValueError, starting with `name`, unless a server may answer HTTP at `host`, which keys do not cover."""
+    if not insecure and not is_loopback(host.strip("[]")):
+        raise ValueError(
+            f"{name}: got {host!r}, wanted a loopback address because HTTP has neither encryption nor keys; bind to "
+            "127.0.0.1 and tunnel to it, or pass --insecure in a trusted network"
+        )
+
+
+def _is_ipv6(host: str) -> bool:
+    try:
+        ipaddress.IPv6Address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def is_loopback(host: str) -> bool:

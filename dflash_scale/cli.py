@@ -2,6 +2,7 @@
 
 prepare    conversations -> a prepared data set
 serve      a vLLM server that sends hidden states (`--embedded`: a small verifier in Transformers, without vLLM)
+keys       the keys of the wire between servers and receivers
 train      `deepspeed launch/train.py ...`; with --plan, print the resolved run and exit
 export     a checkpoint -> a folder that `vllm serve` takes
 evaluate   acceptance of an exported drafter in a real server
@@ -21,7 +22,7 @@ from pathlib import Path
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 SCRIPTS = {"serve": LAUNCH / "serve_vllm.py", "train": LAUNCH / "train.py", "demo": LAUNCH / "demo" / "main.py"}
-COMMANDS = ("prepare", "serve", "train", "export", "evaluate", "demo", "doctor")
+COMMANDS = ("prepare", "serve", "keys", "train", "export", "evaluate", "demo", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return start(program(command, rest))
         if command == "prepare":
             return prepare(rest)
-        return int(importlib.import_module(f"dflash_scale.{command}").main(rest))
+        room = "dflash_scale.stream" if command == "keys" else "dflash_scale"
+        return int(importlib.import_module(f"{room}.{command}").main(rest))
     except ValueError as error:
         print(f"dflash-scale {command}: {error}", file=sys.stderr)
         return 2

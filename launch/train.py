@@ -116,6 +116,7 @@ def set_up(
     from dflash_scale.checkpoint import Checkpoints, Position
     from dflash_scale.drafter import Drafter, drafter_spec
     from dflash_scale.packer import AnchorSpec, RowSchedule, Samples, schedule_spec
+    from dflash_scale.stream.keys import receiver_keys
     from dflash_scale.stream.receiver import Stream
     from dflash_scale.trainer import Parts, Trainer, make_engine
     from dflash_scale.verifier import mask_token_id
@@ -141,6 +142,8 @@ def set_up(
             f"data.path: {config.data.path} was prepared with the tokenizer of {prepared.manifest['model']}, "
             f"not with that of verifier.model = {config.verifier.model}; prepare the data set again with --model"
         )
+    if config.stream.keys is not None:
+        receiver_keys(Path(config.stream.keys))  # the receiver reads them; what is wrong with them is said here
     mask = mask_token_id(tokenizer, shape.vocab_size, config.drafter.mask_token_id)
     vocabulary = run_vocabulary(prepared.train, shape.vocab_size, tokenizer, config.drafter.vocab_size)
     if vocabulary is not None:

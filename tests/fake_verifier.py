@@ -19,12 +19,14 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zmq
 
-from dflash_scale.stream import wire
+from dflash_scale.stream import sockets, wire
+from dflash_scale.stream.keys import server_keys
 from dflash_scale.stream.wire import Layout, Ticket
 
 LAYOUT = Layout((1, 2, 4), 16, "bfloat16")
@@ -76,9 +78,16 @@ def bad_frames(word: str, ticket: Ticket, token_ids: bytes) -> Iterator[Frames]:
 
 
 class FakeVerifier:
-    def __init__(self, http: int, zmq_port: int, script: dict[str, list[str]], wrong_layout: bool) -> None:
+    def __init__(
+        self, http: int, zmq_port: int, script: dict[str, list[str]], greeting: str = "", keys: Path | None = None
+    ) -> None:
         self.script, self.seen, self.lock = script, Counter[int](), threading.Lock()
-        self.layout = OTHER_LAYOUT if wrong_layout else LAYOUT
+        layout = OTHER_LAYOUT if greeting == "wrong-layout" else LAYOUT
+        origin = wire.Origin(verifier="0" * 16) if greeting == "other-verifier" else wire.Origin()
+        self.reply: wire.Message = wire.HelloReply(layout, "fake", secrets.token_hex(8), origin)
+        if greeting == "other-version":
+            self.reply = wire.Incompatible((wire.VERSION + 1, wire.VERSION + 1))
+        self.keys = keys
         self.outgoing: queue.SimpleQueue[Frames] = queue.SimpleQueue()
         self.zmq_port = zmq_port
         threading.Thread(target=self.serve_wire, daemon=True).start()
@@ -125,8 +134,10 @@ class FakeVerifier:
         return 200
 
     def serve_wire(self) -> None:
-        router = wire.bind_router(zmq.Context.instance(), f"tcp://127.0.0.1:{self.zmq_port}")
-        reply = wire.encode(wire.HelloReply(self.layout, "fake", secrets.token_hex(8)))
+        context, keys = zmq.Context.instance(), server_keys(self.keys) if self.keys is not None else None
+        doorkeeper = sockets.Doorkeeper(context, keys.receivers) if keys is not None else None  # noqa: F841 lives on
+        router = sockets.bind_router(context, f"tcp://127.0.0.1:{self.zmq_port}", keys=keys)
+        reply = wire.encode(self.reply)
         while True:
             if router.poll(1):
                 receiver, _ = router.recv_multipart()
@@ -148,9 +159,10 @@ def main() -> None:
     parser.add_argument("--http", type=int, required=True)
     parser.add_argument("--zmq", type=int, required=True)
     parser.add_argument("--script", type=json.loads, default={})
-    parser.add_argument("--wrong-layout", action="store_true")
+    parser.add_argument("--greeting", choices=["wrong-layout", "other-verifier", "other-version"])
+    parser.add_argument("--keys", type=Path)
     args = parser.parse_args()
-    FakeVerifier(args.http, args.zmq, args.script, args.wrong_layout).http.serve_forever()
+    FakeVerifier(args.http, args.zmq, args.script, args.greeting, args.keys).http.serve_forever()
 
 
 if __name__ == "__main__":

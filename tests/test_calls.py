@@ -15,9 +15,11 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 class Script:
     """A listening socket; each connection is served one list of answers and then closed without a word."""
 
-    def __init__(self, *connections: list[bytes]) -> None:
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+    def __init__(self, *connections: list[bytes], host: str = "127.0.0.1") -> None:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.listener = socket.create_server((host, 0), family=family)
+        shown = f"[{host}]" if ":" in host else host
+        self.address = f"http://{shown}:{self.listener.getsockname()[1]}"
         self.requests = 0
         threading.Thread(target=self.serve, args=(connections,), daemon=True).start()
 
@@ -55,6 +57,12 @@ def test_a_connection_is_kept_and_a_closed_one_is_not_a_dead_server(events: queu
     refused = post(calls, events, 3)
     assert refused.fault is Fault.SERVER
     assert "connection" in refused.reason
+    calls.close()
+
+
+def test_a_server_on_ipv6(events: queue.SimpleQueue[Event]) -> None:
+    calls = Calls([Script([OK], host="::1").address], 1, 20, events.put)
+    assert post(calls, events, 0).fault is None
     calls.close()
 
 

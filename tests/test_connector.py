@@ -16,7 +16,7 @@ import pytest
 import torch
 import zmq
 
-from dflash_scale.stream import wire
+from dflash_scale.stream import keys, sockets, wire
 
 SOURCE = Path(__file__).parents[1] / "dflash_scale" / "stream" / "connector.py"
 BLOCKS, LAYERS, BLOCK_SIZE, HIDDEN = 9, 3, 4, 8
@@ -110,7 +110,7 @@ def test_a_finished_request_reaches_its_receiver(connector: ModuleType, layer_id
     cache = cache_tensor()
     worker.register_kv_caches({"model.layers.0": torch.empty(0), "cache_only_layers.6": cache})
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    socket = wire.connect_dealer(context, worker._publisher.endpoint, "rx", max_message_bytes=1 << 20)
+    socket = sockets.connect_dealer(context, worker._publisher.endpoint, "rx", max_message_bytes=1 << 20)
     try:
         blocks = [7, 2, 5]
         keep, reply = scheduler.request_finished_all_groups(
@@ -239,11 +239,31 @@ def test_the_last_id_is_the_verifiers_last_layer(connector: ModuleType) -> None:
 
 
 def test_open_addresses_end_the_start(connector: ModuleType) -> None:
-    with pytest.raises(wire.WireError, match="loopback"):
+    with pytest.raises(ValueError, match="loopback"):
         build(connector, extra={"zmq": "tcp://*:5601"}).register_kv_caches({"cache_only_layers.6": cache_tensor()})
 
 
-def test_imports_of_ours_are_wire_and_publisher() -> None:
+def test_the_server_of_a_folder_of_keys_serves_its_receivers_only(connector: ModuleType, tmp_path: Path) -> None:
+    keys.make_keys(tmp_path / "keys")
+    extra = {"zmq": "tcp://127.0.0.1:*", "keys": str(tmp_path / "keys"), "max_bytes": 7}
+    worker = build(connector, extra=extra)
+    worker.register_kv_caches({"model.layers.0": torch.empty(0), "cache_only_layers.6": cache_tensor()})
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    try:
+        assert worker._publisher.max_bytes == 7
+        answered = []
+        for given in (None, keys.receiver_keys(tmp_path / "keys")):
+            address = worker._publisher.endpoint
+            socket = sockets.connect_dealer(context, address, "rx", max_message_bytes=1 << 20, keys=given)
+            socket.send(wire.encode(wire.Hello("run-1", "rx")))
+            answered.append(bool(socket.poll(10_000 if given else 500)))
+        assert answered == [False, True]
+    finally:
+        worker.shutdown()
+        context.destroy(linger=0)
+
+
+def test_imports_of_ours_are_few() -> None:
     imported = set()
     for node in ast.walk(ast.parse(SOURCE.read_text())):
         if isinstance(node, ast.Import):
@@ -251,7 +271,8 @@ def test_imports_of_ours_are_wire_and_publisher() -> None:
         elif isinstance(node, ast.ImportFrom):
             imported |= {f"{node.module}.{alias.name}" for alias in node.names}
     ours = {name for name in imported if name.startswith("dflash_scale")}
-    assert ours == {"dflash_scale.stream.wire", "dflash_scale.stream.publisher.Publisher"}
-    assert {name.split(".")[0] for name in imported - ours} == {
-        *("logging", "collections", "dataclasses", "typing", "torch", "vllm")
+    assert {name.removeprefix("dflash_scale.").removeprefix("stream.").split(".")[0] for name in ours} == {
+        *("model_files", "wire", "keys", "publisher")
     }
+    outside = {name.split(".")[0] for name in imported - ours}
+    assert outside == {"logging", "collections", "dataclasses", "pathlib", "typing", "torch", "vllm"}

@@ -21,8 +21,8 @@ import torch
 import zmq
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from dflash_scale.stream import wire
-from dflash_scale.stream.embedded import EmbeddedServer, Options, TappedVerifier
+from dflash_scale.stream import keys, sockets, wire
+from dflash_scale.stream.embedded import EmbeddedServer, Options, TappedVerifier, parse
 from dflash_scale.taps import default_layer_ids
 from dflash_scale.verifier_head import load_verifier_head
 from tests.verifier_families import FAMILIES, HIDDEN, LAYERS, make_verifier, residuals_and_logits
@@ -147,7 +147,7 @@ def test_concurrent_requests_arrive_whole_and_equal_to_lone_ones(folder: Path, s
     prompts = {sample: prompt(1 + 13 * sample, seed=sample) for sample in range(12)}
     threads = torch.get_num_threads()
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    socket = wire.connect_dealer(context, server.zmq, "rx-1", max_message_bytes=1 << 22)
+    socket = sockets.connect_dealer(context, server.zmq, "rx-1", max_message_bytes=1 << 22)
     try:
         socket.send(wire.encode(wire.Hello("run", "rx-1")))
         assert socket.poll(10_000), "no hello reply"
@@ -230,10 +230,35 @@ def test_layer_ids_that_the_verifier_has_not(folder: Path, taps: tuple[int, ...]
 
 
 def test_addresses_are_loopback(folder: Path) -> None:
-    with pytest.raises(wire.WireError, match="--insecure"):
+    with pytest.raises(ValueError, match=r"--http: got '0\.0\.0\.0'"):
         EmbeddedServer(Options(str(folder), "0.0.0.0:0", "tcp://127.0.0.1:*", (1,)))
-    with pytest.raises(wire.WireError, match="--insecure"):
+    with pytest.raises(ValueError, match=r"--zmq: got 'tcp://\*:0'"):
         EmbeddedServer(Options(str(folder), "127.0.0.1:0", "tcp://*:0", (1,)))
+    with pytest.raises(ValueError, match="--max-unsent-bytes must be above 0"):
+        EmbeddedServer(Options(str(folder), "127.0.0.1:0", "tcp://127.0.0.1:*", (1,), max_unsent_bytes=0))
+
+
+def test_ipv6_with_keys(folder: Path, tmp_path: Path) -> None:
+    keys.make_keys(tmp_path / "keys")
+    given = f"--http [::1]:0 --zmq tcp://[::]:* --layer-ids 1 --keys {tmp_path / 'keys'} --max-unsent-bytes 12345678"
+    options, _ = parse(["--model", str(folder), *given.split()])
+    server = EmbeddedServer(options)
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    try:
+        assert server._publisher.max_bytes == 12345678
+        address = server.zmq.replace("[::]", "[::1]")
+        receiver = keys.receiver_keys(tmp_path / "keys")
+        socket = sockets.connect_dealer(context, address, "rx-1", max_message_bytes=1 << 22, keys=receiver)
+        ticket = wire.Ticket("run", "rx-1", 0, 1, 0, (1,))
+        assert server.http.startswith("http://[::1]:")
+        status, _ = post(server.http, {"prompt": prompt(5), "kv_transfer_params": {"dflash": ticket.to_params()}})
+        assert status == 200
+        assert socket.poll(10_000), "nothing came"
+        layout = server.layout.only((1,))
+        assert wire.decode_data(socket.recv_multipart(), layout=layout, max_tokens=5)[0].ticket == ticket
+    finally:
+        context.destroy(linger=0)
+        server.close()
 
 
 def start(folder: Path, log: Path, *extra: str) -> "subprocess.Popen[bytes]":

@@ -20,13 +20,17 @@ import pytest
 from fake_verifier import LAYOUT, states
 
 from dflash_scale.config import Config, parse_config
+from dflash_scale.model_files import origin_of
 from dflash_scale.packer import Row, RowSchedule, Samples, schedule_spec
 from dflash_scale.prompts import FEATURES, FORMAT, load_prepared
+from dflash_scale.stream import wire
 from dflash_scale.stream.intake import Dropped
 from dflash_scale.stream.jobs import Key
+from dflash_scale.stream.keys import make_keys
 from dflash_scale.stream.layouts import RowLayouts
 from dflash_scale.stream.receiver import STOP_SIGNAL, Receiver, ReceiverSpec, Stream, read_status, spawn_receiver
 from dflash_scale.stream.ring import COMMITTED, QUARANTINED, PeerDied, Ring
+from tests.verifier_families import make_verifier
 
 SAMPLES, VALIDATION, LONGEST = 60, 6, 40
 RUN = f"receivertest{os.getpid()}"
@@ -291,12 +295,79 @@ def test_no_server_ends_the_run_and_the_rank_sees_it(
 def test_another_layout_is_an_error_that_names_both(
     make_run: Callable[..., Run], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    run = make_run([FakeServer().start(), FakeServer(arguments=("--wrong-layout",)).start()])
+    run = make_run([FakeServer().start(), FakeServer(arguments=("--greeting", "wrong-layout")).start()])
     receiver = run.spawn()
     assert receiver.process.wait(60) == 1
     stderr = capfd.readouterr().err
     assert f"{run.servers[1].addresses['http']} sends layers [1, 3, 4] of 16 bfloat16" in stderr
     assert "this run wants layers [1, 2, 4] of 16 bfloat16" in stderr
+
+
+def test_another_version_is_an_error_that_names_both(
+    make_run: Callable[..., Run], capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run([FakeServer(arguments=("--greeting", "other-version")).start()])
+    assert run.spawn().process.wait(60) == 1
+    said = f"server {run.servers[0].addresses['http']}: the server speaks version {wire.VERSION + 1} of the wire, this "
+    assert f"{said}receiver {wire.VERSION}; upgrade dflash_scale at the receiver" in capfd.readouterr().err
+
+
+def test_another_verifier_is_an_error_that_names_both(
+    make_run: Callable[..., Run], capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    make_verifier("qwen3", model, shard="1GB")
+    run = make_run([FakeServer(arguments=("--greeting", "other-verifier")).start()])
+    run.config = run.config.model_copy(
+        update={"verifier": run.config.verifier.model_copy(update={"model": str(model)})}
+    )
+    assert run.spawn().process.wait(60) == 1
+    said = f"serves fake with the verifier {'0' * 16}, verifier.model has {origin_of(str(model)).verifier}; start the"
+    assert said in capfd.readouterr().err
+
+
+def test_what_cannot_be_compared_is_said_once(make_run: Callable[..., Run], capfd: pytest.CaptureFixture[str]) -> None:
+    run = make_run([FakeServer().start()])
+    drain(run, run.spawn())
+    assert run.receiver is not None
+    assert run.receiver.process.wait(60) == 0
+    assert capfd.readouterr().err.count("the verifier of server") == 1
+
+
+def test_a_run_with_keys(make_run: Callable[..., Run], tmp_path: Path) -> None:
+    make_keys(tmp_path / "keys")
+    keyed = ("--keys", str(tmp_path / "keys"))
+    dying = FakeServer({9: ["die"]}, arguments=keyed)
+    run = make_run([dying.start(), FakeServer(arguments=keyed).start()], keys=str(tmp_path / "keys"), attempts=1)
+
+    def each(count: int) -> None:
+        if dying.process is not None and dying.process.poll() is not None:
+            dying.script = {}
+            dying.start()
+
+    assert drain(run, run.spawn(), each=each) == {COMMITTED: len(expected(run.rows(1, 0)))}
+    assert run.receiver is not None
+    assert run.receiver.process.wait(60) == 0
+
+
+def test_a_server_with_other_keys_or_none_gives_nothing_and_the_reason_is_said(
+    make_run: Callable[..., Run], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make_keys(tmp_path / "keys")
+    make_keys(tmp_path / "other")
+    stranger = tmp_path / "stranger"  # knows the servers' public key, and is not known to them
+    stranger.mkdir(mode=0o700)
+    (stranger / "server.public").write_bytes((tmp_path / "keys" / "server.public").read_bytes())
+    (stranger / "receiver.secret").write_bytes((tmp_path / "other" / "receiver.secret").read_bytes())
+    (stranger / "receiver.secret").chmod(0o600)
+    servers = [FakeServer(arguments=("--keys", str(tmp_path / "keys"))), FakeServer()]
+    run = make_run([server.start() for server in servers], keys=str(stranger), no_server_timeout_s=2.0)
+    assert run.spawn().process.wait(60) == 1
+    unknown, unkeyed = (server.addresses["http"] for server in servers)
+    said = capfd.readouterr().err
+    assert f"{unknown}: no data connection: the server does not know the receiver's key" in said
+    assert f"{unkeyed}: no data connection: the keys do not belong together, or one side has none" in said
+    assert said.count("is not healthy yet") < 20, "it asks again and again without a pause"
 
 
 def test_only_its_own_signal_ends_it_cleanly(make_run: Callable[..., Run]) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from dflash_scale.stream.wire import WireError
+from dflash_scale.stream.keys import make_keys
+from dflash_scale.stream.publisher import MAX_BYTES
 from dflash_scale.taps import default_layer_ids
 
 SCRIPT = Path(__file__).parents[1] / "launch" / "serve_vllm.py"
@@ -55,7 +56,7 @@ def test_extraction_command(model: Path) -> None:
         "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": [2, 4, 12]}},
     }
     transfer = value(line, "--kv-transfer-config")
-    assert transfer["kv_connector_extra_config"] == {"zmq": ZMQ, "insecure": False}
+    assert transfer["kv_connector_extra_config"] == {"zmq": ZMQ, "insecure": False, "max_bytes": MAX_BYTES}
     source = SCRIPT.parents[1] / (transfer["kv_connector_module_path"].replace(".", "/") + ".py")
     assert f"class {transfer['kv_connector']}(" in source.read_text()
     assert "--no-enable-prefix-caching" in line
@@ -140,15 +141,38 @@ def test_layer_ids_that_cannot_work(model: Path, ids: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("address", ["tcp://0.0.0.0:5601", "tcp://*:5601", "tcp://10.1.2.3:5601"])
 def test_open_addresses(model: Path, address: str) -> None:
-    with pytest.raises(WireError, match="--insecure"):
+    with pytest.raises(ValueError, match="--insecure"):
         command(model, zmq=address)
     extra = value(command(model, zmq=address, insecure=True), "--kv-transfer-config")["kv_connector_extra_config"]
-    assert extra == {"zmq": address, "insecure": True}
+    assert extra == {"zmq": address, "insecure": True, "max_bytes": MAX_BYTES}
+
+
+def test_keys_open_the_wire_but_not_http(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_keys(tmp_path / "keys")
+    monkeypatch.chdir(tmp_path)
+    serving = serve_vllm.parse(
+        ["m", "--port", "1", "--zmq", "tcp://*:1", "--keys", "keys", "--max-unsent-bytes", "1000"]
+    )
+    config = value(command(model, zmq=serving.zmq, keys=serving.keys, max_unsent_bytes=1000), "--kv-transfer-config")
+    assert config["kv_connector_extra_config"] == {
+        "zmq": "tcp://*:1",
+        "insecure": False,
+        "max_bytes": serving.max_unsent_bytes,
+        "keys": str(tmp_path / "keys"),  # absolute: vLLM's workers may have another working directory
+    }
+    with pytest.raises(ValueError, match="HTTP has neither encryption nor keys"):
+        command(model, keys=serving.keys, host="0.0.0.0")
+    with pytest.raises(ValueError, match=r"server\.secret cannot be read"):
+        command(model, keys=tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="--max-unsent-bytes must be above 0"):
+        command(model, max_unsent_bytes=0)
 
 
 def test_open_http_host(model: Path) -> None:
-    with pytest.raises(ValueError, match="--insecure"):
-        command(model, host="0.0.0.0")
+    for host in ("0.0.0.0", "::", "10.1.2.3"):
+        with pytest.raises(ValueError, match="--insecure"):
+            command(model, host=host)
+    assert command(model, host="::1")[6] == "::1"
 
 
 def test_missing_zmq_and_unknown_models(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +219,7 @@ def test_the_script_refuses_with_one_line(model: Path) -> None:
     line = [sys.executable, str(SCRIPT), str(model), "--port", "8001", "--zmq", "tcp://*:1"]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith("serve_vllm: tcp://*:1 is not a loopback address")
+    assert done.stderr.startswith("serve_vllm: --zmq: got 'tcp://*:1', wanted a loopback address")
     assert done.stderr.count("\n") == 1
 
 

@@ -9,7 +9,7 @@ begin and end, and in each worker process, where the cache is. Life of a request
     worker     get_finished, once copied     hands the copy to the Publisher; vLLM may reuse the blocks
 
 Only the prompt's tokens are sent: ask for max_tokens 1. `launch/serve_vllm.py` writes the configuration for this.
-Imports of this project: wire and publisher only, because the server's environment has nothing else of ours.
+Imports of this project: model_files, and of stream/ wire, keys and publisher; what those need is in docs/design.md.
 
 Shape letters: L verifier layers tapped · H hidden size · B cache blocks · P tokens in one cache block.
 """
@@ -17,6 +17,7 @@ Shape letters: L verifier layers tapped · H hidden size · B cache blocks · P 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,8 +30,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.platforms import current_platform
 
+from dflash_scale.model_files import origin_of
 from dflash_scale.stream import wire
-from dflash_scale.stream.publisher import Publisher
+from dflash_scale.stream.keys import server_keys
+from dflash_scale.stream.publisher import MAX_BYTES, Publisher
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -78,15 +81,15 @@ class _Copy:
 
 
 class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
-    """See the module's docstring. kv_connector_extra_config: zmq (address to bind), insecure, max_bytes."""
+    """See the module's docstring. kv_connector_extra_config: zmq (address to bind), insecure, keys, max_bytes."""
 
     def __init__(self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig") -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         extra = self._kv_transfer_config.kv_connector_extra_config
-        unknown = extra.keys() - {"zmq", "insecure", "max_bytes"}
+        unknown = extra.keys() - {"zmq", "insecure", "keys", "max_bytes"}
         if unknown or "zmq" not in extra:
             raise ValueError(
-                f"kv_connector_extra_config needs zmq and allows insecure and max_bytes, got {sorted(extra)}"
+                f"kv_connector_extra_config needs zmq and allows insecure, keys and max_bytes, got {sorted(extra)}"
             )
         self._extra: dict[str, Any] = extra
         _check_parallelism(vllm_config)
@@ -164,7 +167,9 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
             layout,
             self._vllm_config.model_config.served_model_name or self._vllm_config.model_config.model,
             insecure=bool(self._extra.get("insecure", False)),
-            max_bytes=int(self._extra.get("max_bytes", 8 << 30)),
+            origin=origin_of(self._vllm_config.model_config.model),
+            keys=server_keys(Path(self._extra["keys"])) if "keys" in self._extra else None,
+            max_bytes=int(self._extra.get("max_bytes", MAX_BYTES)),
         )
         log.info("Hidden states of layers %s go out at %s", list(layout.layer_ids), self._publisher.endpoint)
 

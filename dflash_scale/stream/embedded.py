@@ -26,9 +26,12 @@ from typing import Any, Final
 
 import torch
 
+from dflash_scale.addresses import check_bind, check_bind_http, split_address
+from dflash_scale.model_files import origin_of
 from dflash_scale.stream import wire
 from dflash_scale.stream.embedded_http import CompletionServer, Limits, Reply, Request
-from dflash_scale.stream.publisher import Publisher
+from dflash_scale.stream.keys import server_keys
+from dflash_scale.stream.publisher import MAX_BYTES, Publisher
 from dflash_scale.taps import causal_model, decoder_layers
 
 log = logging.getLogger(__name__)
@@ -47,6 +50,8 @@ class Options:
     dtype: str = "auto"
     threads: int = 1
     insecure: bool = False
+    keys: Path | None = None
+    max_unsent_bytes: int = MAX_BYTES
 
 
 class TappedVerifier:
@@ -111,9 +116,18 @@ class EmbeddedServer:
 
     def __init__(self, options: Options) -> None:
         self._check(options)
+        keys = server_keys(options.keys) if options.keys is not None else None
         self._verifier = TappedVerifier(options.model, options.layer_ids, options.dtype)
         self._queue: queue.Queue[tuple[Request, Future[Reply]] | None] = queue.Queue(MAX_WAITING)
-        self._publisher = Publisher(options.zmq, self._verifier.layout, options.model, insecure=options.insecure)
+        self._publisher = Publisher(
+            options.zmq,
+            self._verifier.layout,
+            options.model,
+            origin=origin_of(options.model),
+            insecure=options.insecure,
+            keys=keys,
+            max_bytes=options.max_unsent_bytes,
+        )
         self.zmq = self._publisher.endpoint
         limits = Limits(self._verifier.vocab_size, self._verifier.max_tokens, self._verifier.layout)
         try:
@@ -130,8 +144,12 @@ class EmbeddedServer:
     def _check(options: Options) -> None:
         if not Path(options.model).is_dir():
             raise ValueError(f"--model must be a folder with a Transformers model, got {options.model!r}.")
-        wire.check_address(f"tcp://{options.http}", insecure=options.insecure)
-        wire.check_address(options.zmq, insecure=options.insecure)
+        check_bind_http(
+            "--http", split_address("--http", f"http://{options.http}", "http")[0], insecure=options.insecure
+        )
+        check_bind("--zmq", options.zmq, open_to_others=options.insecure or options.keys is not None)
+        if options.max_unsent_bytes < 1:
+            raise ValueError(f"--max-unsent-bytes must be above 0, got {options.max_unsent_bytes}.")
 
     def _submit(self, request: Request) -> "Future[Reply]":
         future: Future[Reply] = Future()
@@ -203,6 +221,13 @@ def parse(arguments: Sequence[str]) -> tuple[Options, int | None]:
     parser.add_argument("--threads", type=int, default=1, help="of torch; more make small models slower")
     parser.add_argument("--parent-pid", type=int, help="stop when this process ends")
     parser.add_argument("--insecure", action="store_true", help="allow addresses that other machines can reach")
+    parser.add_argument("--keys", type=Path, help="folder of `dflash-scale keys`: serve only receivers named there")
+    parser.add_argument(
+        "--max-unsent-bytes",
+        type=int,
+        default=MAX_BYTES,
+        help="hidden states held for receivers, at most; default 8 GiB",
+    )
     args = parser.parse_args(arguments)
     try:
         layer_ids = tuple(int(part) for part in args.layer_ids.split(","))
@@ -216,6 +241,8 @@ def parse(arguments: Sequence[str]) -> tuple[Options, int | None]:
         dtype=args.dtype,
         threads=args.threads,
         insecure=args.insecure,
+        keys=args.keys,
+        max_unsent_bytes=args.max_unsent_bytes,
     )
     return options, args.parent_pid
 

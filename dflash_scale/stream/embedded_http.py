@@ -7,6 +7,7 @@ a request goes to `submit`, which gives a future.
 
 import json
 import logging
+import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -16,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import Any, Final
 
+from dflash_scale.addresses import split_address
 from dflash_scale.stream import wire
 
 log = logging.getLogger(__name__)
@@ -51,14 +53,14 @@ class CompletionServer:
     """Listens from construction until `close`."""
 
     def __init__(self, address: str, model: str, limits: Limits, submit: Callable[[Request], "Future[Reply]"]) -> None:
-        host, _, port = address.rpartition(":")
+        host, port = split_address("--http", f"http://{address}", "http")
 
         class Handler(_Handler):
             pass
 
         Handler.model, Handler.limits, Handler.submit = model, limits, staticmethod(submit)
-        self._server = _Server((host.strip("[]"), int(port)), Handler)
-        self.url = f"http://{host}:{self._server.server_address[1]}"
+        self._server = (_Server6 if ":" in host else _Server)((host, port), Handler)
+        self.url = f"http://{address.rpartition(':')[0]}:{self._server.server_address[1]}"
         self._thread = Thread(target=self._server.serve_forever, args=(0.1,), name="dflash-http", daemon=True)
         self._thread.start()
 
@@ -72,6 +74,10 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False  # a client may hold its connection open for ever
     request_queue_size = 256
+
+
+class _Server6(_Server):
+    address_family = socket.AF_INET6
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -23,8 +23,9 @@ from dflash_scale.stream.calls import Calls, Event, HealthAnswered
 from dflash_scale.stream.delivery import Delivery
 from dflash_scale.stream.fleet import Fleet
 from dflash_scale.stream.jobs import Action, Job, Key, Limits, Lost, Probe, Quarantined, Send
+from dflash_scale.stream.keys import ReceiverKeys
 from dflash_scale.stream.links import Links
-from dflash_scale.stream.wire import Layout, Ticket, WireError
+from dflash_scale.stream.wire import Layout, Origin, Ticket, WireError
 
 log = logging.getLogger(__name__)
 
@@ -33,18 +34,20 @@ MESSAGES_PER_TURN: Final = 8  # from one server, before the others have theirs
 LOG_EVERY_S: Final = 60.0
 
 
-class LayoutMismatch(ValueError):
-    """A server sends something else than what the run trains on."""
+class ServerMismatch(ValueError):
+    """A server sends something else than what the run trains on, or speaks another version of the wire."""
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
     """Who receives, and what. `receiver` is the routing id, different for every receiver process; a server must offer
-    all layers of `layout`, though not every sample is asked for with all of them."""
+    all layers of `layout`, though not every sample is asked for with all of them, from the verifier `origin`."""
 
     run_id: str
     receiver: str
     layout: Layout
+    origin: Origin
+    keys: ReceiverKeys | None
 
 
 @dataclass(slots=True)
@@ -53,7 +56,7 @@ class Greeting:
 
     probe: Probe
     health: bool = False
-    reply: wire.HelloReply | None = None
+    reply: wire.HelloReply | wire.Incompatible | None = None
 
 
 class Dropped:
@@ -102,13 +105,14 @@ class Intake:
         self._greetings: dict[int, Greeting] = {}
         self._server_ids: dict[int, str] = {}
         self._models: dict[int, str] = {}
+        self._uncompared: set[tuple[str, str]] = set()  # server and what of it, that was said already
         self._broken: set[int] = set()  # servers whose data connection broke since their last greeting
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._calls = Calls(
             [http for http, _ in servers], limits.requests_per_server, limits.request_timeout_s + 1, self._report
         )
         largest = self._max_tokens * identity.layout.bytes_per_token
-        self._links = Links([address for _, address in servers], identity.receiver, largest)
+        self._links = Links([address for _, address in servers], identity.receiver, largest, identity.keys)
 
     def close(self) -> None:
         self._calls.close()
@@ -136,7 +140,7 @@ class Intake:
 
         Raises:
             NoServerError: no server has been healthy for too long.
-            LayoutMismatch: before the first request: a server sends something else than what the run wants.
+            ServerMismatch: before the first request: a server sends something else than what the run wants.
         """
         now = time.monotonic()
         for want in self.delivery.take():
@@ -148,6 +152,9 @@ class Intake:
         for server in seen.broken:
             self._broken.add(server)
             self.fleet.disconnected(server, time.monotonic())
+        for server, why in seen.shut.items():
+            if (greeting := self._greetings.pop(server, None)) is not None:
+                self.fleet.probe_done(greeting.probe, f"no data connection: {why}", time.monotonic())
         for server in seen.readable:
             self._receive(server)
         while not self._events.empty():
@@ -179,7 +186,8 @@ class Intake:
                 self._send(action)
             case Probe():
                 self._greetings[action.server] = Greeting(action)
-                if not self.fleet.servers[action.server].healthy:
+                state = self.fleet.servers[action.server]
+                if state.greeted and not state.healthy:  # the first connection is still being made
                     self._links.reconnect(action.server)
                 self._calls.health(action, self.fleet.probe_timeout_s)
                 hello = wire.encode(wire.Hello(self._identity.run_id, self._identity.receiver))
@@ -221,9 +229,12 @@ class Intake:
             return
         server, reply = greeting.probe.server, greeting.reply
         del self._greetings[server]
-        mismatch = self._mismatch(server, reply.layout)
+        mismatch = self._mismatch(server, reply)
         if mismatch and not self.fleet.issued:
-            raise LayoutMismatch(mismatch)
+            raise ServerMismatch(mismatch)
+        if isinstance(reply, wire.Incompatible):
+            self.fleet.probe_done(greeting.probe, mismatch, time.monotonic())
+            return
         lost = Lost.CONNECTION if server in self._broken else Lost.NOTHING
         if self._server_ids.get(server, reply.server_id) != reply.server_id:
             lost = Lost.RESTARTED
@@ -231,15 +242,29 @@ class Intake:
         self._server_ids[server], self._models[server] = reply.server_id, reply.model
         self.fleet.probe_done(greeting.probe, mismatch, time.monotonic(), lost)
 
-    def _mismatch(self, server: int, got: Layout) -> str:
-        want = self._identity.layout
-        if got.offers(want):
-            return ""
-        return (
-            f"server {self.fleet.servers[server].address} sends layers {list(got.layer_ids)} of {got.hidden_size} "
-            f"{got.dtype}, this run wants layers {list(want.layer_ids)} of {want.hidden_size} {want.dtype}; start the "
-            "server with the run's verifier and layer ids, or change verifier.model, .layer_ids and .dtype"
-        )
+    def _mismatch(self, server: int, reply: wire.HelloReply | wire.Incompatible) -> str:
+        address, want = self.fleet.servers[server].address, self._identity
+        if isinstance(reply, wire.Incompatible):
+            return f"server {address}: {reply}"
+        got, wanted = reply.layout, want.layout
+        if not got.offers(wanted):
+            return (
+                f"server {address} sends layers {list(got.layer_ids)} of {got.hidden_size} {got.dtype}, this run wants "
+                f"layers {list(wanted.layer_ids)} of {wanted.hidden_size} {wanted.dtype}; start the server with the "
+                "run's verifier and layer ids, or change verifier.model, .layer_ids and .dtype"
+            )
+        for what in ("verifier", "tokenizer"):
+            theirs, ours = getattr(reply.origin, what), getattr(want.origin, what)
+            if theirs and ours and theirs != ours:
+                return (
+                    f"server {address} serves {reply.model} with the {what} {theirs}, verifier.model has {ours}; start "
+                    "the server with the run's verifier, or change verifier.model"
+                )
+            if not (theirs and ours) and (address, what) not in self._uncompared:
+                self._uncompared.add((address, what))
+                side = "here" if theirs else "there"
+                log.info("the %s of server %s cannot be compared: its files are not %s", what, address, side)
+        return ""
 
     # Messages of the servers.
 
@@ -262,7 +287,7 @@ class Intake:
 
     def _message(self, server: int, message: wire.Message) -> None:
         match message:
-            case wire.HelloReply():
+            case wire.HelloReply() | wire.Incompatible():
                 greeting = self._greetings.get(server)
                 if greeting is not None:
                     greeting.reply = message

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
-from dflash_scale.stream import wire
+from dflash_scale.stream import sockets
+from dflash_scale.stream.keys import ReceiverKeys
 
 MOST_IO_THREADS: Final = 4  # each moves about 2 GB/s; a connection stays with one of them
 # mallopt(3) of glibc
@@ -36,10 +36,11 @@ def keep_freed_memory() -> None:
 
 @dataclass(slots=True)
 class Seen:
-    """What a wait found: servers with messages to read, and servers whose connection broke."""
+    """What a wait found: servers with messages to read, servers whose connection broke, and why one was not made."""
 
     readable: list[int] = field(default_factory=list)
     broken: list[int] = field(default_factory=list)
+    shut: dict[int, str] = field(default_factory=dict)
 
 
 class Links:
@@ -49,17 +50,21 @@ class Links:
         addresses: of the servers' publishers.
         receiver: routing id.
         max_message_bytes: the largest frame to accept.
+        keys: of the wire; None where the servers have none.
     """
 
-    def __init__(self, addresses: Sequence[str], receiver: str, max_message_bytes: int) -> None:
+    def __init__(
+        self, addresses: Sequence[str], receiver: str, max_message_bytes: int, keys: ReceiverKeys | None = None
+    ) -> None:
         self._addresses = list(addresses)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._context = zmq.Context(io_threads=max(1, min(MOST_IO_THREADS, len(self._addresses))))
         self.sockets = [
-            wire.connect_dealer(self._context, address, receiver, max_message_bytes=max_message_bytes)
+            sockets.connect_dealer(self._context, address, receiver, max_message_bytes=max_message_bytes, keys=keys)
             for address in self._addresses
         ]
-        self._monitors = [socket.get_monitor_socket(zmq.EVENT_DISCONNECTED) for socket in self.sockets]
+        self._monitors = [sockets.watch_connection(socket) for socket in self.sockets]
+        self._connected: set[int] = set()
         self._poller = zmq.Poller()
         for source in [*self.sockets, *self._monitors, self._wake]:
             self._poller.register(source, zmq.POLLIN)
@@ -75,12 +80,21 @@ class Links:
             if ready == self._wake:
                 os.eventfd_read(self._wake)
             elif ready in self._monitors:
-                recv_monitor_message(ready)
-                seen.broken.append(self._monitors.index(ready))
-                self.reconnect(seen.broken[-1])
+                self._connection(self._monitors.index(ready), seen)
             else:
                 seen.readable.append(self.sockets.index(ready))
         return seen
+
+    def _connection(self, server: int, seen: Seen) -> None:
+        event = sockets.connection_event(self._monitors[server])
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._connected.add(server)
+        elif event in sockets.HANDSHAKE_FAILURES:
+            seen.shut[server] = sockets.HANDSHAKE_FAILURES[event]
+        elif server in self._connected:  # and not one that was refused, which would be refused again at once
+            self._connected.remove(server)
+            seen.broken.append(server)
+            self.reconnect(server)
 
     def reconnect(self, server: int) -> None:
         """ZeroMQ reconnects after most failures by itself, but not after a message above MAXMSGSIZE."""

@@ -19,7 +19,8 @@ from typing import Final
 
 import zmq
 
-from dflash_scale.stream import wire
+from dflash_scale.stream import sockets, wire
+from dflash_scale.stream.keys import ServerKeys
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +28,15 @@ AWAY_S: Final = 5.0  # a receiver that reconnects needs at most RECONNECT_IVL_MA
 STALLED_S: Final = 60.0
 RETRY_S: Final = 0.01  # with SEND_HIGH_WATER this caps a receiver at 6400 messages per second
 LOG_EVERY_S: Final = 60.0
+MAX_BYTES: Final = 8 << 30  # four receivers at the default stream.server_credit_bytes
+UNKNOWN: Final = wire.Origin()
 HELLOS_PER_TURN: Final = 64  # a flood of hellos must not keep data from leaving
+COUNTED: Final = {
+    "dropped": "messages dropped",
+    "invalid": "messages invalid",
+    "refused": "messages refused",
+    "turned_away": "connections turned away",
+}
 
 
 @dataclass(slots=True)
@@ -39,6 +48,7 @@ class Counters:
     refused: int = 0
     dropped: int = 0
     invalid: int = 0
+    turned_away: int = 0  # connections
 
 
 @dataclass(slots=True)
@@ -69,9 +79,10 @@ class Publisher:
     """Binds `address` and sends hidden states to whoever a ticket names, if that receiver is connected.
 
     address: tcp://127.0.0.1:PORT (port 0 or * picks one; see `endpoint`) or ipc://PATH.
-    layout, model: what the hello reply says.
+    layout, model, origin: what the hello reply says.
+    keys: serve only receivers that hold one of these; without, whoever reaches the address.
     max_bytes: payload bytes held at most, queued or inside ZeroMQ.
-    Raises WireError for a bad address and zmq.ZMQError if it is taken.
+    Raises ValueError for a bad address and zmq.ZMQError if it is taken.
     """
 
     def __init__(
@@ -80,27 +91,31 @@ class Publisher:
         layout: wire.Layout,
         model: str,
         *,
+        origin: wire.Origin = UNKNOWN,
         insecure: bool = False,
-        max_bytes: int = 8 << 30,  # four receivers at the default stream.server_credit_bytes
+        keys: ServerKeys | None = None,
+        max_bytes: int = MAX_BYTES,
     ) -> None:
         self.layout = layout
         self.server_id = secrets.token_hex(8)
         self.max_bytes = max_bytes
         self.counters = Counters()
-        self._hello_reply = wire.encode(wire.HelloReply(layout, model, self.server_id))
+        self._hello_reply = wire.encode(wire.HelloReply(layout, model, self.server_id, origin))
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._doorkeeper = sockets.Doorkeeper(self._context, keys.receivers) if keys is not None else None
         try:
-            self._router = wire.bind_router(self._context, address, insecure)
-        except (wire.WireError, zmq.ZMQError):
-            self._context.term()
+            self._router = sockets.bind_router(self._context, address, insecure=insecure, keys=keys)
+        except (ValueError, zmq.ZMQError):
+            self._end_context()
             raise
+        self._connections = sockets.watch_connection(self._router)
         self.endpoint = str(self._router.getsockopt_string(zmq.LAST_ENDPOINT))
         self._inbox: deque[tuple[wire.Ticket, wire.Buffer, wire.Buffer] | wire.Refusal] = deque()
         self._lock = threading.Lock()  # over _held_bytes alone
         self._held_bytes = 0
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stop_at: float | None = None
-        self._logged_at = {"dropped": float("-inf"), "invalid": float("-inf"), "refused": float("-inf")}
+        self._logged_at = dict.fromkeys(COUNTED, float("-inf"))
         self._thread = threading.Thread(target=self._run, name="dflash-publisher", daemon=True)
         self._thread.start()
 
@@ -121,15 +136,15 @@ class Publisher:
             fits = self._held_bytes + nbytes <= self.max_bytes
             self._held_bytes += nbytes if fits else 0
         if not fits:
-            self.refuse(ticket, f"the server holds {self._held_bytes} of {self.max_bytes} unsent bytes")
+            self.refuse(ticket, f"the server holds {self._held_bytes} of {self.max_bytes} unsent bytes", busy=True)
             return False
         self._inbox.append((ticket, token_ids, hidden_states))
         os.eventfd_write(self._wake, 1)
         return True
 
-    def refuse(self, ticket: wire.Ticket, reason: str) -> None:
-        """Tells the receiver not to wait for this attempt."""
-        self._inbox.append(wire.Refusal(ticket, reason[: wire.MAX_REASON_CHARS]))
+    def refuse(self, ticket: wire.Ticket, reason: str, *, busy: bool = False) -> None:
+        """Tells the receiver not to wait for this attempt. busy: the sample is not to blame, only the moment."""
+        self._inbox.append(wire.Refusal(ticket, reason[: wire.MAX_REASON_CHARS], busy))
         os.eventfd_write(self._wake, 1)
 
     def close(self, linger_s: float = 1.0) -> None:
@@ -144,6 +159,7 @@ class Publisher:
         poller = zmq.Poller()
         poller.register(self._router, zmq.POLLIN)
         poller.register(self._wake, zmq.POLLIN)
+        poller.register(self._connections, zmq.POLLIN)
         try:
             while not self._finished(queues):
                 busy = bool(queues.by_receiver or queues.in_zmq)
@@ -152,6 +168,8 @@ class Publisher:
                     os.eventfd_read(self._wake)
                 if self._router in ready:
                     self._answer_hellos()
+                if self._connections in ready:
+                    self._count_turned_away()
                 self._take_inbox(queues)
                 for receiver in list(queues.by_receiver):
                     self._send_queue(queues, receiver)
@@ -160,14 +178,30 @@ class Publisher:
             log.exception("The sending thread died: receivers will get nothing more from this server")
             raise
         finally:
+            self._router.disable_monitor()
+            self._connections.close()
             self._router.close(linger=200)  # milliseconds; frames below 64 KiB are copied and not tracked
-            self._context.term()
+            self._end_context()
+
+    def _end_context(self) -> None:
+        if self._doorkeeper is not None:
+            self._doorkeeper.close()
+        self._context.term()
 
     def _finished(self, queues: _Queues) -> bool:
         if self._stop_at is None:
             return False
         idle = not (self._inbox or queues.by_receiver or queues.in_zmq)
         return idle or time.monotonic() >= self._stop_at
+
+    def _count_turned_away(self) -> None:
+        for _ in range(HELLOS_PER_TURN):
+            try:
+                event = sockets.connection_event(self._connections)
+            except zmq.Again:
+                return
+            if event in sockets.HANDSHAKE_FAILURES:
+                self._count("turned_away", sockets.HANDSHAKE_FAILURES[event])
 
     def _answer_hellos(self) -> None:
         for _ in range(HELLOS_PER_TURN):
@@ -176,13 +210,23 @@ class Publisher:
             except zmq.Again:
                 return
             try:
-                if len(frames) != 2 or not isinstance(wire.decode(frames[1], max_tokens=0), wire.Hello):
-                    raise wire.WireError(f"expected one hello frame, got {len(frames) - 1} frames")
-                self._router.send_multipart([frames[0], self._hello_reply], zmq.NOBLOCK)
+                self._router.send_multipart([frames[0], self._answer(frames[1:])], zmq.NOBLOCK)
             except wire.WireError as error:
                 self._count("invalid", f"from a receiver: {error}")
             except zmq.ZMQError as error:  # gone again, or it does not read: its next hello is answered
                 self._count("dropped", f"hello reply: {error}")
+
+    def _answer(self, frames: list[bytes]) -> bytes:
+        """What is said to a receiver's message; raises WireError if it is no hello."""
+        if len(frames) != 1:
+            raise wire.WireError(f"expected one frame, a hello, got {len(frames)}")
+        hello = wire.decode(frames[0], max_tokens=0)
+        if not isinstance(hello, wire.Hello):
+            raise wire.WireError(f"expected a hello, got {type(hello).__name__}")
+        if wire.common_version(hello.versions) is None:
+            self._count("invalid", f"hello of {hello.receiver}: it speaks versions {hello.versions}")
+            return wire.encode(wire.Incompatible(wire.VERSIONS))
+        return self._hello_reply
 
     def _take_inbox(self, queues: _Queues) -> None:
         while self._inbox:
@@ -241,4 +285,4 @@ class Publisher:
         now = time.monotonic()
         if now - self._logged_at[what] >= LOG_EVERY_S:
             self._logged_at[what] = now
-            log.warning("%s messages %s so far; the latest: %s", total, what, detail)
+            log.warning("%d %s so far; the latest: %s", total, COUNTED[what], detail)

@@ -258,11 +258,13 @@ def serve(spec: ReceiverSpec, config: Config, rings: Sequence[Ring], stop: Stop)
 
 def make_intake(spec: ReceiverSpec, config: Config, rings: Sequence[Ring]) -> Any:
     """The loop with all that it works on, from the spec: the same schedule that the ranks compute."""
+    from dflash_scale.model_files import origin_of
     from dflash_scale.packer import RowSchedule, Samples, schedule_spec
     from dflash_scale.prompts import load_prepared  # imports datasets, seconds: after the rings are there
     from dflash_scale.stream.delivery import Delivery
     from dflash_scale.stream.intake import Identity, Intake
     from dflash_scale.stream.jobs import Limits
+    from dflash_scale.stream.keys import receiver_keys
     from dflash_scale.stream.window import Window
 
     stream = config.stream
@@ -288,7 +290,13 @@ def make_intake(spec: ReceiverSpec, config: Config, rings: Sequence[Ring]) -> An
         probe_s=stream.probe_s,
         no_server_timeout_s=stream.no_server_timeout_s,
     )
-    identity = Identity(spec.run_id, f"{spec.run_id}:{spec.ranks[0]}:{os.getpid()}", spec.layouts.validation)
+    identity = Identity(
+        spec.run_id,
+        f"{spec.run_id}:{spec.ranks[0]}:{os.getpid()}",
+        spec.layouts.validation,
+        origin_of(config.verifier.model),
+        receiver_keys(Path(stream.keys)) if stream.keys is not None else None,
+    )
     servers = [(server.http, server.zmq) for server in stream.servers]
     return Intake(servers, limits, identity, Delivery(windows), samples)
 

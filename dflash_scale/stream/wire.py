@@ -1,10 +1,10 @@
-"""The wire between a verifier's server and a receiver: messages, their validation, and the two socket ends.
+"""The wire between a verifier's server and a receiver: messages and their validation.
 
 Channel, in both directions over one ZeroMQ connection per (server, receiver) pair:
 
 - Who binds: the server binds a ROUTER; receivers connect a DEALER under a routing id of their own choosing
   (`Ticket.receiver`). A server never opens a connection, whatever a request asks for.
-- Frames: receiver -> server `[hello]`; server -> receiver `[hello reply]`, `[refusal]`, or
+- Frames: receiver -> server `[hello]`; server -> receiver `[hello reply]`, `[incompatible]`, `[refusal]`, or
   `[header][token ids][hidden states]`. Frame 0 is always one msgpack map of at most 4 KiB with a fixed set of
   keys. Token ids are int32 little-endian, hidden states (tokens, L, H) contiguous in the layout's dtype.
 - Ordering: messages to one receiver leave in the order they were queued. Requests finish in any order, so a
@@ -17,36 +17,38 @@ Channel, in both directions over one ZeroMQ connection per (server, receiver) pa
 - Who may die: either end, at any time. A reconnecting receiver takes its routing id over from its dead
   connection; a restarted server shows a new server id in its hello reply.
 
-Nothing here is unpickled, and no size that came over the network is used before it was compared with a bound.
-Imported inside the vLLM server: standard library, msgpack, xxhash and zmq only.
+- Versions: a hello names the range that the receiver speaks; the server answers in the newest that both speak, or
+  with its own range. These two, hello and `incompatible`, look the same in every version; all others carry it.
+
+Nothing here is unpickled, and no size that came over the network is used before it was compared with a bound. The
+sockets are in `sockets.py`. Imported inside the vLLM server: standard library, msgpack and xxhash only.
 
 Shape letters: L verifier layers sent · H hidden size.
 """
 
-import ipaddress
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 import msgpack
 import xxhash
-import zmq
 
 VERSION: Final = 2
+VERSIONS: Final = (VERSION, VERSION)  # the oldest and the newest that this program speaks
 MAX_HEADER_BYTES: Final = 4096
 MAX_REASON_CHARS: Final = 512
 MAX_MODEL_CHARS: Final = 1024
 MAX_LAYERS: Final = 128
 MAX_LAYER_ID: Final = 4096
+MAX_KEYS: Final = 16  # of one map
 MAX_HIDDEN_SIZE: Final = 1 << 17
 MAX_INT: Final = (1 << 63) - 1
 DTYPE_BYTES: Final[Mapping[str, int]] = {"float32": 4, "bfloat16": 2, "float16": 2}
 TOKEN_ID_BYTES: Final = 4
-SEND_HIGH_WATER: Final = 64  # messages per receiver inside ZeroMQ; the bound in bytes is the publisher's
 
+_DIGEST = re.compile(r"(?:[0-9a-f]{16})?")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")
 
 Buffer = bytes | bytearray | memoryview
@@ -108,8 +110,8 @@ class Ticket:
     layer_ids: tuple[int, ...]  # what is wanted of what the server offers
 
     def __post_init__(self) -> None:
-        _check_name("run_id", self.run_id)
-        _check_name("receiver", self.receiver)
+        check_name("run_id", self.run_id)
+        check_name("receiver", self.receiver)
         _check_layer_ids(self.layer_ids)
         for field in ("epoch", "sample", "attempt"):
             _check_int(field, getattr(self, field), 0, MAX_INT)
@@ -134,14 +136,47 @@ class Ticket:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """receiver -> server: asks for the hello reply."""
+    """receiver -> server: asks for the hello reply. versions: the oldest and the newest that the receiver speaks."""
 
     run_id: str
     receiver: str
+    versions: tuple[int, int] = VERSIONS
 
     def __post_init__(self) -> None:
-        _check_name("run_id", self.run_id)
-        _check_name("receiver", self.receiver)
+        _check_versions(self.versions)
+        check_name("run_id", self.run_id)
+        check_name("receiver", self.receiver)
+
+
+@dataclass(frozen=True, slots=True)
+class Incompatible:
+    """server -> receiver, in place of the hello reply: it speaks other versions, from the oldest to the newest."""
+
+    versions: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        _check_versions(self.versions)
+
+    def __str__(self) -> str:
+        theirs, ours = (f"{low}" if low == high else f"{low} to {high}" for low, high in (self.versions, VERSIONS))
+        older = "server" if self.versions[1] < VERSIONS[0] else "receiver"
+        return (
+            f"the server speaks version {theirs} of the wire, this receiver {ours}; upgrade dflash_scale at the {older}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Digests of the verifier and of its tokenizer, 16 hex digits each; empty where they could not be computed."""
+
+    verifier: str = ""
+    tokenizer: str = ""
+
+    def __post_init__(self) -> None:
+        for field in ("verifier", "tokenizer"):
+            value = getattr(self, field)
+            if not isinstance(value, str) or not _DIGEST.fullmatch(value):
+                raise WireError(f"{field} must be 16 hex digits or empty, got {value!r:.80}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,10 +186,11 @@ class HelloReply:
     layout: Layout
     model: str
     server_id: str
+    origin: Origin
 
     def __post_init__(self) -> None:
         _check_text("model", self.model, MAX_MODEL_CHARS)
-        _check_name("server_id", self.server_id)
+        check_name("server_id", self.server_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,29 +218,44 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """server -> receiver: this ticket's hidden states will not come from this attempt."""
+    """server -> receiver: this ticket's hidden states will not come from this attempt.
+
+    busy: the server has no room at the moment, whatever the sample; the attempt should not count against it.
+    """
 
     ticket: Ticket
     reason: str
+    busy: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.busy, bool):
+            raise WireError(f"busy must be true or false, got {self.busy!r:.40}")
         _check_text("reason", self.reason, MAX_REASON_CHARS)
 
 
-Message = Hello | HelloReply | Header | Refusal
+Message = Hello | Incompatible | HelloReply | Header | Refusal
 _TYPES: Final[Mapping[str, type[Message]]] = {
     "hello": Hello,
+    "incompatible": Incompatible,
     "hello-reply": HelloReply,
     "data": Header,
     "refusal": Refusal,
 }
+_ANY_VERSION: Final = ("hello", "incompatible")
 _NAMES: Final = {cls: name for name, cls in _TYPES.items()}
+_INNER: Final[Mapping[str, Callable[[object], object]]] = {
+    "ticket": Ticket.from_params,
+    "layout": Layout.from_params,
+    "origin": lambda params: Origin(**_fields("origin", params, ("verifier", "tokenizer"))),
+}
 _KEYS: Final[Mapping[str, tuple[str, ...]]] = {name: tuple(cls.__dataclass_fields__) for name, cls in _TYPES.items()}
 
 
 def encode(message: Message) -> bytes:
     """Frame 0 of `message`, at most MAX_HEADER_BYTES long."""
-    frame = msgpack.packb({"v": VERSION, "type": _NAMES[type(message)], **asdict(message)})
+    kind = _NAMES[type(message)]
+    version = {} if kind in _ANY_VERSION else {"v": VERSION}
+    frame = msgpack.packb({**version, "type": kind, **asdict(message)})
     if len(frame) > MAX_HEADER_BYTES:
         raise WireError(f"{type(message).__name__} takes {len(frame)} bytes, the limit is {MAX_HEADER_BYTES}")
     return bytes(frame)
@@ -217,26 +268,48 @@ def decode(frame: Buffer, *, max_tokens: int) -> Message:
     """
     if len(frame) > MAX_HEADER_BYTES:
         raise WireError(f"the header takes {len(frame)} bytes, the limit is {MAX_HEADER_BYTES}")
-    try:
-        body = msgpack.unpackb(frame, raw=False, use_list=True, strict_map_key=True)
-    except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
-        raise WireError(f"the header is not msgpack: {type(error).__name__}") from error
-    if not isinstance(body, dict):
-        raise WireError(f"the header must be a map, got {type(body).__name__}")
-    version, kind = body.pop("v", None), body.pop("type", None)
-    if type(version) is not int or version != VERSION:
-        raise WireError(f"the header has protocol version {version!r:.40}, this program speaks {VERSION}")
+    body = _unpack(frame)
+    kind = body.pop("type", None)
     if not isinstance(kind, str) or kind not in _TYPES:
         raise WireError(f"unknown message type {kind!r:.40}, expected one of {sorted(_TYPES)}")
+    if kind not in _ANY_VERSION:
+        version = body.pop("v", None)
+        if type(version) is not int or common_version((version, version)) is None:
+            raise WireError(f"the header has protocol version {version!r:.40}, this program speaks {VERSION}")
     fields = _fields(kind, body, _KEYS[kind])
-    if "ticket" in fields:
-        fields["ticket"] = Ticket.from_params(fields["ticket"])
-    if "layout" in fields:
-        fields["layout"] = Layout.from_params(fields["layout"])
+    if isinstance(versions := fields.get("versions"), list):
+        fields["versions"] = tuple(versions)
+    for name, read in _INNER.items():
+        if name in fields:
+            fields[name] = read(fields[name])
     message = _TYPES[kind](**fields)
     if isinstance(message, Header) and message.tokens > max_tokens:
         raise WireError(f"the header announces {message.tokens} tokens, at most {max_tokens} were asked for")
     return message
+
+
+def _unpack(frame: Buffer) -> dict[Any, Any]:
+    """The map in a frame of at most MAX_HEADER_BYTES; the bounds are on what msgpack allocates before it reads."""
+    try:
+        body = msgpack.unpackb(
+            frame,
+            max_str_len=MAX_HEADER_BYTES,
+            max_array_len=MAX_LAYERS,
+            max_map_len=MAX_KEYS,
+            max_bin_len=0,  # no field of any message is bytes or an extension type
+            max_ext_len=0,
+        )
+    except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
+        raise WireError(f"the header is not msgpack: {type(error).__name__}") from error
+    if not isinstance(body, dict):
+        raise WireError(f"the header must be a map, got {type(body).__name__}")
+    return body
+
+
+def common_version(versions: tuple[int, int]) -> int | None:
+    """The newest version that this program and one that speaks `versions`, oldest and newest, have in common."""
+    newest = min(versions[1], VERSIONS[1])
+    return newest if newest >= max(versions[0], VERSIONS[0]) else None
 
 
 def checksum(token_ids: Buffer, hidden_states: Buffer) -> int:
@@ -281,76 +354,6 @@ def decode_data(frames: Sequence[Buffer], *, layout: Layout, max_tokens: int) ->
     return header, memoryview(frames[1]), memoryview(frames[2])
 
 
-def is_loopback(address: str) -> bool:
-    """True for ipc:// and for tcp:// on a loopback interface; WireError for what is neither ipc nor tcp."""
-    parts = urlsplit(address)
-    if parts.scheme == "ipc":
-        return True
-    if parts.scheme != "tcp" or not parts.netloc:
-        raise WireError(f"the address must look like tcp://127.0.0.1:5601 or ipc:///path, got {address!r}")
-    host = parts.netloc.rpartition(":")[0].strip("[]")
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name, an interface or "*": could be anything
-        return False
-
-
-def check_address(address: str, *, insecure: bool) -> None:
-    """Raises WireError if binding `address` would offer unauthenticated data to other machines."""
-    if not is_loopback(address) and not insecure:
-        raise WireError(
-            f"{address} is not a loopback address, and this wire has neither encryption nor authentication "
-            "yet (CURVE keys will come later). Bind to 127.0.0.1, or pass --insecure in a trusted network."
-        )
-
-
-def bind_router(context: "zmq.Context[Any]", address: str, insecure: bool = False) -> "zmq.Socket[bytes]":
-    """The server's end. Sending to an absent receiver raises EHOSTUNREACH, to a slow one EAGAIN."""
-    check_address(address, insecure=insecure)
-    socket = context.socket(zmq.ROUTER)
-    _set_options(socket, address, max_message_bytes=MAX_HEADER_BYTES)  # hellos are all that a server accepts
-    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-    socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
-    try:
-        socket.bind(address)
-    except zmq.ZMQError:
-        socket.close(linger=0)
-        raise
-    return socket
-
-
-def connect_dealer(
-    context: "zmq.Context[Any]", address: str, receiver: str, *, max_message_bytes: int
-) -> "zmq.Socket[bytes]":
-    """A receiver's end, under the routing id `receiver`. ZeroMQ reconnects by itself; then say hello again.
-
-    max_message_bytes: the largest frame to accept (the hidden states of the longest sample); a server that
-    sends more is disconnected before the bytes are read.
-    """
-    _check_name("receiver", receiver)
-    is_loopback(address)  # for its check of the form
-    socket = context.socket(zmq.DEALER)
-    _set_options(socket, address, max_message_bytes=max(MAX_HEADER_BYTES, max_message_bytes))
-    socket.setsockopt(zmq.ROUTING_ID, receiver.encode())
-    socket.setsockopt(zmq.RECONNECT_IVL, 100)
-    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
-    socket.connect(address)
-    return socket
-
-
-def _set_options(socket: "zmq.Socket[bytes]", address: str, *, max_message_bytes: int) -> None:
-    socket.setsockopt(zmq.LINGER, 0)
-    socket.setsockopt(zmq.SNDHWM, SEND_HIGH_WATER)
-    socket.setsockopt(zmq.RCVHWM, SEND_HIGH_WATER)
-    socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, 5_000)  # milliseconds: a vanished machine is noticed within 20 s
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 15_000)
-    socket.setsockopt(zmq.HEARTBEAT_TTL, 15_000)
-    socket.setsockopt(zmq.IPV6, int("[" in address))
-
-
 def _fields(what: str, params: object, keys: Sequence[str]) -> dict[str, Any]:
     if not isinstance(params, dict):
         raise WireError(f"the {what} must be a map with the keys {list(keys)}, got {type(params).__name__}")
@@ -380,7 +383,14 @@ def _check_int(name: str, value: object, low: int, high: int) -> None:
         raise WireError(f"{name} must be an integer from {low} to {high}, got {value!r:.40}")
 
 
-def _check_name(name: str, value: object) -> None:
+def _check_versions(versions: object) -> None:
+    if not isinstance(versions, tuple) or len(versions) != 2:
+        raise WireError(f"versions must be two integers, oldest and newest, got {versions!r:.80}")
+    _check_int("the oldest version", versions[0], 1, 1 << 31)
+    _check_int("the newest version", versions[1], versions[0], 1 << 31)
+
+
+def check_name(name: str, value: object) -> None:
     if not isinstance(value, str) or not _NAME.fullmatch(value):
         raise WireError(f"{name} must be 1 to 64 characters of A-Z a-z 0-9 . _ : -, got {value!r:.80}")
 

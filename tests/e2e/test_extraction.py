@@ -24,8 +24,10 @@ import zmq
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from dflash_scale.stream import wire
+from dflash_scale.model_files import origin_of
+from dflash_scale.stream import sockets, wire
 from dflash_scale.stream.embedded import TappedVerifier
+from dflash_scale.stream.keys import make_keys, receiver_keys
 
 pytestmark = pytest.mark.e2e
 
@@ -41,6 +43,7 @@ class Server:
     model: Path
     http: str
     zmq: str
+    keys: Path
     process: "subprocess.Popen[bytes]"
     log: Path
 
@@ -91,14 +94,25 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     write_model(model)
     http, address = free_port(), f"tcp://127.0.0.1:{free_port()}"
     command = [sys.executable, str(ROOT / "launch" / "serve_vllm.py"), str(model), "--port", str(http)]
-    command += ["--zmq", address, "--layer-ids", ",".join(map(str, TAPS)), "--python", VLLM_PYTHON, "--"]
+    make_keys(folder / "keys")
+    command += [
+        "--zmq",
+        address,
+        "--keys",
+        str(folder / "keys"),
+        "--layer-ids",
+        ",".join(map(str, TAPS)),
+        "--python",
+        VLLM_PYTHON,
+        "--",
+    ]
     command += ["--dtype", "float32", "--max-model-len", str(MAX_LENGTH), "--max-num-seqs", "8"]
     command += ["--block-size", "32", "--max-num-batched-tokens", "64"]
     with log.open("wb") as out:
         process = subprocess.Popen(
             command, stdout=out, stderr=out, start_new_session=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
         )
-    server = Server(model, f"http://127.0.0.1:{http}", address, process, log)
+    server = Server(model, f"http://127.0.0.1:{http}", address, folder / "keys", process, log)
     try:
         deadline = time.monotonic() + START_S
         while not healthy(server.http):
@@ -117,7 +131,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture
 def receiver(server: Server) -> Iterator["zmq.Socket[bytes]"]:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    dealer = wire.connect_dealer(context, server.zmq, "rx-1", max_message_bytes=1 << 24)
+    keys = receiver_keys(server.keys)
+    dealer = sockets.connect_dealer(context, server.zmq, "rx-1", max_message_bytes=1 << 24, keys=keys)
     yield dealer
     dealer.close(0)
     context.term()
@@ -155,6 +170,17 @@ def test_hello(server: Server, receiver: "zmq.Socket[bytes]") -> None:
     assert isinstance(reply, wire.HelloReply)
     assert reply.layout == wire.Layout((*TAPS, LAYERS), 64, "float32")
     assert reply.model == str(server.model)
+    assert reply.origin == origin_of(str(server.model))
+    assert reply.origin.verifier
+    assert reply.origin.tokenizer
+
+
+def test_a_receiver_without_keys_is_not_served(server: Server) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    dealer = sockets.connect_dealer(context, server.zmq, "rx-2", max_message_bytes=1 << 24)
+    dealer.send(wire.encode(wire.Hello("run-1", "rx-2")))
+    assert not dealer.poll(2_000), "served without keys"
+    context.destroy(linger=0)
 
 
 def test_hidden_states_equal_transformers(server: Server, receiver: "zmq.Socket[bytes]") -> None:
@@ -221,6 +247,7 @@ def test_the_connector_imports_little_of_ours() -> None:
         [VLLM_PYTHON, "-c", program], env=environment, capture_output=True, text=True, check=True, timeout=300
     )
     modules, deepspeed = done.stdout.splitlines()[-2:]
-    stream = "dflash_scale.stream"
-    assert modules.split() == ["dflash_scale", stream, f"{stream}.connector", f"{stream}.publisher", f"{stream}.wire"]
+    room = ["connector", "keys", "publisher", "sockets", "wire"]
+    ours = ["dflash_scale", "dflash_scale.addresses", "dflash_scale.model_files", "dflash_scale.stream"]
+    assert modules.split() == [*ours, *(f"dflash_scale.stream.{name}" for name in room)]
     assert deepspeed == "False"
