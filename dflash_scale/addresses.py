@@ -34,6 +34,8 @@ def check_server(name: str, address: str, scheme: str, *, open_to_others: bool) 
 
     open_to_others: whether it may be on another machine.
     """
+    if scheme == "tcp" and _is_ipc(address):
+        return
     host, port = split_address(name, address, scheme)
     if not port:
         raise ValueError(f"{name}: got {address!r}, wanted the port of a server; write it as in {EXAMPLES[scheme]}")
@@ -50,7 +52,7 @@ def check_bind(name: str, address: str, *, open_to_others: bool) -> None:
 
     open_to_others: whether other machines may reach it, because it asks for keys or the network is trusted.
     """
-    if address.startswith("ipc://") and len(address) > len("ipc://"):
+    if _is_ipc(address):
         return
     host, _ = split_address(name, address, "tcp")
     if not open_to_others and not is_loopback(host):
@@ -67,6 +69,11 @@ def check_bind_http(name: str, host: str, *, insecure: bool) -> None:
             f"{name}: got {host!r}, wanted a loopback address because HTTP has neither encryption nor keys; bind to "
             "127.0.0.1 and tunnel to it, or pass --insecure in a trusted network"
         )
+
+
+def _is_ipc(address: str) -> bool:
+    """Whether it is a Unix socket, which only processes of this machine reach."""
+    return address.startswith("ipc://") and len(address) > len("ipc://")
 
 
 def _is_ipv6(host: str) -> bool:

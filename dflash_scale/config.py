@@ -68,7 +68,9 @@ class DataSection(Section):
 
 class Server(Section):
     http: str = Field(description="Address of the server's OpenAI API, http://HOST:PORT.")
-    zmq: str = Field(description="Address that the server's connector binds, tcp://HOST:PORT.")
+    zmq: str = Field(
+        description="Address that the server's connector binds, tcp://HOST:PORT or, on one machine, ipc://PATH."
+    )
 
 
 class StreamSection(Section):

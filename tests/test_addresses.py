@@ -64,3 +64,6 @@ def test_receivers_connect_to_a_port() -> None:
     with pytest.raises(ValueError, match=r"name a folder of keys in stream\.keys"):
         check_server("s", "tcp://gpu7:1", "tcp", open_to_others=False)
     check_server("s", "tcp://gpu7:1", "tcp", open_to_others=True)
+    check_server("s", "ipc:///tmp/hidden-states", "tcp", open_to_others=False)
+    with pytest.raises(ValueError, match="wanted http"):
+        check_server("s", "ipc:///tmp/hidden-states", "http", open_to_others=True)
