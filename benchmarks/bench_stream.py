@@ -2,9 +2,11 @@
 
     python benchmarks/bench_stream.py [--sample-mib 1 16 200] [--senders 1 2 4] [--json FILE]
 
-tcp, ipc sender processes (the real HTTP face and Publisher, hidden states made once), ZeroMQ, the real receiver loop in
+tcp      sender processes (the real HTTP face and Publisher, hidden states made once), ZeroMQ, the real receiver loop in
          a process of its own (header checks, token ids, checksum, ring), read here: every byte is copied out of the
          ring into a buffer
+ipc      the same through Unix sockets
+keys     the same through TCP, encrypted with CURVE
 files    writer processes save the same payloads as safetensors in /dev/shm and rename them; they are loaded here,
          copied into the same buffer and deleted; at most as many files exist as the stream has samples in flight.
          It has no request, no checksum and no polling delay in it
@@ -46,6 +48,7 @@ from dflash_scale.stream.embedded_http import CompletionServer, Reply, Request
 from dflash_scale.stream.embedded_http import Limits as RequestLimits
 from dflash_scale.stream.intake import Identity, Intake
 from dflash_scale.stream.jobs import Limits
+from dflash_scale.stream.keys import make_keys, receiver_keys, server_keys
 from dflash_scale.stream.layouts import RowLayouts
 from dflash_scale.stream.links import keep_freed_memory
 from dflash_scale.stream.publisher import Publisher
@@ -57,6 +60,7 @@ LAYOUT: Final = Layout((2, 9, 17, 25, 33, 36), 4096, "bfloat16")  # an 8B verifi
 RUN: Final = f"bench{os.getpid()}"
 WARM: Final = 8  # records before the clock starts: first touches, first connections
 IN_FLIGHT: Final = 12  # samples, both ways
+WAYS: Final = ("tcp", "ipc", "keys")  # of the stream
 LEAST_OF_FILES: Final = {"tcp": 1.5, "ipc": 2.0}  # the targets, on two cores
 
 Bytes = npt.NDArray[np.uint8]
@@ -94,10 +98,10 @@ def payload(size: Size) -> Bytes:
     return np.random.default_rng(0).integers(0, 256, size.nbytes, np.uint8)
 
 
-def send(size: Size, address: str, pipe: Connection) -> None:
+def send(size: Size, address: str, keys: Path | None, pipe: Connection) -> None:
     """A server without a model."""
     states = payload(size).data
-    publisher = Publisher(address, LAYOUT, "bench")
+    publisher = Publisher(address, LAYOUT, "bench", keys=server_keys(keys) if keys is not None else None)
 
     def submit(request: Request) -> "Future[Reply]":
         assert request.ticket is not None
@@ -113,7 +117,7 @@ def send(size: Size, address: str, pipe: Connection) -> None:
     publisher.close()
 
 
-def receive(size: Size, servers: list[tuple[str, str]], pipe: Connection) -> None:
+def receive(size: Size, servers: list[tuple[str, str]], keys: Path | None, pipe: Connection) -> None:
     """The receiver process without its command line."""
     keep_freed_memory()
     ring = Ring.create(own_ring_name(RUN, 0), IN_FLIGHT * record_span(size.nbytes))
@@ -123,7 +127,8 @@ def receive(size: Size, servers: list[tuple[str, str]], pipe: Connection) -> Non
     window = Window(ring, rows, samples.lengths, RowLayouts(LAYOUT, LAYOUT), lookahead=IN_FLIGHT)
     credit = IN_FLIGHT * size.nbytes
     limits = Limits(credit, credit, 16, 30.0, 3, 1.0, 30.0)
-    intake = Intake(servers, limits, Identity(RUN, f"{RUN}:0", LAYOUT, Origin(), None), Delivery([window]), samples)
+    pair = receiver_keys(keys) if keys is not None else None
+    intake = Intake(servers, limits, Identity(RUN, f"{RUN}:0", LAYOUT, Origin(), pair), Delivery([window]), samples)
     while not intake.delivery.complete:
         intake.step()
     pipe.send(intake.status())
@@ -136,26 +141,27 @@ def rate(size: Size, started: float) -> float:
     return (size.samples - WARM) * size.nbytes / (time.perf_counter() - started)
 
 
-def bench_stream(size: Size, transport: str, buffer: Bytes) -> float:
+def bench_stream(size: Size, way: str, buffer: Bytes) -> float:
     """Bytes per second from the senders' memory into `buffer`."""
     with tempfile.TemporaryDirectory(prefix="dflash-bench-") as folder:
-        addresses = [
-            "tcp://127.0.0.1:0" if transport == "tcp" else f"ipc://{folder}/{sender}" for sender in range(size.senders)
-        ]
-        return transfer(size, addresses, buffer)
+        keys = Path(folder) / "keys" if way == "keys" else None
+        if keys is not None:
+            make_keys(keys)
+        addresses = [f"ipc://{folder}/{i}" if way == "ipc" else "tcp://127.0.0.1:0" for i in range(size.senders)]
+        return transfer(size, addresses, keys, buffer)
 
 
-def transfer(size: Size, addresses: list[str], buffer: Bytes) -> float:
+def transfer(size: Size, addresses: list[str], keys: Path | None, buffer: Bytes) -> float:
     pipes = [spawn.Pipe() for _ in range(size.senders + 1)]
     processes = [
-        spawn.Process(target=send, args=(size, address, theirs))
+        spawn.Process(target=send, args=(size, address, keys, theirs))
         for address, (_, theirs) in zip(addresses, pipes[:-1], strict=True)
     ]
     for process in processes:
         process.start()
     servers = [mine.recv() for mine, _ in pipes[:-1]]
     mine, theirs = pipes[-1]
-    processes.append(spawn.Process(target=receive, args=(size, servers, theirs)))
+    processes.append(spawn.Process(target=receive, args=(size, servers, keys, theirs)))
     processes[-1].start()
     started, seen = 0.0, 0
     with Ring.open(mine.recv()) as ring:
@@ -243,11 +249,11 @@ def measure(size: Size, rounds: int) -> dict[str, list[float]]:
     rates: dict[str, list[float]] = {
         "memcpy": [repeat(size, lambda: np.copyto(buffer, source))],
         "xxh3": [repeat(size, lambda: xxhash.xxh3_64_intdigest(source.data))],
-        **{way: [] for way in ("tcp", "ipc", "files")},
+        **{way: [] for way in (*WAYS, "files")},
     }
     for _ in range(rounds):
-        for transport in LEAST_OF_FILES:
-            rates[transport].append(bench_stream(size, transport, buffer))
+        for way in WAYS:
+            rates[way].append(bench_stream(size, way, buffer))
         rates["files"].append(bench_files(size, buffer))
     return rates
 
