@@ -131,31 +131,51 @@ def header(content: object) -> bytes:
 
 
 ENTRY = {"dtype": "I64", "shape": [1], "data_offsets": [0, 8]}
+NARROW = {"dtype": "BF16", "shape": [1, 3, 8], "data_offsets": [8, 56]}
 HUGE = {"dtype": "BF16", "shape": [1, 1 << 40, 1 << 40], "data_offsets": [8, 8 + (1 << 81)]}
 
 
+def described(states: object, tokens: object = ENTRY, **more: object) -> bytes:
+    """A file of 8 + 48 bytes of data, whatever its header says."""
+    return header({"hidden_states": states, "token_ids": tokens, **more}) + ids_of(1) + b"\0" * 4 + b"\0" * 48
+
+
+def test_a_described_file_is_good_as_such(cache: Cache) -> None:
+    cache.path(0).write_bytes(described(NARROW))
+    assert read(cache, 0, ids_of(1), WHOLE) == b"\0" * 48
+
+
 @pytest.mark.parametrize(
-    "raw",
+    ("raw", "text"),
     [
-        b"",
-        b"\x00" * 8,
-        (MAX_HEADER_BYTES + 1).to_bytes(8, "little") + b" " * (MAX_HEADER_BYTES + 100),
-        (1 << 63).to_bytes(8, "little") + b"{}",
-        header(b"[" * 100_000),
-        header(b'{"a": ' + b"9" * 9000 + b"}"),
-        header(b"\xff\xfe{}"),
-        header([]),
-        header({"hidden_states": 1, "token_ids": ENTRY}),
-        header({"hidden_states": {**ENTRY, "shape": [True, 1, 1]}, "token_ids": ENTRY}),
-        header({"hidden_states": HUGE, "token_ids": ENTRY}) + b"\0" * 8,
-        header({"hidden_states": {"dtype": "BF16", "shape": [1, 0, 8], "data_offsets": [8, 8]}, "token_ids": ENTRY})
-        + b"\0" * 8,
-        header({"__metadata__": {"layer_ids": "[2, 1]"}, "hidden_states": HUGE, "token_ids": ENTRY}) + b"\0" * 8,
+        (b"", "would take 0 bytes"),
+        (b"\x00" * 8, "would take 0 bytes"),
+        ((MAX_HEADER_BYTES + 1).to_bytes(8, "little") + b" " * (MAX_HEADER_BYTES + 100), "at most 1048576 are read"),
+        ((1 << 63).to_bytes(8, "little") + b"{}", "would take 9223372036854775808 bytes of 10"),
+        (header(b"[" * 100_000), "not JSON"),
+        (header(b'{"a": ' + b"9" * 9000 + b"}"), "not JSON"),
+        (header(b"\xff\xfe{}"), "not JSON"),
+        (header([]), "wanted the tensors"),
+        (described(1), "describes a tensor as 1"),
+        (described({**NARROW, "shape": [True, 3, 8]}), "a tensor of 3 dimensions"),
+        (described({**NARROW, "shape": [1, 3, -8]}), "a tensor of 3 dimensions"),
+        (described({**NARROW, "data_offsets": [8]}), "a tensor of 3 dimensions"),
+        (described({**NARROW, "dtype": ["BF16"]}), "wanted I64"),
+        (described(HUGE), "do not fill its 56 bytes"),
+        (described({**NARROW, "shape": [1, 2, 8]}), "do not fill its 56 bytes"),
+        (described({**NARROW, "data_offsets": [0, 48]}), "do not fill its 56 bytes"),
+        (described(NARROW) + b"more", "do not fill its 60 bytes"),
+        (described(NARROW)[:-1], "do not fill its 55 bytes"),
+        (described({"dtype": "BF16", "shape": [1, 0, 8], "data_offsets": [8, 8]})[:-48], "it has 0 layers"),
+        (described(NARROW, __metadata__={"layer_ids": "[2, 1, 4]"}), r"layer ids are \[2, 1, 4\]"),
+        (described(NARROW, __metadata__={"layer_ids": "["}), "metadata cannot be read"),
+        (described(NARROW, __metadata__={"xxh3": 7}), "metadata cannot be read"),
+        (described(NARROW, __metadata__={"xxh3": "0"}), "its checksum is another"),
     ],
 )
-def test_hostile_headers_are_refused_within_bounds(cache: Cache, raw: bytes) -> None:
+def test_hostile_headers_are_refused_within_bounds(cache: Cache, raw: bytes, text: str) -> None:
     cache.path(0).write_bytes(raw)
-    with pytest.raises(BadFile):
+    with pytest.raises(BadFile, match=text):
         read(cache, 0, ids_of(1), WHOLE)
 
 
