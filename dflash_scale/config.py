@@ -18,11 +18,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from dflash_scale.addresses import check_server
 from dflash_scale.config_drafter import DrafterSection, Positive, Section
 from dflash_scale.config_errors import explain
-
-GIB = 1 << 30
+from dflash_scale.config_stream import StreamSection
 
 # DeepSpeed keys that follow from this file. Given twice they could disagree, so they may not be given there.
 DERIVED_DEEPSPEED_KEYS = {
@@ -64,73 +62,6 @@ class DataSection(Section):
     path: str = Field(min_length=1, description="Folder that `dflash-scale prepare` wrote.")
     row_tokens: Positive = Field(default=8192, description="Tokens of one packed row, the unit of a micro-step.")
     anchors_per_document: Positive = Field(default=512, description="Anchors drawn per document and epoch, at most.")
-
-
-class Server(Section):
-    http: str = Field(description="Address of the server's OpenAI API, http://HOST:PORT.")
-    zmq: str = Field(
-        description="Address that the server's connector binds, tcp://HOST:PORT or, on one machine, ipc://PATH."
-    )
-
-
-class StreamSection(Section):
-    servers: tuple[Server, ...] = Field(
-        default=(Server(http="http://127.0.0.1:8001", zmq="tcp://127.0.0.1:5601"),),
-        strict=False,
-        description="The fleet of vLLM servers, all with the same verifier.",
-    )
-    keys: str | None = Field(
-        default=None,
-        min_length=1,
-        description="Folder that `dflash-scale keys` wrote: hidden states come encrypted, and from servers with that "
-        "key alone; null = no keys. HTTP stays as it is.",
-    )
-    insecure: bool = Field(
-        default=False, description="Allow servers that are not on loopback, over HTTP and, without keys, ZeroMQ."
-    )
-    ring_bytes: Positive = Field(default=GIB, description="Shared memory of one training rank's ring, in bytes.")
-    credit_bytes: Positive = Field(
-        default=8 * GIB, description="Bytes in flight from all servers to one receiver, at most."
-    )
-    server_credit_bytes: Positive = Field(default=2 * GIB, description="Bytes in flight from one server, at most.")
-    requests_per_server: Positive = Field(default=64, description="Requests open at one server, at most.")
-    lookahead_rows: Positive = Field(
-        default=4, description="Rows per rank that may be fetched ahead of the one in training."
-    )
-    request_timeout_s: float = Field(
-        default=120.0, gt=0, description="Seconds until an unanswered request counts as failed."
-    )
-    attempts: Positive = Field(
-        default=3,
-        description="Failed tries per sample, on different servers where there are, before it is quarantined; "
-        "a server that died is no try.",
-    )
-    probe_s: float = Field(default=5.0, gt=0, description="Seconds between health probes of a server that failed.")
-    no_server_timeout_s: float = Field(
-        default=600.0, gt=0, description="Seconds without a healthy server until the run stops."
-    )
-
-    @model_validator(mode="after")
-    def _consistent(self) -> StreamSection:
-        if not self.servers:
-            raise ValueError("stream.servers: got none, wanted at least one {http, zmq}; name a server of the fleet")
-        for i, server in enumerate(self.servers):
-            check_server(f"stream.servers[{i}].http", server.http, "http", open_to_others=self.insecure)
-            keyed = self.insecure or self.keys is not None
-            check_server(f"stream.servers[{i}].zmq", server.zmq, "tcp", open_to_others=keyed)
-        for name in ("http", "zmq"):
-            given = [getattr(server, name) for server in self.servers]
-            twice = sorted({address for address in given if given.count(address) > 1})
-            if twice:
-                raise ValueError(
-                    f"stream.servers: got {twice[0]} twice as {name}, wanted each address once; drop one entry"
-                )
-        if self.server_credit_bytes > self.credit_bytes:
-            raise ValueError(
-                f"stream.server_credit_bytes: got {self.server_credit_bytes}, wanted at most stream.credit_bytes = "
-                f"{self.credit_bytes}; lower the first or raise the second"
-            )
-        return self
 
 
 class LossTerms(Section):
@@ -325,7 +256,8 @@ def resolve(
     if token_bytes is not None:
         tokens = min(config.data.row_tokens, longest_sample or config.data.row_tokens)
         wanted = 2 * tokens * token_bytes
-        for name in ("ring_bytes", "server_credit_bytes"):
+        names = ("ring_bytes",) if config.stream.mode == "offline" else ("ring_bytes", "server_credit_bytes")
+        for name in names:
             given = getattr(config.stream, name)
             # Half a ring would let one long sample block the next; credit needs room for one sample only.
             least = wanted if name == "ring_bytes" else wanted // 2

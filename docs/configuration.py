@@ -14,7 +14,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
-from dflash_scale.config import DERIVED_DEEPSPEED_KEYS, Config, LossTerms, Server
+from dflash_scale.config import DERIVED_DEEPSPEED_KEYS, Config, LossTerms
+from dflash_scale.config_stream import Server
 
 PAGE = Path(__file__).with_suffix(".md")
 MARK = "<!-- tables: written by docs/configuration.py -->\n\n"

@@ -103,6 +103,12 @@ def test_unknown_key_names_the_nearest(patch: dict[str, Any], text: str) -> None
         ({"drafter": {"heads": 6, "kv_heads": 4}}, "drafter.heads: got 6, wanted a multiple of"),
         ({"data": {"row_tokens": 8}}, "data.row_tokens: got 8, wanted at least drafter.block_size = 16"),
         ({"stream": {"servers": []}}, "stream.servers: got none"),
+        ({"stream": {"servers": [], "mode": "hybrid", "cache": "c"}}, "stream.servers: got none"),
+        ({"stream": {"mode": "ofline"}}, "stream.mode: got \"ofline\", wanted 'online', 'offline' or 'hybrid'"),
+        ({"stream": {"mode": "offline"}}, 'stream.cache: got none with stream.mode "offline", wanted a folder'),
+        ({"stream": {"mode": "hybrid"}}, 'stream.cache: got none with stream.mode "hybrid", wanted a folder'),
+        ({"stream": {"cache": "c"}}, 'stream.cache: got c with stream.mode "online", which reads and writes no cache'),
+        ({"stream": {"mode": "hybrid", "cache": "c", "cache_bytes": 0}}, "stream.cache_bytes: got 0"),
         ({"stream": {"credit_bytes": 5}}, "stream.server_credit_bytes: got 2147483648, wanted at most"),
         (
             {"loss": {"terms": {}}},
@@ -260,6 +266,14 @@ def test_resolve_wants_room_for_two_of_the_longest_sample() -> None:
     with pytest.raises(ValueError, match=r"stream\.ring_bytes: got 1000, wanted at least 1200 bytes"):
         resolve(config, 8, token_bytes=6)
     assert resolve(config, 8, token_bytes=6, longest_sample=80).world_size == 8
+
+
+def test_offline_needs_no_server() -> None:
+    stream = {"mode": "offline", "cache": "states", "servers": [], "ring_bytes": 1200, "server_credit_bytes": 1}
+    config = parse_config({**MINIMAL, "stream": stream, "data": {"path": "x", "row_tokens": 100}})
+    assert resolve(config, 8, token_bytes=6).world_size == 8
+    with pytest.raises(ValueError, match=r"stream\.ring_bytes: got 1200, wanted at least 1400 bytes"):
+        resolve(config, 8, token_bytes=7)
 
 
 def test_gamma_is_the_papers_at_its_block_sizes() -> None:

@@ -1,0 +1,107 @@
+"""The section `stream` of the configuration: where hidden states come from, and the bounds of the stream."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from dflash_scale.addresses import check_server
+from dflash_scale.config_drafter import Positive, Section
+
+GIB = 1 << 30
+
+
+class Server(Section):
+    http: str = Field(description="Address of the server's OpenAI API, http://HOST:PORT.")
+    zmq: str = Field(
+        description="Address that the server's connector binds, tcp://HOST:PORT or, on one machine, ipc://PATH."
+    )
+
+
+class StreamSection(Section):
+    mode: Literal["online", "offline", "hybrid"] = Field(
+        default="online",
+        description="Where hidden states come from: the servers; the cache alone; or the cache, and the servers for "
+        "what it lacks.",
+    )
+    cache: str | None = Field(
+        default=None, min_length=1, description="Folder of hidden states, for the modes offline and hybrid."
+    )
+    keep: bool = Field(default=True, description="In mode hybrid: write to the cache what the servers sent.")
+    cache_bytes: Positive | None = Field(
+        default=None,
+        description="Size in bytes that the cache may reach, all of its files together; what comes then is not kept. "
+        "null = no bound.",
+    )
+    servers: tuple[Server, ...] = Field(
+        default=(Server(http="http://127.0.0.1:8001", zmq="tcp://127.0.0.1:5601"),),
+        strict=False,
+        description="The fleet of vLLM servers, all with the same verifier.",
+    )
+    keys: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder that `dflash-scale keys` wrote: hidden states come encrypted, and from servers with that "
+        "key alone; null = no keys. HTTP stays as it is.",
+    )
+    insecure: bool = Field(
+        default=False, description="Allow servers that are not on loopback, over HTTP and, without keys, ZeroMQ."
+    )
+    ring_bytes: Positive = Field(default=GIB, description="Shared memory of one training rank's ring, in bytes.")
+    credit_bytes: Positive = Field(
+        default=8 * GIB, description="Bytes in flight from all servers to one receiver, at most."
+    )
+    server_credit_bytes: Positive = Field(default=2 * GIB, description="Bytes in flight from one server, at most.")
+    requests_per_server: Positive = Field(default=64, description="Requests open at one server, at most.")
+    lookahead_rows: Positive = Field(
+        default=4, description="Rows per rank that may be fetched ahead of the one in training."
+    )
+    request_timeout_s: float = Field(
+        default=120.0, gt=0, description="Seconds until an unanswered request counts as failed."
+    )
+    attempts: Positive = Field(
+        default=3,
+        description="Failed tries per sample, on different servers where there are, before it is quarantined; "
+        "a server that died is no try.",
+    )
+    probe_s: float = Field(default=5.0, gt=0, description="Seconds between health probes of a server that failed.")
+    no_server_timeout_s: float = Field(
+        default=600.0, gt=0, description="Seconds without a healthy server until the run stops."
+    )
+
+    @model_validator(mode="after")
+    def _cache_fits_mode(self) -> StreamSection:
+        if self.mode == "online" and self.cache is not None:
+            raise ValueError(
+                f'stream.cache: got {self.cache} with stream.mode "online", which reads and writes no cache; set the '
+                'mode to "hybrid" or "offline", or remove the folder'
+            )
+        if self.mode != "online" and self.cache is None:
+            raise ValueError(
+                f'stream.cache: got none with stream.mode "{self.mode}", wanted a folder of hidden states; name one or '
+                'set the mode to "online"'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StreamSection:
+        if not self.servers and self.mode != "offline":
+            raise ValueError("stream.servers: got none, wanted at least one {http, zmq}; name a server of the fleet")
+        for i, server in enumerate(self.servers):
+            check_server(f"stream.servers[{i}].http", server.http, "http", open_to_others=self.insecure)
+            keyed = self.insecure or self.keys is not None
+            check_server(f"stream.servers[{i}].zmq", server.zmq, "tcp", open_to_others=keyed)
+        for name in ("http", "zmq"):
+            given = [getattr(server, name) for server in self.servers]
+            twice = sorted({address for address in given if given.count(address) > 1})
+            if twice:
+                raise ValueError(
+                    f"stream.servers: got {twice[0]} twice as {name}, wanted each address once; drop one entry"
+                )
+        if self.server_credit_bytes > self.credit_bytes:
+            raise ValueError(
+                f"stream.server_credit_bytes: got {self.server_credit_bytes}, wanted at most stream.credit_bytes = "
+                f"{self.credit_bytes}; lower the first or raise the second"
+            )
+        return self
