@@ -53,7 +53,7 @@ def test_what_is_written_is_read(cache: Cache, dtype: str) -> None:
     layout = Layout((1, 2, 4), 8, dtype)
     states = states_of(layout)
     size = cache.write(3, ids_of(), layout, states)
-    assert cache.announce(3) and not cache.announce(4)
+    assert cache.has(3) and not cache.has(4)
     assert read(cache, 3, ids_of(), layout) == states
     assert cache.size() == (1, size) == (1, cache.path(3).stat().st_size)
     assert [path.name for path in cache.folder.iterdir()] == ["hs_3.safetensors"]
@@ -259,7 +259,7 @@ def test_a_folder_of_another_program_is_taken_as_it_is(tmp_path: Path) -> None:
     save_file({"hidden_states": GOOD_STATES, "token_ids": GOOD_IDS}, tmp_path / "hs_0.safetensors")
     claim(tmp_path, ORIGIN, writable=True)
     assert not (tmp_path / "manifest.json").exists()
-    assert open_cache(tmp_path, WHOLE).announce(0)
+    assert open_cache(tmp_path, WHOLE).has(0)
 
 
 def test_a_missing_folder_and_a_strange_manifest_are_named(tmp_path: Path) -> None:

@@ -53,19 +53,9 @@ class Cache:
     def path(self, sample: int) -> Path:
         return self.folder / f"hs_{sample}.safetensors"
 
-    def announce(self, sample: int) -> bool:
-        """Whether there is a file of the sample; if so, the kernel begins to read it."""
-        try:
-            file = os.open(self.path(sample), os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return False
-        except OSError:  # reading it will say what is wrong
-            return True
-        try:
-            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
-        finally:
-            os.close(file)
-        return True
+    def has(self, sample: int) -> bool:
+        """Whether there is a file of the sample, good or bad."""
+        return self.path(sample).exists()
 
     def read(self, sample: int, token_ids: bytes, layout: Layout, slot: memoryview) -> None:
         """Reads a sample's states into `slot`, see `cache_file.read_states`.
