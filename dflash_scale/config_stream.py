@@ -31,8 +31,8 @@ class StreamSection(Section):
     keep: bool = Field(default=True, description="In mode hybrid: write to the cache what the servers sent.")
     cache_bytes: Positive | None = Field(
         default=None,
-        description="Size in bytes that the cache may reach, all of its files together; what comes then is not kept. "
-        "null = no bound.",
+        description="In mode hybrid: bytes that the files of the cache may reach together; what comes then is not "
+        "kept. null = no bound.",
     )
     servers: tuple[Server, ...] = Field(
         default=(Server(http="http://127.0.0.1:8001", zmq="tcp://127.0.0.1:5601"),),

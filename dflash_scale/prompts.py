@@ -203,6 +203,19 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
+def check_tokenizer(prepared: Prepared, model: str) -> Any:
+    """The verifier's tokenizer; raises ValueError if the data set was prepared with another."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if tokenizer_hash(tokenizer) != prepared.manifest["tokenizer"]:
+        raise ValueError(
+            f"data.path: the data set was prepared with the tokenizer of {prepared.manifest['model']}, not with that "
+            f"of verifier.model = {model}; prepare the data set again with --model"
+        )
+    return tokenizer
+
+
 class _Writer:
     """Sends every sample to its split and counts what happened to every line."""
 

@@ -21,7 +21,7 @@ from torch import distributed as dist
 
 from dflash_scale.config import Config, load_config, resolve
 from dflash_scale.plan import planned_layouts, print_plan
-from dflash_scale.prompts import load_prepared, tokenizer_hash
+from dflash_scale.prompts import check_tokenizer, load_prepared
 from dflash_scale.verifier import verifier_shape
 
 if TYPE_CHECKING:
@@ -110,16 +110,15 @@ def set_up(
     Raises:
         ValueError: what was given does not fit together.
     """
-    from transformers import AutoTokenizer
-
     from dflash_scale.assembler import AssemblerSpec, RowAssembler
     from dflash_scale.checkpoint import Checkpoints, Position
     from dflash_scale.drafter import Drafter, drafter_spec
     from dflash_scale.packer import AnchorSpec, RowSchedule, Samples, schedule_spec
+    from dflash_scale.stream.cache import Origin, claim
     from dflash_scale.stream.keys import receiver_keys
     from dflash_scale.stream.receiver import Stream
     from dflash_scale.trainer import Parts, Trainer, make_engine
-    from dflash_scale.verifier import mask_token_id
+    from dflash_scale.verifier import mask_token_id, verifier_fingerprint
     from dflash_scale.verifier_head import load_verifier_head
     from dflash_scale.vocabulary import run_vocabulary
     from dflash_scale.warm_start import load_start
@@ -136,14 +135,13 @@ def set_up(
     shape = verifier_shape(config.verifier.model, allow_network=True)
     layouts = planned_layouts(config, shape)
     resolve(config, world, token_bytes=layouts.validation.bytes_per_token, longest_sample=int(samples.lengths.max()))
-    tokenizer = AutoTokenizer.from_pretrained(config.verifier.model)
-    if tokenizer_hash(tokenizer) != prepared.manifest["tokenizer"]:
-        raise ValueError(
-            f"data.path: {config.data.path} was prepared with the tokenizer of {prepared.manifest['model']}, "
-            f"not with that of verifier.model = {config.verifier.model}; prepare the data set again with --model"
-        )
+    tokenizer = check_tokenizer(prepared, config.verifier.model)
     if config.stream.keys is not None:
         receiver_keys(Path(config.stream.keys))  # the receiver reads them; what is wrong with them is said here
+    if config.stream.cache is not None:
+        fingerprint = verifier_fingerprint(config.verifier.model)
+        origin = Origin(layouts.validation, config.verifier.model, fingerprint, prepared.fingerprint)
+        claim(Path(config.stream.cache), origin, writable=config.stream.mode == "hybrid")
     mask = mask_token_id(tokenizer, shape.vocab_size, config.drafter.mask_token_id)
     vocabulary = run_vocabulary(prepared.train, shape.vocab_size, tokenizer, config.drafter.vocab_size)
     if vocabulary is not None:

@@ -38,9 +38,22 @@ class Delivery:
         return self.attached and all(window.complete or window.reader_gone for window in self._windows)
 
     @property
-    def waits_for_ring(self) -> bool:
-        """Whether a sample that is due finds no room in a ring."""
-        return any(window.waits_for_ring for window in self._windows)
+    def backlog(self) -> bool:
+        """Whether `take` has more to do at once."""
+        return False
+
+    @property
+    def blocked_on(self) -> str:
+        """What more samples wait for: "ring" if one that is due finds no room, else the "trainer"."""
+        return "ring" if any(window.waits_for_ring for window in self._windows) else "trainer"
+
+    def status(self) -> dict[str, Any]:
+        """Its part of the status file."""
+        names = ("committed", "committed_bytes", "quarantined")
+        return {**{name: self.counts[name] for name in names}, "quarantined_samples": self.quarantined}
+
+    def close(self) -> None:
+        """Finishes what is under way besides the rings."""
 
     def take(self) -> list[Want]:
         """The samples that are due since the last call. Call it every few milliseconds: it keeps the rings alive."""

@@ -13,18 +13,19 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import zmq
 
+from dflash_scale.config_stream import StreamSection
 from dflash_scale.packer import Samples
 from dflash_scale.stream import wire
 from dflash_scale.stream.calls import Calls, Event, HealthAnswered
-from dflash_scale.stream.delivery import Delivery
 from dflash_scale.stream.fleet import Fleet
 from dflash_scale.stream.jobs import Action, Job, Key, Limits, Lost, Probe, Quarantined, Send
 from dflash_scale.stream.keys import ReceiverKeys
 from dflash_scale.stream.links import Links
+from dflash_scale.stream.window import Want
 from dflash_scale.stream.wire import Layout, Origin, Ticket, WireError
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,40 @@ class Identity:
     layout: Layout
     origin: Origin
     keys: ReceiverKeys | None
+
+
+def fleet_of(stream: StreamSection) -> tuple[list[tuple[str, str]], Limits]:
+    """The configured servers, (http, zmq) addresses, and the bounds of asking them."""
+    limits = Limits(
+        credit_bytes=stream.credit_bytes,
+        server_credit_bytes=stream.server_credit_bytes,
+        requests_per_server=stream.requests_per_server,
+        request_timeout_s=stream.request_timeout_s,
+        attempts=stream.attempts,
+        probe_s=stream.probe_s,
+        no_server_timeout_s=stream.no_server_timeout_s,
+    )
+    return [(server.http, server.zmq) for server in stream.servers], limits
+
+
+class Destination(Protocol):
+    """Where samples go, and which ones: `delivery.Delivery` says what the members do."""
+
+    attached: bool
+
+    @property
+    def complete(self) -> bool: ...
+    @property
+    def backlog(self) -> bool: ...
+    @property
+    def blocked_on(self) -> str: ...
+    def take(self) -> list[Want]: ...
+    def want(self, key: Key) -> Want: ...
+    def reserve(self, key: Key) -> memoryview | None: ...
+    def abandon(self, key: Key) -> None: ...
+    def commit(self, key: Key) -> None: ...
+    def quarantine(self, key: Key, reason: str) -> None: ...
+    def status(self) -> dict[str, Any]: ...
 
 
 @dataclass(slots=True)
@@ -92,7 +127,7 @@ class Intake:
         servers: Sequence[tuple[str, str]],
         limits: Limits,
         identity: Identity,
-        delivery: Delivery,
+        delivery: Destination,
         samples: Samples,
     ) -> None:
         self._identity, self.delivery, self._samples = identity, delivery, samples
@@ -120,14 +155,10 @@ class Intake:
 
     def status(self) -> dict[str, Any]:
         """The changing part of the status file."""
-        delivery = self.delivery
         return {
             "issued": self.fleet.issued,
             "retried": self.fleet.retried,
-            "committed": delivery.counts["committed"],
-            "committed_bytes": delivery.counts["committed_bytes"],
-            "quarantined": delivery.counts["quarantined"],
-            "quarantined_samples": delivery.quarantined,
+            **self.delivery.status(),
             "dropped": dict(self.dropped.counts),
             "outstanding_bytes": self.fleet.outstanding_bytes,
             "blocked_on": self.blocked_on,
@@ -148,7 +179,7 @@ class Intake:
         for action in self.fleet.poll(now):
             self._act(action)
         self._account(now)
-        seen = self._links.wait(STEP_MS)
+        seen = self._links.wait(0 if self.delivery.backlog else STEP_MS)
         for server in seen.broken:
             self._broken.add(server)
             self.fleet.disconnected(server, time.monotonic())
@@ -176,7 +207,7 @@ class Intake:
         elif len(self.fleet):
             self.blocked_on = "servers"
         else:
-            self.blocked_on = "ring" if self.delivery.waits_for_ring else "trainer"
+            self.blocked_on = self.delivery.blocked_on
 
     # Actions of the fleet, and what becomes of them.
 

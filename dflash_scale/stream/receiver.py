@@ -11,8 +11,9 @@ state "starting" | "running" | "complete" | "stopped" · pid · rings [names] ·
 committed_bytes, quarantined (counts of samples) · quarantined_samples [{epoch, sample, reason}], the first 1000 ·
 dropped {reason: count} of messages · outstanding_bytes · blocked_on, and blocked_s {what: seconds}:
 "readers" (a rank has not opened its ring), "no server" (none is healthy), "credit", "requests" (all slots in use),
-"servers" (all is requested), "ring" (full), "trainer" (look-ahead used up) · servers [{http, healthy, reason,
-outstanding_bytes, open_requests, samples, tokens, bytes, errors, deaths}].
+"servers" (all is requested), "cache" (files are being read), "ring" (full), "trainer" (look-ahead used up) · servers
+[{http, healthy, reason, outstanding_bytes, open_requests, samples, tokens, bytes, errors, deaths}] · with a cache,
+cache {hits, misses, corrupt} and, where it is written, {written, written_bytes, not_kept, stopped}.
 """
 
 from __future__ import annotations
@@ -241,13 +242,14 @@ def serve(spec: ReceiverSpec, config: Config, rings: Sequence[Ring], stop: Stop)
     write_status(spec.status, {"state": "starting", "pid": os.getpid(), "rings": names})
     intake = make_intake(spec, config, rings)
     try:
-        next_status, state = 0.0, "running"
+        delivery, next_status, state = intake.delivery, 0.0, "running"
         while state == "running":
             intake.step()
-            delivery = intake.delivery
             if time.monotonic() >= next_status or delivery.complete or delivery.deserted or stop.reason:
                 gone = stop.look() or delivery.deserted
                 state = "complete" if delivery.complete else "stopped" if gone else "running"
+                if state != "running":
+                    delivery.close()  # before the last status: it counts what is still written to the cache
                 status = {"state": state, "pid": os.getpid(), "rings": names, **intake.status()}
                 write_status(spec.status, status)
                 next_status = time.monotonic() + STATUS_EVERY_S
@@ -261,13 +263,11 @@ def make_intake(spec: ReceiverSpec, config: Config, rings: Sequence[Ring]) -> An
     from dflash_scale.model_files import origin_of
     from dflash_scale.packer import RowSchedule, Samples, schedule_spec
     from dflash_scale.prompts import load_prepared  # imports datasets, seconds: after the rings are there
-    from dflash_scale.stream.delivery import Delivery
-    from dflash_scale.stream.intake import Identity, Intake
-    from dflash_scale.stream.jobs import Limits
+    from dflash_scale.stream.cached_delivery import make_delivery
+    from dflash_scale.stream.intake import Identity, Intake, fleet_of
     from dflash_scale.stream.keys import receiver_keys
     from dflash_scale.stream.window import Window
 
-    stream = config.stream
     prepared = load_prepared(config.data.path)
     samples = Samples(prepared.train, prepared.validation)
     schedule = RowSchedule(samples, schedule_spec(config, spec.world_size))
@@ -277,28 +277,21 @@ def make_intake(spec: ReceiverSpec, config: Config, rings: Sequence[Ring]) -> An
             schedule.rows(rank, spec.first_step),
             samples.lengths,
             spec.layouts,
-            stream.lookahead_rows,
+            config.stream.lookahead_rows,
         )
         for rank, ring in zip(spec.ranks, rings, strict=True)
     ]
-    limits = Limits(
-        credit_bytes=stream.credit_bytes,
-        server_credit_bytes=stream.server_credit_bytes,
-        requests_per_server=stream.requests_per_server,
-        request_timeout_s=stream.request_timeout_s,
-        attempts=stream.attempts,
-        probe_s=stream.probe_s,
-        no_server_timeout_s=stream.no_server_timeout_s,
-    )
+    keys = config.stream.keys
     identity = Identity(
         spec.run_id,
         f"{spec.run_id}:{spec.ranks[0]}:{os.getpid()}",
         spec.layouts.validation,
         origin_of(config.verifier.model),
-        receiver_keys(Path(stream.keys)) if stream.keys is not None else None,
+        receiver_keys(Path(keys)) if keys is not None else None,
     )
-    servers = [(server.http, server.zmq) for server in stream.servers]
-    return Intake(servers, limits, identity, Delivery(windows), samples)
+    delivery = make_delivery(config.stream, windows, samples, spec.layouts.validation)
+    servers, limits = fleet_of(config.stream)
+    return Intake([] if config.stream.mode == "offline" else servers, limits, identity, delivery, samples)
 
 
 def main() -> int:

@@ -1,0 +1,151 @@
+"""A delivery that looks into the cache before a server is asked, and may keep what servers sent.
+
+Files are read by the receiver's own loop, straight into the slot, one sample a turn so that messages of servers are
+never kept waiting for long: there is one writer to a ring, and a copy out of a reading thread costs more than it saves.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from dflash_scale.config_stream import StreamSection
+from dflash_scale.packer import Samples
+from dflash_scale.stream.cache import Cache, open_cache
+from dflash_scale.stream.cache_file import BadFile
+from dflash_scale.stream.delivery import Delivery
+from dflash_scale.stream.jobs import Key
+from dflash_scale.stream.keeper import Keeper, Sample
+from dflash_scale.stream.window import Want, Window
+from dflash_scale.stream.wire import Layout
+
+log = logging.getLogger(__name__)
+
+FAILURES_IN_A_ROW: Final = 64  # samples that an offline run cannot find; more of them are no accident
+
+
+KEEPER_BYTES: Final = 256 << 20  # that may wait to be written
+
+
+def make_delivery(stream: StreamSection, windows: Sequence[Window], samples: Samples, layout: Layout) -> Delivery:
+    """The way into the rings, past the cache if the run has one. `layout`: all that the run's rows may want."""
+    if stream.cache is None:
+        return Delivery(windows)
+    cache = open_cache(Path(stream.cache), layout)
+    files, nbytes = cache.size()
+    log.info("cache %s: %d files for %d samples, %.1f GB", cache.folder, files, len(samples.lengths), nbytes / 1e9)
+    keeps = stream.mode == "hybrid" and stream.keep
+    keeper = Keeper(cache, KEEPER_BYTES, stream.cache_bytes) if keeps else None
+    return CachedDelivery(windows, samples, cache, offline=stream.mode == "offline", keeper=keeper)
+
+
+class CacheLacking(RuntimeError):
+    """An offline run finds sample after sample missing or damaged."""
+
+
+class CachedDelivery(Delivery):
+    """What the cache has goes into the rings here; `take` gives what it has not.
+
+    Args:
+        windows: one per rank.
+        samples: the data set, for the token ids.
+        cache: where to look.
+        offline: whether a sample that the cache lacks is quarantined, because there is no server to ask.
+        keeper: writes what servers sent; None: nothing is written.
+    """
+
+    def __init__(
+        self, windows: Sequence[Window], samples: Samples, cache: Cache, *, offline: bool, keeper: Keeper | None
+    ) -> None:
+        super().__init__(windows)
+        self._samples, self._cache, self._offline, self._keeper = samples, cache, offline, keeper
+        self._due: deque[Want] = deque()  # to be read
+        self._slot: memoryview | None = None
+        self._lacking_in_a_row = 0
+        self._cache_counts: Counter[str] = Counter()  # hits, misses, corrupt
+
+    @property
+    def backlog(self) -> bool:
+        return bool(self._due)
+
+    @property
+    def blocked_on(self) -> str:
+        return "cache" if self._due else super().blocked_on
+
+    def status(self) -> dict[str, Any]:
+        counts = {name: self._cache_counts[name] for name in ("hits", "misses", "corrupt")}
+        return {**super().status(), "cache": counts | (self._keeper.status() if self._keeper else {})}
+
+    def close(self) -> None:
+        if self._keeper is not None:
+            self._keeper.close()
+
+    def take(self) -> list[Want]:
+        """The samples that are due and not in the cache; puts one that is into its ring.
+
+        Raises:
+            CacheLacking: offline, too many samples in a row cannot be had.
+        """
+        lacking = []
+        for want in super().take():
+            if self._offline or self._cache.has(want.key[1]):
+                self._due.append(want)
+            else:
+                self._cache_counts["misses"] += 1
+                lacking.append(want)
+        if self._due:
+            want = self._due.popleft()
+            try:
+                self._read(want)
+            except BadFile as error:
+                lacking += self._without(want, str(error))
+        return lacking
+
+    def _read(self, want: Want) -> None:
+        slot = super().reserve(want.key)
+        if slot is None:  # the rank has left
+            return
+        try:
+            self._cache.read(want.key[1], self._token_ids(want.key), want.layout, slot)
+        except BadFile:
+            self.abandon(want.key)
+            raise
+        super().commit(want.key)
+        self._cache_counts["hits"] += 1
+        self._lacking_in_a_row = 0
+
+    def _without(self, want: Want, problem: str) -> list[Want]:
+        """What is to be asked of servers for a sample that the cache cannot give."""
+        path = self._cache.path(want.key[1])
+        self._cache_counts["corrupt" if path.exists() else "misses"] += 1
+        if not self._offline:
+            log.warning("cache: %s is not used: %s", path, problem)
+            return [want]
+        self._lacking_in_a_row += 1
+        if self._lacking_in_a_row >= FAILURES_IN_A_ROW:
+            raise CacheLacking(
+                f"stream.cache: {FAILURES_IN_A_ROW} samples in a row cannot be had, the last: {path}: {problem}; "
+                'complete the folder with `dflash-scale generate`, or set stream.mode to "hybrid"'
+            )
+        log.warning("sample %d (epoch %d) is quarantined: %s: %s", want.key[1], want.key[0], path, problem)
+        self.quarantine(want.key, f"{path}: {problem}")
+        return []
+
+    def _token_ids(self, key: Key) -> bytes:
+        return self._samples.tokens(key[1]).astype("<i4").tobytes()
+
+    # What servers sent.
+
+    def reserve(self, key: Key) -> memoryview | None:
+        self._slot = super().reserve(key)
+        return self._slot
+
+    def commit(self, key: Key) -> None:
+        want, slot = self.want(key), self._slot
+        super().commit(key)
+        # The slot still holds the sample: nobody but this thread writes to the ring.
+        if self._keeper is not None and slot is not None and self._keeper.room(len(slot)):
+            self._keeper.put(Sample(key[1], self._token_ids(key), want.layout, bytes(slot)))
