@@ -1,0 +1,147 @@
+"""`dflash-scale generate`: asks the servers for the hidden states of a whole data set and writes them to the cache.
+
+    dflash-scale generate --config configs/zero2_dflash.json --out states/qwen3-8b
+
+Every file holds all tapped layers and the last residual, whatever the run's loss needs. It can be stopped, or killed,
+and started again: files that are there and good are left as they are. Samples that no server could deliver stand in
+`quarantined.jsonl` with their reasons and are asked for again by the next start. The books of the last start are in
+`totals.json`: samples = present + written + quarantined when it is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import secrets
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from dflash_scale.config import Config, load_config
+from dflash_scale.packer import Samples
+from dflash_scale.plan import planned_layouts
+from dflash_scale.prompts import check_tokenizer, load_prepared
+from dflash_scale.stream.cache import Origin, claim, open_cache
+from dflash_scale.stream.cache_fill import CacheFill, CacheUnwritable
+from dflash_scale.stream.fleet import NoServerError
+from dflash_scale.stream.intake import Identity, Intake, fleet_of
+from dflash_scale.verifier import verifier_fingerprint, verifier_shape
+
+log = logging.getLogger(__name__)
+
+STOPPED: Final = 143
+RATE_OVER_S: Final = 10.0
+LINE_EVERY_S: Final = {True: 1.0, False: 10.0}  # on a terminal, in a file
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command `generate`. Returns 0 when every sample is accounted for, 143 when a signal ended it early, 1 when
+    servers or disk did."""
+    parser = argparse.ArgumentParser(prog="dflash-scale generate", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--config", required=True, type=Path, help="JSON file of the run")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value")
+    parser.add_argument("--out", help="folder to write; without it, stream.cache")
+    args = parser.parse_args(arguments)
+    config = load_config(args.config, args.set)
+    folder = args.out or config.stream.cache
+    if folder is None:
+        raise ValueError("generate: got no folder to write to; give --out DIR, or stream.cache in the configuration")
+    if not config.stream.servers:
+        raise ValueError("stream.servers: got none, wanted at least one {http, zmq}; name a server of the fleet")
+    return generate(config, Path(folder))
+
+
+def generate(config: Config, folder: Path) -> int:
+    """Fills the folder. Raises ValueError for what does not fit together."""
+    prepared = load_prepared(config.data.path)
+    check_tokenizer(prepared, config.verifier.model)
+    samples = Samples(prepared.train, prepared.validation)
+    layout = planned_layouts(config, verifier_shape(config.verifier.model, allow_network=True)).validation
+    fingerprint = verifier_fingerprint(config.verifier.model)
+    claim(folder, Origin(layout, config.verifier.model, fingerprint, prepared.fingerprint), writable=True)
+    servers, limits = fleet_of(config.stream)
+    run_id = secrets.token_hex(6)
+    identity = Identity(run_id, f"{run_id}:generate:{os.getpid()}", layout)
+    fill = CacheFill(samples, open_cache(folder, layout), layout, limits.credit_bytes)
+    intake = Intake(servers, limits, identity, fill, samples)
+    signals: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: signals.append(number))
+    progress = Progress(len(samples.lengths))
+    problem = ""
+    try:
+        while not fill.complete and not signals:
+            intake.step()
+            progress.show(fill.status(), intake.blocked_on)
+    except (NoServerError, CacheUnwritable) as error:
+        problem = str(error)
+    finally:
+        intake.close()
+        try:
+            fill.close()
+        except CacheUnwritable as error:
+            problem = problem or str(error)
+    progress.end()
+    return settle(fill, folder, problem)
+
+
+def settle(fill: CacheFill, folder: Path, problem: str) -> int:
+    """Writes the books and says them."""
+    books = {"complete": fill.complete, **fill.status()}
+    aside = folder / f"totals.json.{os.getpid()}"
+    aside.write_text(json.dumps(books, indent=1) + "\n", encoding="utf-8")
+    os.replace(aside, folder / "totals.json")
+    print(
+        f"{folder}: {books['samples']:,} samples, {books['present']:,} present, {books['written']:,} written "
+        f"({books['written_bytes'] / 1e9:.2f} GB), {books['quarantined']:,} quarantined"
+    )
+    if problem:
+        print(f"dflash-scale generate: {problem}\nstart it again to go on", file=sys.stderr)
+        return 1
+    return 0 if fill.complete else STOPPED
+
+
+class Progress:
+    """A line about the pace and what limits it, on stderr."""
+
+    def __init__(self, samples: int) -> None:
+        self._samples, self._terminal = samples, sys.stderr.isatty()
+        self._seen: deque[tuple[float, int, int]] = deque([(time.monotonic(), 0, 0)])  # time, done, bytes written
+        self._next = self._seen[0][0] + 1
+
+    def show(self, status: dict[str, Any], blocked_on: str) -> None:
+        """Call it often; it writes once a second on a terminal, every ten elsewhere."""
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + LINE_EVERY_S[self._terminal]
+        self._seen.append((now, status["present"] + status["written"] + status["quarantined"], status["written_bytes"]))
+        while self._seen[0][0] < now - RATE_OVER_S and len(self._seen) > 2:
+            self._seen.popleft()
+        line = pace(self._samples, self._seen[0], self._seen[-1], blocked_on)
+        more = f" · {status['quarantined']:,} quarantined" if status["quarantined"] else ""
+        print(f"\r\x1b[K{line}{more}" if self._terminal else line + more, end="", file=sys.stderr)
+        print(end="" if self._terminal else "\n", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """Leaves the line."""
+        if self._terminal:
+            print(file=sys.stderr)
+
+
+def pace(samples: int, earlier: tuple[float, int, int], later: tuple[float, int, int], blocked_on: str) -> str:
+    """The progress line from two (seconds, samples done, bytes written)."""
+    seconds = max(later[0] - earlier[0], 1e-6)
+    rate, speed = (later[1] - earlier[1]) / seconds, (later[2] - earlier[2]) / seconds
+    left = (samples - later[1]) / rate if rate else float("inf")
+    eta = f"{left / 60:,.0f} min left" if 120 <= left < float("inf") else f"{left:.0f} s left"
+    return (
+        f"{later[1]:,}/{samples:,} samples · {rate:,.1f} samples/s · {later[2] / 1e9:,.2f} GB written · "
+        f"{speed / 1e9:.2f} GB/s · {eta if rate else 'nothing moves'} · bottleneck: {blocked_on}"
+    )

@@ -1,0 +1,140 @@
+"""Takes every sample of a data set to the cache: where `dflash-scale generate` lets the receiver's loop deliver.
+
+A sample is present (its file was there and is good), written or quarantined, exactly one of the three. Files that are
+there are read in the loop, one a turn; what servers send goes to the writing thread as it came, without a copy.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+from collections import Counter
+from typing import Any, Final
+
+import numpy as np
+
+from dflash_scale.packer import Samples
+from dflash_scale.stream.cache import Cache
+from dflash_scale.stream.cache_file import BadFile
+from dflash_scale.stream.jobs import Key
+from dflash_scale.stream.keeper import Keeper, Sample
+from dflash_scale.stream.window import Want
+from dflash_scale.stream.wire import Layout
+
+QUARANTINED_FILE: Final = "quarantined.jsonl"
+MOST_IN_HAND: Final = 4096  # samples that are asked for at once
+
+
+class CacheUnwritable(RuntimeError):
+    """The cache can take no more."""
+
+
+class CacheFill:
+    """The receiver's output, into files.
+
+    Args:
+        samples: the data set.
+        cache: the folder.
+        layout: what every file holds.
+        most_bytes: of states that are asked for, or here and not yet written.
+    """
+
+    def __init__(self, samples: Samples, cache: Cache, layout: Layout, most_bytes: int) -> None:
+        self._samples, self._cache, self._layout, self._most_bytes = samples, cache, layout, most_bytes
+        self.attached, self.backlog = True, False
+        self.counts: Counter[str] = Counter()  # present, written, written_bytes, quarantined
+        self._next = 0
+        self._in_hand: dict[int, Want] = {}
+        self._bytes_in_hand = 0
+        self._slot: memoryview | None = None
+        self._scratch = memoryview(bytearray(int(samples.lengths.max()) * layout.bytes_per_token))
+        self._reports: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
+        self._keeper = Keeper(cache, most_bytes, report=lambda *report: self._reports.put(report))
+        # Those of an earlier run are asked for again.
+        self._quarantined = (cache.folder / QUARANTINED_FILE).open("w", encoding="utf-8", buffering=1)
+
+    @property
+    def complete(self) -> bool:
+        return self._next == len(self._samples.lengths) and not self._in_hand
+
+    @property
+    def blocked_on(self) -> str:
+        return "cache"  # nothing is asked for: files are read, or the disk has to catch up
+
+    def status(self) -> dict[str, Any]:
+        """The books: samples = present + written + quarantined, once it is complete."""
+        names = ("present", "written", "written_bytes", "quarantined")
+        return {"samples": len(self._samples.lengths), **{name: self.counts[name] for name in names}}
+
+    def take(self) -> list[Want]:
+        """Samples to ask for, after a look at one file that is there.
+
+        Raises:
+            CacheUnwritable: a file could not be written.
+        """
+        self._book_written()
+        taken: list[Want] = []
+        self.backlog = False
+        while self._next < len(self._samples.lengths) and len(self._in_hand) < MOST_IN_HAND:
+            want = Want((0, self._next), int(self._samples.lengths[self._next]), self._layout)
+            if self._in_hand and self._bytes_in_hand + want.nbytes > self._most_bytes:
+                break
+            there = self._cache.has(self._next)
+            if there and self.backlog:  # the next turn's
+                break
+            self.backlog = self.backlog or there
+            self._next += 1
+            if there and self._is_good(want):
+                self.counts["present"] += 1
+                continue
+            self._in_hand[want.key[1]] = want
+            self._bytes_in_hand += want.nbytes
+            taken.append(want)
+        return taken
+
+    def _is_good(self, want: Want) -> bool:
+        try:
+            self._cache.read(want.key[1], self._token_ids(want.key), self._layout, self._scratch[: want.nbytes])
+        except BadFile:
+            return False
+        return True
+
+    def _token_ids(self, key: Key) -> bytes:
+        return self._samples.tokens(key[1]).astype("<i4").tobytes()
+
+    def want(self, key: Key) -> Want:
+        return self._in_hand[key[1]]
+
+    def reserve(self, key: Key) -> memoryview:
+        self._slot = np.empty(self.want(key).nbytes, np.uint8).data
+        return self._slot
+
+    def abandon(self, key: Key) -> None:
+        self._slot = None
+
+    def commit(self, key: Key) -> None:
+        assert self._slot is not None, "reserved before"
+        self._keeper.put(Sample(key[1], self._token_ids(key), self._layout, self._slot))
+        self._slot = None
+
+    def quarantine(self, key: Key, reason: str) -> None:
+        self._done(key[1], "quarantined")
+        self._quarantined.write(json.dumps({"sample": key[1], "reason": reason}) + "\n")
+
+    def close(self) -> None:
+        """Writes what is here. Raises CacheUnwritable as `take` does."""
+        self._keeper.close()
+        self._quarantined.close()
+        self._book_written()
+
+    def _book_written(self) -> None:
+        while not self._reports.empty():
+            sample, problem = self._reports.get()
+            if problem:
+                raise CacheUnwritable(f"{self._cache.path(sample)} could not be written: {problem}")
+            self.counts["written_bytes"] += self._in_hand[sample].nbytes
+            self._done(sample, "written")
+
+    def _done(self, sample: int, what: str) -> None:
+        self._bytes_in_hand -= self._in_hand.pop(sample).nbytes
+        self.counts[what] += 1

@@ -1,0 +1,137 @@
+"""Filling a cache through the receiver's loop, in the test's process, from fake servers that misbehave."""
+
+# ruff: noqa: F401, F811 - the fixtures of test_receiver
+
+import json
+import os
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from fake_verifier import LAYOUT, states
+from test_receiver import BAD, FakeServer, Run, data, make_run
+
+from dflash_scale.stream.cache import open_cache
+from dflash_scale.stream.cache_fill import CacheFill, CacheUnwritable
+from dflash_scale.stream.intake import Identity, Intake, fleet_of
+
+
+class Filling:
+    """One start of `generate` without its command."""
+
+    def __init__(self, run: Run, folder: Path, most_bytes: int = 1 << 20) -> None:
+        folder.mkdir(exist_ok=True)
+        self.run, self.cache = run, open_cache(folder, LAYOUT)
+        self.fill = CacheFill(run.samples, self.cache, LAYOUT, most_bytes)
+        servers, limits = fleet_of(run.config.stream)
+        self.intake = Intake(servers, limits, Identity("fill", f"fill:{id(self)}", LAYOUT), self.fill, run.samples)
+
+    def work(self, until: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 120
+        try:
+            while not self.fill.complete and not until():
+                self.intake.step()
+                assert time.monotonic() < deadline, self.intake.status()
+        finally:
+            self.intake.close()
+            self.fill.close()
+
+    def to_the_end(self) -> dict[str, int]:
+        self.work(lambda: False)
+        return self.fill.status()
+
+    def check_files(self, without: frozenset[int] = frozenset()) -> None:
+        """Every file is there and holds what the fake makes of its tokens."""
+        for sample in range(len(self.run.samples.lengths)):
+            assert self.cache.has(sample) == (sample not in without)
+            if sample not in without:
+                token_ids = self.run.samples.tokens(sample).astype("<i4").tobytes()
+                slot = memoryview(bytearray(len(token_ids) // 4 * LAYOUT.bytes_per_token))
+                self.cache.read(sample, token_ids, LAYOUT, slot)
+                assert slot == states(token_ids, LAYOUT)
+        names = {path.name for path in self.cache.folder.iterdir()}
+        assert not [name for name in names if not name.startswith(("hs_", "quarantined"))], names
+
+
+def test_a_hostile_wire_leaves_a_whole_cache(make_run: Callable[..., Run], tmp_path: Path) -> None:
+    script = {sample: [word] for sample, word in enumerate((*BAD, "http400", "http500"))}
+    run = make_run([FakeServer(script).start() for _ in range(2)])
+    filling = Filling(run, tmp_path / "cache")
+    books = filling.to_the_end()
+    samples = len(run.samples.lengths)
+    assert books == {
+        "samples": samples,
+        "present": 0,
+        "written": samples,
+        "written_bytes": int(run.samples.lengths.sum()) * LAYOUT.bytes_per_token,
+        "quarantined": 0,
+    }
+    filling.check_files()
+    again = Filling(run, tmp_path / "cache")
+    assert again.to_the_end() == {**books, "present": samples, "written": 0, "written_bytes": 0}
+    assert again.intake.fleet.issued == 0, "what is there is not asked for"
+
+
+def test_what_fails_everywhere_is_named_and_asked_for_again(make_run: Callable[..., Run], tmp_path: Path) -> None:
+    script = {3: ["http400", "corrupt", "refuse"] * 4}
+    run = make_run([FakeServer(script).start(), FakeServer(script).start()])
+    filling = Filling(run, tmp_path / "cache")
+    books = filling.to_the_end()
+    samples = len(run.samples.lengths)
+    assert (books["written"], books["quarantined"], books["present"]) == (samples - 1, 1, 0)
+    filling.check_files(without=frozenset({3}))
+    (line,) = (tmp_path / "cache" / "quarantined.jsonl").read_text().splitlines()
+    assert json.loads(line)["sample"] == 3 and "HTTP 400" in json.loads(line)["reason"]
+    for server in run.servers:
+        server.kill()
+        server.script = {}
+        server.start()
+    books = Filling(run, tmp_path / "cache").to_the_end()
+    assert (books["written"], books["quarantined"], books["present"]) == (1, 0, samples - 1)
+    assert (tmp_path / "cache" / "quarantined.jsonl").read_text() == ""
+    filling.check_files()
+
+
+def test_a_stop_in_the_middle_and_damage_cost_only_what_they_hit(make_run: Callable[..., Run], tmp_path: Path) -> None:
+    run = make_run([FakeServer().start()], credit_bytes=1 << 14, server_credit_bytes=1 << 13)
+    first = Filling(run, tmp_path / "cache", most_bytes=1 << 14)
+    first.work(lambda: first.fill.counts["written"] >= 20)
+    written, samples = first.fill.counts["written"], len(run.samples.lengths)
+    assert 20 <= written < samples
+    os.truncate(first.cache.path(7), 100)
+    second = Filling(run, tmp_path / "cache", most_bytes=1 << 14)
+    books = second.to_the_end()
+    assert books["present"] == written - 1 and books["present"] + books["written"] == samples
+    second.check_files()
+
+
+def test_what_is_asked_for_is_bounded(make_run: Callable[..., Run], tmp_path: Path) -> None:
+    """Servers that are away: nothing comes, so nothing more may be taken in hand."""
+    run = make_run([FakeServer()])
+    largest = int(run.samples.lengths.max()) * LAYOUT.bytes_per_token
+    filling = Filling(run, tmp_path / "cache", most_bytes=2 * largest)
+    for _ in range(20):
+        filling.intake.step()
+    held = filling.fill._bytes_in_hand
+    assert largest < held <= 2 * largest
+    assert len(filling.intake.fleet) == len(filling.fill._in_hand) >= 2
+    filling.intake.close()
+    filling.fill.close()
+
+
+def test_a_disk_that_takes_no_more_ends_it_with_what_is_whole(make_run: Callable[..., Run], tmp_path: Path) -> None:
+    """Files of the longer samples exceed the process's limit."""
+    run = make_run([FakeServer().start()])
+    filling = Filling(run, tmp_path / "cache")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30 * LAYOUT.bytes_per_token, before[1]))
+    try:
+        with pytest.raises(CacheUnwritable, match=r"hs_\d+.safetensors could not be written: File too large"):
+            filling.to_the_end()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not filling.fill.complete
+    files = [path.name for path in (tmp_path / "cache").iterdir() if path.name != "quarantined.jsonl"]
+    assert len(files) == filling.fill.counts["written"] == filling.cache.size()[0]
