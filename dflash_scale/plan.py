@@ -276,6 +276,7 @@ def _processes(plan: Plan) -> Lines:
         *(
             (f"server {index}", f"{server.http}, hidden states from {server.zmq}")
             for index, server in enumerate(plan.config.stream.servers)
+            if plan.config.stream.mode != "offline"
         ),
         ("ZeRO stage", str(plan.config.zero_stage)),
         ("output", plan.config.train.output_dir),
@@ -331,6 +332,7 @@ def _stream(plan: Plan) -> Lines:
     more = f"; {validation:,} in validation, with the last residual" if validation > per_token else ""
     buffers = config.stream.lookahead_rows + ROW_BUFFERS_BESIDES_LOOKAHEAD
     return [
+        ("mode", config.stream.mode + (f", cache {config.stream.cache}" if config.stream.cache else "")),
         ("hidden states", f"{per_token:,} bytes per token, {layouts.train.dtype}{more}"),
         ("one row", f"{config.data.row_tokens} tokens, {size(row)} at most"),
         ("ring of a rank", size(config.stream.ring_bytes)),
@@ -357,9 +359,11 @@ def _schedule(plan: Plan) -> Lines:
         return [*lines, ("steps per epoch", f"unknown until prepared ({config.data.path} does not exist)")]
     schedule = plan.schedule
     held_out = len(plan.data.validation)
+    tokens = int(plan.data.train.lengths.sum() + plan.data.validation.lengths.sum())
     return [
         *lines,
         ("samples", f"{len(plan.data.train):,} to train on, {held_out:,} held out"),
+        ("a whole cache", size(tokens * plan.layouts.validation.bytes_per_token)),
         ("steps per epoch", f"{schedule.steps_per_epoch:,}"),
         ("steps", f"{schedule.total_steps:,}"),
     ]

@@ -7,20 +7,25 @@ from typing import Any
 
 from tqdm import tqdm
 
-# Above this share of waiting the servers hold the training up; below it they are ahead of it.
+# Above this share of waiting hidden states hold the training up; below it they are ahead of it.
 DATA_BOUND = 0.15
+SOURCES = {
+    "online": "servers",
+    "offline": "cache",
+    "hybrid": "servers or cache",
+}  # where they come from, by stream.mode
 
 
-def bottleneck(wait_data: float) -> str:
-    """Which half limits the run, from the share of time in which the ranks waited for hidden states."""
-    return "servers" if wait_data > DATA_BOUND else "training"
+def bottleneck(wait_data: float, source: str) -> str:
+    """Which half limits the run, from the share of time in which the ranks waited for hidden states of `source`."""
+    return source if wait_data > DATA_BOUND else "training"
 
 
 class ProgressLine:
     """One line on a terminal; in a file or a pipe, one line per logged step. Only rank 0 shows it."""
 
-    def __init__(self, total: int, done: int, *, enabled: bool) -> None:
-        self._enabled, self._total, self._validated = enabled, total, ""
+    def __init__(self, total: int, done: int, source: str, *, enabled: bool) -> None:
+        self._enabled, self._total, self._source, self._validated = enabled, total, source, ""
         terminal = enabled and sys.stderr.isatty()
         self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True) if terminal else None
 
@@ -28,7 +33,7 @@ class ProgressLine:
         text = (
             f"loss {values['loss']:.3f} · acceptance {values['acceptance_length']:.2f}{self._validated} · "
             f"{values['tokens_per_s']:,.0f} tok/s · wait_data {values['wait_data']:.0%} · "
-            f"bottleneck: {bottleneck(values['wait_data'])}"
+            f"bottleneck: {bottleneck(values['wait_data'], self._source)}"
         )
         self._show(step, text)
 

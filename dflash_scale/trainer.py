@@ -37,7 +37,7 @@ from dflash_scale.loss import (
 )
 from dflash_scale.metrics import JsonLines, Metrics, block_metrics
 from dflash_scale.packer import AnchorSpec, RowPlan, RowSchedule, Samples, plan_row
-from dflash_scale.report import ProgressLine
+from dflash_scale.report import SOURCES, ProgressLine
 from dflash_scale.verifier_head import VerifierHead
 from dflash_scale.vocabulary import DraftVocabulary
 
@@ -168,7 +168,8 @@ class Trainer:
         first = self.step + 1
         self.ledger = JsonLines(parts.output / "ledger" / f"rank-{self.rank}.jsonl", first)
         self.metrics = Metrics(parts.output, first, config.train.tensorboard) if self.rank == 0 else None
-        self.line = ProgressLine(parts.schedule.total_steps, self.step, enabled=self.rank == 0)
+        source = SOURCES[config.stream.mode]
+        self.line = ProgressLine(parts.schedule.total_steps, self.step, source, enabled=self.rank == 0)
 
     def run(self) -> bool:
         """Trains. Returns True if the schedule was completed, False if the run was asked to stop before."""

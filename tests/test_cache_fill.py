@@ -94,6 +94,30 @@ def test_what_fails_everywhere_is_named_and_asked_for_again(make_run: Callable[.
     filling.check_files()
 
 
+def test_files_are_looked_at_one_a_turn_and_the_last_one_written_is_booked(
+    make_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = make_run([FakeServer()])
+    first = Filling(run, tmp_path / "cache")
+    wants = first.fill.take()
+    assert len(wants) == len(run.samples.lengths) and not first.fill.backlog
+    for want in wants[:3]:
+        token_ids = run.samples.tokens(want.key[1]).astype("<i4").tobytes()
+        first.fill.reserve(want.key)[:] = states(token_ids, LAYOUT)
+        first.fill.commit(want.key)
+    first.intake.close()
+    first.fill.close()
+    assert first.fill.counts["written"] == 3 and not first.fill.complete
+    second = Filling(run, tmp_path / "cache")
+    for turn in (1, 2):
+        assert second.fill.take() == []
+        assert second.fill.counts["present"] == turn and second.fill.backlog
+    assert second.fill.take() == wants[3:] and second.fill.counts["present"] == 3
+    assert second.fill.take() == [] and not second.fill.backlog
+    second.intake.close()
+    second.fill.close()
+
+
 def test_a_stop_in_the_middle_and_damage_cost_only_what_they_hit(make_run: Callable[..., Run], tmp_path: Path) -> None:
     run = make_run([FakeServer().start()], credit_bytes=1 << 14, server_credit_bytes=1 << 13)
     first = Filling(run, tmp_path / "cache", most_bytes=1 << 14)

@@ -2,17 +2,19 @@
 
 # ruff: noqa: F401, F811 - the fixtures of test_receiver
 
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from fake_verifier import LAYOUT, states
-from test_receiver import LAYOUTS, FakeServer, Run, data, drain, expected, make_run, read_all
+from test_receiver import LAYOUTS, RUN, SAMPLES, FakeServer, Run, data, drain, expected, make_run, read_all
 
 from dflash_scale.stream.cache import Cache, open_cache
-from dflash_scale.stream.cached_delivery import FAILURES_IN_A_ROW
-from dflash_scale.stream.ring import COMMITTED, QUARANTINED, PeerDied, Ring
+from dflash_scale.stream.cached_delivery import FAILURES_IN_A_ROW, make_delivery
+from dflash_scale.stream.ring import COMMITTED, QUARANTINED, PeerDied, Ring, own_ring_name
+from dflash_scale.stream.window import Window
 from dflash_scale.stream.wire import Layout
 
 DONE = 60  # seconds for a process to end
@@ -41,7 +43,7 @@ def uses(run: Run, samples: set[int]) -> int:
 
 
 def test_offline_takes_everything_from_the_cache(make_run: Callable[..., Run], tmp_path: Path) -> None:
-    run = make_run([], mode="offline", cache=str(tmp_path / "cache"))
+    run = make_run([FakeServer()], mode="offline", cache=str(tmp_path / "cache"), no_server_timeout_s=0.1)
     fill(run, tmp_path / "cache")
     totals = drain(run, run.spawn())
     assert totals == {COMMITTED: len(expected(run.rows(1, 0)))}
@@ -184,3 +186,37 @@ def test_layers_are_picked_from_whole_files(make_run: Callable[..., Run], tmp_pa
             if sum(checked.values()) == len(expected(run.rows(1, 0))):
                 break
     assert checked["train"] and checked["validation"]
+
+
+def test_what_is_kept_is_not_what_the_ring_holds_later(
+    make_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is slower than the ring: samples are written after their slots hold others."""
+    run = make_run([FakeServer()], mode="hybrid", cache=str(tmp_path))
+    turned = threading.Event()
+    write = Cache.write
+    monkeypatch.setattr(Cache, "write", lambda *given: write(*given) if turned.wait(DONE) else 0)
+    rows = run.rows(1, 0)
+    with Ring.create(own_ring_name(RUN, 7), run.config.stream.ring_bytes) as ring, Ring.open(ring.name) as reader:
+        window = Window(ring, iter(rows), run.samples.lengths, LAYOUTS, len(rows))
+        delivery = make_delivery(run.config.stream, [window], run.samples, LAYOUT)
+        sent: dict[int, tuple[Layout, bytes]] = {}
+        while len(sent) < SAMPLES:
+            for want in delivery.take():
+                token_ids = run.samples.tokens(want.key[1]).astype("<i4").tobytes()
+                slot = delivery.reserve(want.key)
+                assert slot is not None
+                slot[:] = states(token_ids, want.layout)
+                sent[want.key[1]] = want.layout, bytes(slot)
+                delivery.commit(want.key)
+                assert reader.peek() is not None
+                reader.release()
+        turned.set()
+        delivery.close()
+        ring.unlink()
+    cache = open_cache(tmp_path, LAYOUT)
+    for sample, (layout, wanted) in sent.items():
+        token_ids = run.samples.tokens(sample).astype("<i4").tobytes()
+        got = memoryview(bytearray(len(wanted)))
+        cache.read(sample, token_ids, layout, got)
+        assert got == wanted

@@ -99,6 +99,7 @@ def test_the_printout_says_all_of_it() -> None:
         "training ranks           8, one per GPU",
         "receivers                1, one per node",
         "server 0                 http://127.0.0.1:8001, hidden states from tcp://127.0.0.1:5601",
+        "mode                     online\n",
         "[2, 10, 18, 26, 34], and 36 for the verifier's logits",
         "40,960 bytes per token, bfloat16; 49,152 in validation, with the last residual",
         "shared memory per node   8.6 GB (8 rings)",
@@ -159,6 +160,12 @@ def test_a_prepared_data_set_gives_steps_and_anchors(tmp_path: Path) -> None:
     text = print_plan(plan.config, 2)
     assert f"steps per epoch          {plan.schedule.steps_per_epoch}" in text
     assert "samples                  50 to train on, 0 held out" in text
+    assert f"a whole cache            {50 * length * 49_152 / 1e6:.1f} MB" in text
+
+
+def test_an_offline_run_names_its_cache_and_no_server() -> None:
+    text = print_plan(qwen3_8b(stream={"mode": "offline", "cache": "states/x"}), 8)
+    assert "mode                     offline, cache states/x" in text and "server 0" not in text
 
 
 @pytest.mark.parametrize(("dtype", "number"), [(torch.float32, 4), (torch.bfloat16, 2)])

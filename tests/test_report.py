@@ -11,7 +11,7 @@ VALUES = {"loss": 1.25, "acceptance_length": 2.5, "tokens_per_s": 12345.0, "wait
 
 
 def test_the_line_names_the_bottleneck(capsys: pytest.CaptureFixture[str]) -> None:
-    line = ProgressLine(10, 0, enabled=True)
+    line = ProgressLine(10, 0, "servers", enabled=True)
     line.train(5, VALUES)
     line.validation(5, {"acceptance_length": 2.25})
     line.train(6, {**VALUES, "wait_data": 0.01})
@@ -19,11 +19,11 @@ def test_the_line_names_the_bottleneck(capsys: pytest.CaptureFixture[str]) -> No
     assert shown[0] == "step 5/10 · loss 1.250 · acceptance 2.50 · 12,345 tok/s · wait_data 40% · bottleneck: servers"
     assert "held out 2.25" in shown[1] and "held out 2.25" in shown[2]
     assert shown[2].endswith("wait_data 1% · bottleneck: training")
-    assert [bottleneck(share) for share in (0.0, 0.1, 0.2)] == ["training", "training", "servers"]
+    assert [bottleneck(share, "cache") for share in (0.0, 0.1, 0.2)] == ["training", "training", "cache"]
 
 
 def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
-    line = ProgressLine(10, 0, enabled=False)
+    line = ProgressLine(10, 0, "cache", enabled=False)
     line.train(5, VALUES)
     line.validation(5, VALUES)
     line.close()

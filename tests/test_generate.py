@@ -1,0 +1,102 @@
+"""The command `generate` up to its first request, and its progress line; whole runs: tests/e2e/test_offline.py."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import free_port
+from transformers import AutoTokenizer
+
+from dflash_scale.cli import main
+from dflash_scale.generate import Progress, pace
+from dflash_scale.prompts import prepare
+from tests.test_cli import run_cli
+from tests.test_conversations import chat, save_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two data sets, and beside each its verifier; no weights."""
+    folder = tmp_path_factory.mktemp("generate")
+    shape = {"num_hidden_layers": 4, "hidden_size": 32, "num_attention_heads": 2, "vocab_size": 97}
+    source = folder / "in.jsonl"
+    source.write_text("".join(chat(f"q{i:02}", "x" * 40) + "\n" for i in range(20)))
+    for name in ("one", "other"):
+        save_tokenizer(folder / name)
+        (folder / name / "config.json").write_text(json.dumps({"model_type": "qwen3", "dtype": "float32", **shape}))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "other")
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(folder / "other")
+    prepare([source], str(folder / "one"), folder / "data", validation_fraction=0.0)
+    return folder
+
+
+def config(folder: Path, tmp_path: Path, verifier: str = "one", **stream: object) -> str:
+    path = tmp_path / "run.json"
+    content = {"verifier": {"model": str(folder / verifier)}, "data": {"path": str(folder / "data")}, "stream": stream}
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def test_somewhere_to_write_and_a_server_are_needed(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "--config", config(folder, tmp_path)]) == 2
+    assert "got no folder to write to; give --out DIR, or stream.cache" in capsys.readouterr().err
+    path = config(folder, tmp_path, mode="offline", cache=str(tmp_path / "states"), servers=[])
+    assert main(["generate", "--config", path]) == 2
+    assert "stream.servers: got none" in capsys.readouterr().err
+    assert not (tmp_path / "states").exists()
+
+
+def test_the_data_sets_tokenizer_must_be_the_verifiers(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["generate", "--config", config(folder, tmp_path, "other"), "--out", str(tmp_path / "states")]
+    assert main(arguments) == 2
+    assert f"was prepared with the tokenizer of {folder / 'one'}" in capsys.readouterr().err
+    assert not (tmp_path / "states").exists()
+
+
+def test_no_server_ends_it_with_its_books(folder: Path, tmp_path: Path) -> None:
+    servers = [{"http": f"http://127.0.0.1:{free_port()}", "zmq": f"tcp://127.0.0.1:{free_port()}"}]
+    path = config(folder, tmp_path, servers=servers, probe_s=0.1)
+    out = tmp_path / "states"
+    said = run_cli("generate", "--config", path, "--out", str(out), "--set", "stream.no_server_timeout_s=0.3")
+    assert said.returncode == 1
+    assert "no server has been healthy for 0.3 s" in said.stderr and "start it again to go on" in said.stderr
+    assert "20 samples, 0 present, 0 written (0.00 GB), 0 quarantined" in said.stdout
+    books = json.loads((out / "totals.json").read_text())
+    assert books == {
+        "complete": False,
+        "samples": 20,
+        "present": 0,
+        "written": 0,
+        "written_bytes": 0,
+        "quarantined": 0,
+    }
+    assert json.loads((out / "manifest.json").read_text())["layout"]["layer_ids"] == [2, 4]
+
+
+def test_the_line_says_pace_and_bottleneck() -> None:
+    assert pace(1000, (0.0, 100, 0), (10.0, 300, 5_000_000_000), "servers") == (
+        "300/1,000 samples · 20.0 samples/s · 5.00 GB written · 0.50 GB/s · 35 s left · bottleneck: servers"
+    )
+    assert "60 min left" in pace(100_000, (0.0, 0, 0), (10.0, 277, 0), "cache")
+    assert "nothing moves · bottleneck: no server" in pace(1000, (0.0, 3, 0), (10.0, 3, 0), "no server")
+
+
+def test_lines_come_every_ten_seconds_with_the_pace_of_the_last_ten(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0] + [float(second) for second in range(1, 40)])
+    monkeypatch.setattr("dflash_scale.generate.time.monotonic", lambda: next(clock))
+    progress = Progress(1000)
+    for second in range(1, 40):
+        written = 10 * second + 20 * max(0, second - 20)
+        status = {"present": 0, "written": written, "quarantined": second // 20, "written_bytes": 0}
+        progress.show(status, "servers")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition("/")[0] for line in lines] == ["10", "110", "231", "531"]
+    assert "· 10.0 samples/s ·" in lines[1] and "· 30.0 samples/s ·" in lines[3]
+    assert "quarantined" not in lines[1] and lines[2].endswith("bottleneck: servers · 1 quarantined")
