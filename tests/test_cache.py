@@ -4,7 +4,9 @@ import json
 import logging
 import os
 import resource
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -271,6 +273,15 @@ def test_a_missing_folder_and_a_strange_manifest_are_named(tmp_path: Path) -> No
             claim(tmp_path, ORIGIN, writable=True)
 
 
+def test_a_folder_that_cannot_be_one_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file/cache cannot be used: Not a directory .*name a folder"):
+        claim(tmp_path / "file" / "cache", ORIGIN, writable=True)
+    (tmp_path / "manifest.json").mkdir()
+    with pytest.raises(ValueError, match=r"cannot be used: Is a directory .*manifest\.json"):
+        claim(tmp_path, ORIGIN, writable=False)
+
+
 KILLED = """
 import os, sys, time
 from pathlib import Path
@@ -298,7 +309,7 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_start(tmp_path: Path) 
     os.kill(writer.pid, signal.SIGKILL)
     writer.wait()
     writer.stdout.close()
-    elsewhere = tmp_path / f"{ASIDE}another-machine-1-1-hs_5.safetensors"
+    elsewhere = tmp_path / f"{ASIDE}{socket.gethostname()}-2,1,1,hs_5.safetensors"  # a machine of a longer name
     elsewhere.touch()
     open_cache(tmp_path, WHOLE)
     assert list(tmp_path.iterdir()) == [elsewhere]
@@ -371,6 +382,19 @@ def full_disk(cache: Cache, caplog: pytest.LogCaptureFixture) -> Keeper:
     (line,) = caplog.messages
     assert f"{len(written)} samples of {keeper.status()['written_bytes']} bytes were written" in line
     return keeper
+
+
+def test_a_folder_that_vanishes_ends_the_writing_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "cache").mkdir()
+    reports: dict[int, str] = {}
+    keeper = Keeper(open_cache(tmp_path / "cache", WHOLE), 1 << 20, report=reports.__setitem__)
+    shutil.rmtree(tmp_path / "cache")
+    keeper.put(sample(0))
+    keeper.put(sample(1))
+    keeper.close()
+    assert list(reports) == [0, 1] and reports[0] == reports[1]
+    assert "No such file or directory" in reports[0] and "which is gone" in reports[0]
+    assert len(caplog.messages) == 1
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from dflash_scale.stream.wire import Buffer, Layout, WireError
 
 FORMAT: Final = 1
 MANIFEST: Final = "manifest.json"
-ASIDE: Final = ".aside-"  # + HOST-PID-START- + the file's name
+ASIDE: Final = ".aside,"  # HOST,PID,START, and the file's name: no host's name has a comma
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Cache:
 
     def __init__(self, folder: Path, layer_ids: tuple[int, ...]) -> None:
         self.folder, self._layer_ids = folder, layer_ids
-        self._aside = f"{ASIDE}{socket.gethostname()}-{os.getpid()}-{process_start(os.getpid())}-"
+        self._aside = f"{ASIDE}{socket.gethostname()},{os.getpid()},{process_start(os.getpid())},"
 
     def path(self, sample: int) -> Path:
         return self.folder / f"hs_{sample}.safetensors"
@@ -119,21 +119,27 @@ def claim(folder: Path, origin: Origin, *, writable: bool) -> None:
     """Checks that a folder's files are of this verifier and data set; a new folder is made and gets a manifest.
 
     Raises:
-        ValueError: it is another run's, or there is none and `writable` is false.
+        ValueError: it is another run's, it cannot be used, or there is none and `writable` is false.
     """
-    if not folder.is_dir():
-        if not writable:
-            raise ValueError(
-                f"stream.cache: got {folder}, wanted a folder of hidden states; write one with `dflash-scale generate`"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-    found = read_manifest(folder)
-    if found is not None:
-        _compare(folder, found, origin)
-    elif writable and next(_files(folder), None) is None:
-        aside = folder / f"{MANIFEST}.{socket.gethostname()}-{os.getpid()}"
-        aside.write_text(json.dumps({"format": FORMAT, **asdict(origin)}, indent=1) + "\n", encoding="utf-8")
-        os.replace(aside, folder / MANIFEST)
+    if not folder.is_dir() and not writable:
+        raise ValueError(
+            f"stream.cache: got {folder}, wanted a folder of hidden states; write one with `dflash-scale generate`"
+        )
+    try:
+        if writable:
+            folder.mkdir(parents=True, exist_ok=True)
+        found = read_manifest(folder)
+        if found is not None:
+            _compare(folder, found, origin)
+        elif writable and next(_files(folder), None) is None:
+            aside = folder / f"{MANIFEST}.{socket.gethostname()}-{os.getpid()}"
+            aside.write_text(json.dumps({"format": FORMAT, **asdict(origin)}, indent=1) + "\n", encoding="utf-8")
+            os.replace(aside, folder / MANIFEST)
+    except OSError as error:
+        raise ValueError(
+            f"stream.cache: {folder} cannot be used: {error.strerror} ({error.filename}); name a folder that this user "
+            "can write to"
+        ) from None
 
 
 def read_manifest(folder: Path) -> Origin | None:
@@ -180,11 +186,11 @@ def _files(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def _remove_left_asides(folder: Path) -> None:
-    prefix = f"{ASIDE}{socket.gethostname()}-"
+    prefix = f"{ASIDE}{socket.gethostname()},"
     with os.scandir(folder) as entries:
         left = [entry for entry in entries if entry.name.startswith(prefix)]
     for entry in left:
-        pid, start, _ = entry.name.removeprefix(prefix).split("-", 2)
+        pid, start, _ = entry.name.removeprefix(prefix).split(",")
         if str(process_start(int(pid))) != start:
             with contextlib.suppress(FileNotFoundError):  # another process of this run was faster
                 os.unlink(entry.path)

@@ -105,8 +105,11 @@ class Keeper:
 
     def _stop(self, error: OSError) -> str:
         folder = self._cache.folder
-        free = shutil.disk_usage(folder).free
-        self.stopped = f"{error.strerror} ({folder}, {free:,} bytes free)"
+        try:
+            room = f"{shutil.disk_usage(folder).free:,} bytes free"
+        except OSError:
+            room = "which is gone"
+        self.stopped = f"{error.strerror} ({folder}, {room})"
         log.warning(
             "stream.cache: %s; %d samples of %d bytes were written by this process, nothing is written any more",
             self.stopped,
