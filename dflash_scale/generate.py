@@ -24,14 +24,16 @@ from pathlib import Path
 from typing import Any, Final
 
 from dflash_scale.config import Config, load_config
+from dflash_scale.model_files import origin_of
 from dflash_scale.packer import Samples
 from dflash_scale.plan import planned_layouts
 from dflash_scale.prompts import check_tokenizer, load_prepared
-from dflash_scale.stream.cache import Origin, claim, open_cache
+from dflash_scale.stream.cache import CacheOrigin, claim, open_cache
 from dflash_scale.stream.cache_fill import CacheFill, CacheUnwritable
 from dflash_scale.stream.fleet import NoServerError
 from dflash_scale.stream.intake import Identity, Intake, fleet_of
-from dflash_scale.verifier import verifier_fingerprint, verifier_shape
+from dflash_scale.stream.keys import receiver_keys
+from dflash_scale.verifier import verifier_shape
 
 log = logging.getLogger(__name__)
 
@@ -63,11 +65,12 @@ def generate(config: Config, folder: Path) -> int:
     check_tokenizer(prepared, config.verifier.model)
     samples = Samples(prepared.train, prepared.validation)
     layout = planned_layouts(config, verifier_shape(config.verifier.model, allow_network=True)).validation
-    fingerprint = verifier_fingerprint(config.verifier.model)
-    claim(folder, Origin(layout, config.verifier.model, fingerprint, prepared.fingerprint), writable=True)
+    model, origin = config.verifier.model, origin_of(config.verifier.model)
+    claim(folder, CacheOrigin(layout, model, origin.verifier, prepared.fingerprint), writable=True)
     servers, limits = fleet_of(config.stream)
     run_id = secrets.token_hex(6)
-    identity = Identity(run_id, f"{run_id}:generate:{os.getpid()}", layout)
+    keys = None if config.stream.keys is None else receiver_keys(Path(config.stream.keys))
+    identity = Identity(run_id, f"{run_id}:generate:{os.getpid()}", layout, origin, keys)
     fill = CacheFill(samples, open_cache(folder, layout), layout, limits.credit_bytes)
     intake = Intake(servers, limits, identity, fill, samples)
     signals: list[int] = []

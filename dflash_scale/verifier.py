@@ -5,7 +5,6 @@ The verifier itself runs inside the servers. What is read of its weights is veri
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ from dflash_scale.rope import verifier_rope
 SHIPPED = Path(__file__).parents[1] / "configs" / "verifiers"
 
 KV_HEADS_FOR_LATENT_ATTENTION = 8  # at most; DeepSeek's layers have as many key heads as query heads, and cache none
-INCIDENTAL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}  # of config.json, not the model itself
 EPS_NAMES = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps", "layernorm_epsilon")
 
 
@@ -67,21 +65,6 @@ def verifier_shape(model: str, *, allow_network: bool = False) -> VerifierShape:
 def verifier_config(model: str, *, allow_network: bool = False) -> Any:
     """The verifier's configuration as its family's class in Transformers; raises ValueError as `verifier_shape`."""
     return _parsed(*_content(model, allow_network))
-
-
-def verifier_fingerprint(model: str) -> str:
-    """16 hex digits over the verifier's config.json, less what a copy of the same model may say otherwise.
-
-    Two models that differ in their weights alone have the same. Raises ValueError as `verifier_shape`.
-    """
-    content, _ = _content(model, allow_network=True)
-    return hashlib.blake2b(json.dumps(_essence(content), sort_keys=True).encode(), digest_size=8).hexdigest()
-
-
-def _essence(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _essence(inside) for name, inside in value.items() if name not in INCIDENTAL}
-    return value
 
 
 def _content(model: str, allow_network: bool) -> tuple[dict[str, Any], Path]:

@@ -113,12 +113,13 @@ def set_up(
     from dflash_scale.assembler import AssemblerSpec, RowAssembler
     from dflash_scale.checkpoint import Checkpoints, Position
     from dflash_scale.drafter import Drafter, drafter_spec
+    from dflash_scale.model_files import origin_of
     from dflash_scale.packer import AnchorSpec, RowSchedule, Samples, schedule_spec
-    from dflash_scale.stream.cache import Origin, claim
+    from dflash_scale.stream.cache import CacheOrigin, claim
     from dflash_scale.stream.keys import receiver_keys
     from dflash_scale.stream.receiver import Stream
     from dflash_scale.trainer import Parts, Trainer, make_engine
-    from dflash_scale.verifier import mask_token_id, verifier_fingerprint
+    from dflash_scale.verifier import mask_token_id
     from dflash_scale.verifier_head import load_verifier_head
     from dflash_scale.vocabulary import run_vocabulary
     from dflash_scale.warm_start import load_start
@@ -139,8 +140,8 @@ def set_up(
     if config.stream.keys is not None:
         receiver_keys(Path(config.stream.keys))  # the receiver reads them; what is wrong with them is said here
     if config.stream.cache is not None:
-        fingerprint = verifier_fingerprint(config.verifier.model)
-        origin = Origin(layouts.validation, config.verifier.model, fingerprint, prepared.fingerprint)
+        digest = origin_of(config.verifier.model).verifier
+        origin = CacheOrigin(layouts.validation, config.verifier.model, digest, prepared.fingerprint)
         claim(Path(config.stream.cache), origin, writable=config.stream.mode == "hybrid")
     mask = mask_token_id(tokenizer, shape.vocab_size, config.drafter.mask_token_id)
     vocabulary = run_vocabulary(prepared.train, shape.vocab_size, tokenizer, config.drafter.vocab_size)

@@ -20,14 +20,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from dflash_scale.stream import cache as cache_module
-from dflash_scale.stream.cache import ASIDE, Cache, Origin, claim, open_cache, read_manifest
+from dflash_scale.stream.cache import ASIDE, Cache, CacheOrigin, claim, open_cache, read_manifest
 from dflash_scale.stream.cache_file import MAX_HEADER_BYTES, BadFile
 from dflash_scale.stream.keeper import Keeper, Sample
 from dflash_scale.stream.wire import Layout
 
 WHOLE = Layout((1, 2, 4), 8, "bfloat16")
 TAPS = Layout((1, 2), 8, "bfloat16")
-ORIGIN = Origin(WHOLE, "fake", "00aa", "11bb")
+ORIGIN = CacheOrigin(WHOLE, "fake", "00aa", "11bb")
 TOKENS = 7
 
 
@@ -223,26 +223,27 @@ def test_a_new_folder_gets_a_manifest_and_is_known_again(tmp_path: Path) -> None
     claim(folder, ORIGIN, writable=True)
     assert read_manifest(folder) == ORIGIN
     claim(folder, ORIGIN, writable=False)
+    claim(folder, CacheOrigin(WHOLE, "not at hand", "", "11bb"), writable=False)
     assert [path.name for path in folder.iterdir()] == ["manifest.json"]
 
 
 @pytest.mark.parametrize(
     ("other", "text"),
     [
-        (Origin(WHOLE, "big", "00ab", "11bb"), "made with the verifier fake, verifier.model is big"),
-        (Origin(WHOLE, "fake", "00aa", "11bc"), "another data set"),
+        (CacheOrigin(WHOLE, "big", "00ab", "11bb"), "made with the verifier fake, verifier.model is big"),
+        (CacheOrigin(WHOLE, "fake", "00aa", "11bc"), "another data set"),
         (
-            Origin(Layout((1, 3, 4), 8, "bfloat16"), "fake", "00aa", "11bb"),
+            CacheOrigin(Layout((1, 3, 4), 8, "bfloat16"), "fake", "00aa", "11bb"),
             r"layers \[1, 2, 4\], this run wants \[1, 3",
         ),
         (
-            Origin(Layout((1, 2, 4), 16, "bfloat16"), "fake", "00aa", "11bb"),
+            CacheOrigin(Layout((1, 2, 4), 16, "bfloat16"), "fake", "00aa", "11bb"),
             "8 wide in bfloat16, wanted 16 in bfloat16",
         ),
-        (Origin(Layout((1, 2, 4), 8, "float16"), "fake", "00aa", "11bb"), "wanted 8 in float16"),
+        (CacheOrigin(Layout((1, 2, 4), 8, "float16"), "fake", "00aa", "11bb"), "wanted 8 in float16"),
     ],
 )
-def test_the_cache_of_another_run_is_refused(tmp_path: Path, other: Origin, text: str) -> None:
+def test_the_cache_of_another_run_is_refused(tmp_path: Path, other: CacheOrigin, text: str) -> None:
     claim(tmp_path, ORIGIN, writable=True)
     with pytest.raises(ValueError, match=text):
         claim(tmp_path, other, writable=True)
@@ -250,7 +251,7 @@ def test_the_cache_of_another_run_is_refused(tmp_path: Path, other: Origin, text
 
 def test_a_run_that_wants_fewer_layers_may_use_it(tmp_path: Path) -> None:
     claim(tmp_path, ORIGIN, writable=True)
-    claim(tmp_path, Origin(TAPS, "fake", "00aa", "11bb"), writable=False)
+    claim(tmp_path, CacheOrigin(TAPS, "fake", "00aa", "11bb"), writable=False)
     states = torch.randn(TOKENS, 3, 8).to(torch.bfloat16)
     path = open_cache(tmp_path, TAPS).path(0)
     save_file({"hidden_states": states, "token_ids": GOOD_IDS}, path)  # it names no layers: the manifest does

@@ -16,6 +16,7 @@ from test_receiver import BAD, FakeServer, Run, data, make_run
 from dflash_scale.stream.cache import open_cache
 from dflash_scale.stream.cache_fill import CacheFill, CacheUnwritable
 from dflash_scale.stream.intake import Identity, Intake, fleet_of
+from dflash_scale.stream.wire import Origin
 
 
 class Filling:
@@ -26,7 +27,9 @@ class Filling:
         self.run, self.cache = run, open_cache(folder, LAYOUT)
         self.fill = CacheFill(run.samples, self.cache, LAYOUT, most_bytes)
         servers, limits = fleet_of(run.config.stream)
-        self.intake = Intake(servers, limits, Identity("fill", f"fill:{id(self)}", LAYOUT), self.fill, run.samples)
+        self.intake = Intake(
+            servers, limits, Identity("fill", f"fill:{id(self)}", LAYOUT, Origin(), None), self.fill, run.samples
+        )
 
     def work(self, until: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 120

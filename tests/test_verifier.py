@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import transformers
 
-from dflash_scale.verifier import mask_token_id, verifier_fingerprint, verifier_shape
+from dflash_scale.verifier import mask_token_id, verifier_shape
 from tests.verifier_families import FAMILIES, TINY
 
 
@@ -135,18 +135,3 @@ def test_mask_token_prefers_the_configured_then_its_own_then_an_unused_row() -> 
         mask_token_id(FakeTokenizer(10), 10, None)
     with pytest.raises(ValueError, match=r"drafter\.mask_token_id: got 16, wanted an id below 16"):
         mask_token_id(FakeTokenizer(10), 16, 16)
-
-
-def test_the_fingerprint_is_the_models_and_not_the_copys(tmp_path: Path) -> None:
-    for name in ("one", "copy", "other"):
-        save_config("qwen3", tmp_path / name)
-    edit_config(tmp_path / "copy", _name_or_path="elsewhere", transformers_version="4.0.0", torch_dtype="float16")
-    edit_config(tmp_path / "other", rope_theta=12345.0)
-    one, copy, other = (verifier_fingerprint(str(tmp_path / name)) for name in ("one", "copy", "other"))
-    assert one == copy != other and len(one) == 16
-    save_config("gemma3", tmp_path / "nested")
-    before = verifier_fingerprint(str(tmp_path / "nested"))
-    content = json.loads((tmp_path / "nested" / "config.json").read_text())
-    content["text_config"]["dtype"] = "float16"
-    (tmp_path / "nested" / "config.json").write_text(json.dumps(content))
-    assert verifier_fingerprint(str(tmp_path / "nested")) == before

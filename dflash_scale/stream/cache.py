@@ -33,13 +33,16 @@ ASIDE: Final = ".aside,"  # HOST,PID,START, and the file's name: no host's name 
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
-    """What the files of a cache were made from. `layout`: all layers that a file may hold; the rest are names and
-    fingerprints, compared as they are."""
+class CacheOrigin:
+    """What the files of a cache were made from.
+
+    `layout`: all layers that a file may hold; `verifier`: its name, for people; its digest as `model_files.origin_of`
+    computes it, empty where it cannot.
+    """
 
     layout: Layout
-    verifier: str  # its name, for people
-    verifier_fingerprint: str
+    verifier: str
+    verifier_digest: str
     data_fingerprint: str
 
 
@@ -115,7 +118,7 @@ def open_cache(folder: Path, layout: Layout) -> Cache:
     return Cache(folder, layout.layer_ids if origin is None else origin.layout.layer_ids)
 
 
-def claim(folder: Path, origin: Origin, *, writable: bool) -> None:
+def claim(folder: Path, origin: CacheOrigin, *, writable: bool) -> None:
     """Checks that a folder's files are of this verifier and data set; a new folder is made and gets a manifest.
 
     Raises:
@@ -142,15 +145,15 @@ def claim(folder: Path, origin: Origin, *, writable: bool) -> None:
         ) from None
 
 
-def read_manifest(folder: Path) -> Origin | None:
+def read_manifest(folder: Path) -> CacheOrigin | None:
     """What the folder's manifest says; None if it has none. Raises ValueError if it cannot be read."""
     path = folder / MANIFEST
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']}")
-        names = ("verifier", "verifier_fingerprint", "data_fingerprint")
-        return Origin(Layout.from_params(content["layout"]), *(str(content[name]) for name in names))
+        names = ("verifier", "verifier_digest", "data_fingerprint")
+        return CacheOrigin(Layout.from_params(content["layout"]), *(str(content[name]) for name in names))
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, WireError) as error:
@@ -160,11 +163,12 @@ def read_manifest(folder: Path) -> Origin | None:
         ) from None
 
 
-def _compare(folder: Path, found: Origin, wanted: Origin) -> None:
+def _compare(folder: Path, found: CacheOrigin, wanted: CacheOrigin) -> None:
     layers, wanted_layers = found.layout.layer_ids, wanted.layout.layer_ids
     states = (found.layout.hidden_size, found.layout.dtype), (wanted.layout.hidden_size, wanted.layout.dtype)
     problems = []
-    if found.verifier_fingerprint != wanted.verifier_fingerprint:
+    digests = {found.verifier_digest, wanted.verifier_digest} - {""}
+    if len(digests) > 1:
         problems.append(f"it was made with the verifier {found.verifier}, verifier.model is {wanted.verifier}")
     if not set(wanted_layers) <= set(layers):
         problems.append(f"it has layers {list(layers)}, this run wants {list(wanted_layers)}")
