@@ -21,6 +21,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from dflash_scale.config_drafter import DrafterSection, Positive, Section
 from dflash_scale.config_errors import explain
 from dflash_scale.config_stream import StreamSection
+from dflash_scale.quarantine import FILE_NAME
 
 # DeepSpeed keys that follow from this file. Given twice they could disagree, so they may not be given there.
 DERIVED_DEEPSPEED_KEYS = {
@@ -60,6 +61,11 @@ class VerifierSection(Section):
 
 class DataSection(Section):
     path: str = Field(min_length=1, description="Folder that `dflash-scale prepare` wrote.")
+    exclude: str | None = Field(
+        default=None,
+        min_length=1,
+        description="A quarantined.jsonl of an earlier run on the same data set, whose samples are left out.",
+    )
     row_tokens: Positive = Field(default=8192, description="Tokens of one packed row, the unit of a micro-step.")
     anchors_per_document: Positive = Field(default=512, description="Anchors drawn per document and epoch, at most.")
 
@@ -191,6 +197,16 @@ class Config(Section):
                 f"deepspeed.zero_optimization.stage: got {json.dumps(stage)}, wanted 1, 2 or 3; set one of them"
             )
         return given
+
+    @model_validator(mode="after")
+    def _exclusion_stands_still(self) -> Config:
+        written = Path(self.train.output_dir) / FILE_NAME
+        if self.data.exclude is not None and Path(self.data.exclude).resolve() == written.resolve():
+            raise ValueError(
+                f"data.exclude: got {self.data.exclude}, which this run itself appends to, wanted a file that stays as "
+                "it is; copy it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _blocks_fit_a_row(self) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -45,6 +46,12 @@ class StreamSection(Section):
         description="Folder that `dflash-scale keys` wrote: hidden states come encrypted, and from servers with that "
         "key alone; null = no keys. HTTP stays as it is.",
     )
+    endpoints_file: str | None = Field(
+        default=None,
+        min_length=1,
+        description="JSON file with a list of more servers, {http, zmq} each. It is watched: servers join and leave "
+        "while the run goes on, and stream.servers may be [].",
+    )
     insecure: bool = Field(
         default=False, description="Allow servers that are not on loopback, over HTTP and, without keys, ZeroMQ."
     )
@@ -86,22 +93,26 @@ class StreamSection(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> StreamSection:
-        if not self.servers and self.mode != "offline":
-            raise ValueError("stream.servers: got none, wanted at least one {http, zmq}; name a server of the fleet")
-        for i, server in enumerate(self.servers):
-            check_server(f"stream.servers[{i}].http", server.http, "http", open_to_others=self.insecure)
-            keyed = self.insecure or self.keys is not None
-            check_server(f"stream.servers[{i}].zmq", server.zmq, "tcp", open_to_others=keyed)
-        for name in ("http", "zmq"):
-            given = [getattr(server, name) for server in self.servers]
-            twice = sorted({address for address in given if given.count(address) > 1})
-            if twice:
-                raise ValueError(
-                    f"stream.servers: got {twice[0]} twice as {name}, wanted each address once; drop one entry"
-                )
+        if not self.servers and self.endpoints_file is None and self.mode != "offline":
+            raise ValueError(
+                "stream.servers: got none, wanted at least one {http, zmq}; name a server, or a stream.endpoints_file"
+            )
+        self.check_servers("stream.servers", self.servers)
         if self.server_credit_bytes > self.credit_bytes:
             raise ValueError(
                 f"stream.server_credit_bytes: got {self.server_credit_bytes}, wanted at most stream.credit_bytes = "
                 f"{self.credit_bytes}; lower the first or raise the second"
             )
         return self
+
+    def check_servers(self, name: str, servers: Sequence[Server]) -> None:
+        """Raises ValueError, starting with `name`, unless the run may use these servers, all of them together."""
+        for i, server in enumerate(servers):
+            check_server(f"{name}[{i}].http", server.http, "http", open_to_others=self.insecure)
+            keyed = self.insecure or self.keys is not None
+            check_server(f"{name}[{i}].zmq", server.zmq, "tcp", open_to_others=keyed)
+        for field in ("http", "zmq"):
+            given = [getattr(server, field) for server in servers]
+            twice = sorted({address for address in given if given.count(address) > 1})
+            if twice:
+                raise ValueError(f"{name}: got {twice[0]} twice as {field}, wanted each address once; drop one entry")

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from dflash_scale.anchors import VALIDATION_EPOCH, anchor_seed, plan_anchors
 from dflash_scale.config import Config
+from dflash_scale.quarantine import read_exclusion
 from dflash_scale.vocabulary import cut_at_unknown
 
 OPEN_ROWS = 64  # rows that first fit looks at; bounds the packing to O(samples), at a cost below 1 % of fill
@@ -107,7 +108,8 @@ def pack(samples: Iterable[int], lengths: Ints, row_tokens: int) -> list[tuple[P
 
 @dataclass(frozen=True, slots=True)
 class ScheduleSpec:
-    """What the schedule depends on besides the samples' lengths. `max_steps` None: all epochs."""
+    """What the schedule depends on besides the samples' lengths. `max_steps` None: all epochs · excluded: samples that
+    are left out."""
 
     row_tokens: int
     rows_per_step: int
@@ -116,10 +118,11 @@ class ScheduleSpec:
     epochs: int
     max_steps: int | None
     validate_every: int
+    excluded: frozenset[int] = frozenset()
 
 
 def schedule_spec(config: Config, world_size: int) -> ScheduleSpec:
-    """What a run's configuration says of the schedule; ranks and receiver must both ask here."""
+    """What a run's configuration says of the schedule; ranks and receiver must both ask here. Raises ValueError."""
     train = config.train
     return ScheduleSpec(
         row_tokens=config.data.row_tokens,
@@ -129,6 +132,7 @@ def schedule_spec(config: Config, world_size: int) -> ScheduleSpec:
         epochs=train.epochs,
         max_steps=train.max_steps,
         validate_every=train.validate_every,
+        excluded=read_exclusion(config.data.exclude).samples,
     )
 
 
@@ -142,9 +146,10 @@ class RowSchedule:
                 "every rank trains the same number of rows in a step; change one of the two"
             )
         self.spec = spec
-        shuffled = np.random.default_rng((spec.seed, 0)).permutation(samples.train_count)
-        self._train = pack(shuffled.tolist(), samples.lengths, spec.row_tokens)
-        validation = range(samples.train_count, len(samples.lengths))
+        order = np.random.default_rng((spec.seed, 0)).permutation(samples.train_count)
+        shuffled = [sample for sample in order.tolist() if sample not in spec.excluded]
+        self._train = pack(shuffled, samples.lengths, spec.row_tokens)
+        validation = [i for i in range(samples.train_count, len(samples.lengths)) if i not in spec.excluded]
         self._validation = pack(validation, samples.lengths, spec.row_tokens)
         if not self._train:
             raise ValueError("the data set has no training sample: prepare one with `dflash-scale prepare`")
