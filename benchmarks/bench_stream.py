@@ -42,10 +42,13 @@ import zmq
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from dflash_scale.config_stream import Server, StreamSection
 from dflash_scale.packer import Place, Row, Samples
+from dflash_scale.quarantine import QuarantineFile
 from dflash_scale.stream.delivery import Delivery
 from dflash_scale.stream.embedded_http import CompletionServer, Reply, Request
 from dflash_scale.stream.embedded_http import Limits as RequestLimits
+from dflash_scale.stream.endpoints import Endpoints
 from dflash_scale.stream.intake import Identity, Intake
 from dflash_scale.stream.jobs import Limits
 from dflash_scale.stream.keys import make_keys, receiver_keys, server_keys
@@ -128,7 +131,10 @@ def receive(size: Size, servers: list[tuple[str, str]], keys: Path | None, pipe:
     credit = IN_FLIGHT * size.nbytes
     limits = Limits(credit, credit, 16, 30.0, 3, 1.0, 30.0)
     pair = receiver_keys(keys) if keys is not None else None
-    intake = Intake(servers, limits, Identity(RUN, f"{RUN}:0", LAYOUT, Origin(), pair), Delivery([window]), samples)
+    identity = Identity(RUN, f"{RUN}:0", LAYOUT, Origin(), pair)
+    fleet = Endpoints(StreamSection(servers=tuple(Server(http=http, zmq=address) for http, address in servers)))
+    quarantine = QuarantineFile(Path(RUN) / "absent", "")  # a sample that is quarantined fails the benchmark
+    intake = Intake(fleet, limits, identity, Delivery([window]), samples, quarantine)
     while not intake.delivery.complete:
         intake.step()
     pipe.send(intake.status())

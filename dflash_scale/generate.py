@@ -30,8 +30,9 @@ from dflash_scale.plan import planned_layouts
 from dflash_scale.prompts import check_tokenizer, load_prepared
 from dflash_scale.stream.cache import CacheOrigin, claim, open_cache
 from dflash_scale.stream.cache_fill import CacheFill, CacheUnwritable
+from dflash_scale.stream.endpoints import Endpoints
 from dflash_scale.stream.fleet import NoServerError
-from dflash_scale.stream.intake import Identity, Intake, fleet_of
+from dflash_scale.stream.intake import Identity, Intake, limits_of
 from dflash_scale.stream.keys import receiver_keys
 from dflash_scale.verifier import verifier_shape
 
@@ -67,12 +68,12 @@ def generate(config: Config, folder: Path) -> int:
     layout = planned_layouts(config, verifier_shape(config.verifier.model, allow_network=True)).validation
     model, origin = config.verifier.model, origin_of(config.verifier.model)
     claim(folder, CacheOrigin(layout, model, origin.verifier, prepared.fingerprint), writable=True)
-    servers, limits = fleet_of(config.stream)
+    limits = limits_of(config.stream)
     run_id = secrets.token_hex(6)
     keys = None if config.stream.keys is None else receiver_keys(Path(config.stream.keys))
     identity = Identity(run_id, f"{run_id}:generate:{os.getpid()}", layout, origin, keys)
     fill = CacheFill(samples, open_cache(folder, layout), layout, limits.credit_bytes)
-    intake = Intake(servers, limits, identity, fill, samples)
+    intake = Intake(Endpoints(config.stream), limits, identity, fill, samples, None)
     signals: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: signals.append(number))

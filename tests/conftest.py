@@ -2,8 +2,10 @@
 
 import socket
 
+import pytest
 import torch
 
+pytest.register_assert_rewrite("receiver_run")
 HAS_CUDA = torch.cuda.is_available()
 collect_ignore = [] if HAS_CUDA else ["gpu"]
 

@@ -4,10 +4,11 @@
 
 The script maps a sample to what is done to its first attempts at this server, one word each; after that, and for all
 other samples, the answer is good. Words: corrupt, truncated, layout, tokens, extra-frame, garbage, twice, stranger,
-silent, refuse, http400, http500, die, hang.
+silent, refuse, busy, http400, http500, die, hang.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import queue
@@ -18,6 +19,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,8 @@ def bad_frames(word: str, ticket: Ticket, token_ids: bytes) -> Iterator[Frames]:
             yield good
         case "refuse":
             yield [wire.encode(wire.Refusal(ticket, "scripted refusal"))]
+        case "busy":
+            yield [wire.encode(wire.Refusal(ticket, "scripted: full", busy=True))]
         case "twice":
             yield good
             yield good
@@ -77,17 +81,21 @@ def bad_frames(word: str, ticket: Ticket, token_ids: bytes) -> Iterator[Frames]:
             yield good
 
 
+def greeting(word: str) -> wire.Message:
+    """The answer to a hello; an empty word: one that fits."""
+    if word == "other-version":
+        return wire.Incompatible((wire.VERSION + 1, wire.VERSION + 1))
+    layout = {"wrong-layout": OTHER_LAYOUT, "wrong-size": replace(LAYOUT, hidden_size=32)}.get(word, LAYOUT)
+    origin = wire.Origin(verifier="0" * 16) if word == "other-verifier" else wire.Origin()
+    return wire.HelloReply(layout, "fake", secrets.token_hex(8), origin)
+
+
 class FakeVerifier:
     def __init__(
-        self, http: int, zmq_port: int, script: dict[str, list[str]], greeting: str = "", keys: Path | None = None
+        self, http: int, zmq_port: int, script: dict[str, list[str]], reply: wire.Message, keys: Path | None, mute: bool
     ) -> None:
         self.script, self.seen, self.lock = script, Counter[int](), threading.Lock()
-        layout = OTHER_LAYOUT if greeting == "wrong-layout" else LAYOUT
-        origin = wire.Origin(verifier="0" * 16) if greeting == "other-verifier" else wire.Origin()
-        self.reply: wire.Message = wire.HelloReply(layout, "fake", secrets.token_hex(8), origin)
-        if greeting == "other-version":
-            self.reply = wire.Incompatible((wire.VERSION + 1, wire.VERSION + 1))
-        self.keys = keys
+        self.reply, self.keys, self.mute = reply, keys, mute
         self.outgoing: queue.SimpleQueue[Frames] = queue.SimpleQueue()
         self.zmq_port = zmq_port
         threading.Thread(target=self.serve_wire, daemon=True).start()
@@ -129,7 +137,7 @@ class FakeVerifier:
             os.kill(os.getpid(), signal.SIGSTOP)
         if word.startswith("http"):
             return int(word[4:])
-        for frames in bad_frames(word, ticket, token_ids):
+        for frames in [] if self.mute else bad_frames(word, ticket, token_ids):
             self.outgoing.put([ticket.receiver.encode(), *frames])
         return 200
 
@@ -141,7 +149,8 @@ class FakeVerifier:
         while True:
             if router.poll(1):
                 receiver, _ = router.recv_multipart()
-                router.send_multipart([receiver, reply])
+                with contextlib.suppress(zmq.ZMQError):  # it is gone again
+                    router.send_multipart([receiver, reply])
             while not self.outgoing.empty():
                 frames = self.outgoing.get()
                 while True:
@@ -159,10 +168,12 @@ def main() -> None:
     parser.add_argument("--http", type=int, required=True)
     parser.add_argument("--zmq", type=int, required=True)
     parser.add_argument("--script", type=json.loads, default={})
-    parser.add_argument("--greeting", choices=["wrong-layout", "other-verifier", "other-version"])
+    parser.add_argument("--greeting", choices=["wrong-layout", "wrong-size", "other-verifier", "other-version"])
     parser.add_argument("--keys", type=Path)
+    parser.add_argument("--mute", action="store_true", help="answer everything, and never send hidden states")
     args = parser.parse_args()
-    FakeVerifier(args.http, args.zmq, args.script, args.greeting, args.keys).http.serve_forever()
+    reply = greeting(args.greeting or "")
+    FakeVerifier(args.http, args.zmq, args.script, reply, args.keys, args.mute).http.serve_forever()
 
 
 if __name__ == "__main__":

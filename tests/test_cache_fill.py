@@ -1,7 +1,5 @@
 """Filling a cache through the receiver's loop, in the test's process, from fake servers that misbehave."""
 
-# ruff: noqa: F401, F811 - the fixtures of test_receiver
-
 import json
 import os
 import resource
@@ -11,12 +9,16 @@ from pathlib import Path
 
 import pytest
 from fake_verifier import LAYOUT, states
-from test_receiver import BAD, FakeServer, Run, data, make_run
+from receiver_run import FakeServer, Run
+from test_receiver import BAD
 
 from dflash_scale.stream.cache import open_cache
 from dflash_scale.stream.cache_fill import CacheFill, CacheUnwritable
-from dflash_scale.stream.intake import Identity, Intake, fleet_of
+from dflash_scale.stream.endpoints import Endpoints
+from dflash_scale.stream.intake import Identity, Intake, limits_of
 from dflash_scale.stream.wire import Origin
+
+pytest_plugins = ("receiver_run",)
 
 
 class Filling:
@@ -26,10 +28,9 @@ class Filling:
         folder.mkdir(exist_ok=True)
         self.run, self.cache = run, open_cache(folder, LAYOUT)
         self.fill = CacheFill(run.samples, self.cache, LAYOUT, most_bytes)
-        servers, limits = fleet_of(run.config.stream)
-        self.intake = Intake(
-            servers, limits, Identity("fill", f"fill:{id(self)}", LAYOUT, Origin(), None), self.fill, run.samples
-        )
+        identity = Identity("fill", f"fill:{id(self)}", LAYOUT, Origin(), None)
+        stream = run.config.stream
+        self.intake = Intake(Endpoints(stream), limits_of(stream), identity, self.fill, run.samples, None)
 
     def work(self, until: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 120

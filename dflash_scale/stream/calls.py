@@ -1,7 +1,8 @@
 """HTTP to the servers: threads that post what the fleet wants sent and put what came of it into one queue.
 
 Each server has threads of its own, started when they are needed and never more than its request slots, so a server that
-hangs holds up nobody else. Connections are kept open between requests. Nothing here decides anything.
+hangs holds up nobody else. Connections are kept open between requests. A whole exchange has a deadline, however slowly
+the bytes of an answer drip in: no thread outlives it. Nothing here decides anything.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 import http.client
 import json
 import queue
+import socket
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -47,47 +50,110 @@ class _Call:
     body: dict[str, Any]
 
 
+class _Socket(socket.socket):
+    """A connected socket whose reads and writes end at a deadline, of time.monotonic."""
+
+    deadline = 0.0
+
+    def recv_into(self, *args: Any) -> int:
+        self.settimeout(_left(self.deadline))
+        return super().recv_into(*args)
+
+    def sendall(self, *args: Any) -> None:
+        self.settimeout(_left(self.deadline))
+        super().sendall(*args)
+
+
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+class _Connection(http.client.HTTPConnection):
+    """A connection on which a whole exchange, from connecting to the last byte of the answer, has `exchange_s`.
+
+    `http.client` alone bounds the time between two bytes.
+    """
+
+    def __init__(self, host: tuple[str, int], exchange_s: float) -> None:
+        super().__init__(*host, timeout=exchange_s)
+        self.exchange_s = exchange_s
+        self._deadline = 0.0
+
+    def connect(self) -> None:
+        super().connect()
+        sock = _Socket(fileno=self.sock.detach())
+        sock.deadline = self._deadline
+        self.sock = sock
+
+    def begin(self) -> None:
+        """The next exchange starts now."""
+        self._deadline = time.monotonic() + self.exchange_s
+        if isinstance(self.sock, _Socket):
+            self.sock.deadline = self._deadline
+
+
+@dataclass(slots=True)
+class _Host:
+    """One server: where it is, and who talks to it."""
+
+    address: tuple[str, int]
+    calls: queue.SimpleQueue[_Call | None] = field(default_factory=queue.SimpleQueue)
+    threads: int = 0
+    busy: int = 0  # calls queued or under way
+
+
 class Calls:
-    """The HTTP side of a fleet.
+    """The HTTP side of a fleet. Servers have the indices 0, 1, ... in the order of `add`.
 
     Args:
-        addresses: http://HOST:PORT of every server.
         slots: threads, and so requests in flight, per server at most.
-        timeout_s: seconds without a byte until a request is given up.
+        timeout_s: seconds until a request is given up.
         report: called from the threads with every event; must be quick and thread-safe.
     """
 
-    def __init__(self, addresses: Sequence[str], slots: int, timeout_s: float, report: Callable[[Event], None]) -> None:
+    def __init__(self, slots: int, timeout_s: float, report: Callable[[Event], None]) -> None:
         self._slots, self._timeout_s, self._report = slots, timeout_s, report
-        self._hosts = [(parts.hostname or "", parts.port or 80) for parts in map(urlsplit, addresses)]
-        self._queues: list[queue.SimpleQueue[_Call | None]] = [queue.SimpleQueue() for _ in addresses]
-        self._threads = [0] * len(addresses)
-        self._busy = [0] * len(addresses)  # calls queued or under way
+        self._hosts: list[_Host] = []
         self._lock = threading.Lock()
+
+    def add(self, address: str) -> None:
+        """One more server, at http://HOST:PORT."""
+        parts = urlsplit(address)
+        self._hosts.append(_Host((parts.hostname or "", parts.port or 80)))
 
     def post(self, sent: Send, body: dict[str, Any]) -> None:
         """POST /v1/completions; one `Posted` follows, whatever happens."""
+        host = self._hosts[sent.server]
         with self._lock:
-            self._busy[sent.server] += 1
-            start = self._busy[sent.server] > self._threads[sent.server] and self._threads[sent.server] < self._slots
-            self._threads[sent.server] += start
+            host.busy += 1
+            start = host.busy > host.threads and host.threads < self._slots
+            host.threads += start
         if start:
-            threading.Thread(target=self._work, args=(sent.server,), name=f"http-{sent.server}", daemon=True).start()
-        self._queues[sent.server].put(_Call(sent, body))
+            threading.Thread(target=self._work, args=(host,), name=f"http-{sent.server}", daemon=True).start()
+        host.calls.put(_Call(sent, body))
 
     def health(self, probe: Probe, timeout_s: float) -> None:
         """GET /health on a connection of its own; one `HealthAnswered` follows."""
         threading.Thread(target=self._health, args=(probe, timeout_s), name="http-health", daemon=True).start()
 
+    def drop(self, server: int) -> None:
+        """Ends a server's threads, each after the request that it is in."""
+        host = self._hosts[server]
+        for _ in range(host.threads):
+            host.calls.put(None)
+
     def close(self) -> None:
-        """Tells idle threads to end; those in a request are daemons and end with the process."""
-        for calls, threads in zip(self._queues, self._threads, strict=True):
-            for _ in range(threads):
-                calls.put(None)
+        """Ends all idle threads; those in a request are daemons and end with the process."""
+        for server in range(len(self._hosts)):
+            self.drop(server)
 
     def _health(self, probe: Probe, timeout_s: float) -> None:
-        connection = http.client.HTTPConnection(*self._hosts[probe.server], timeout=timeout_s)
+        connection = _Connection(self._hosts[probe.server].address, timeout_s)
         try:
+            connection.begin()
             connection.request("GET", "/health")
             status = connection.getresponse().status
             problem = "" if status == 200 else f"GET /health answered {status}"
@@ -97,17 +163,18 @@ class Calls:
             connection.close()
         self._report(HealthAnswered(probe, problem))
 
-    def _work(self, server: int) -> None:
-        connection = http.client.HTTPConnection(*self._hosts[server], timeout=self._timeout_s)
-        while (call := self._queues[server].get()) is not None:
+    def _work(self, host: _Host) -> None:
+        connection = _Connection(host.address, self._timeout_s)
+        while (call := host.calls.get()) is not None:
             posted = self._post(connection, call)
             with self._lock:
-                self._busy[server] -= 1
+                host.busy -= 1
             self._report(posted)
         connection.close()
 
-    def _post(self, connection: http.client.HTTPConnection, call: _Call) -> Posted:
+    def _post(self, connection: _Connection, call: _Call) -> Posted:
         body = json.dumps(call.body).encode()
+        connection.begin()
         reused = connection.sock is not None
         while True:
             try:
@@ -132,8 +199,12 @@ def judge(status: int, text: bytes) -> tuple[Fault | None, str]:
     if status == 200:
         return None, ""
     shown = " ".join(text[: 4 * SHOWN_CHARS].decode(errors="replace").split())[:SHOWN_CHARS]
-    mine = 400 <= status < 500 and status not in (408, 429)
-    return Fault.SAMPLE if mine else Fault.DOUBT, f"HTTP {status}: {shown}"
+    fault = Fault.DOUBT
+    if status == 429:
+        fault = Fault.BUSY
+    elif 400 <= status < 500 and status != 408:
+        fault = Fault.SAMPLE
+    return fault, f"HTTP {status}: {shown}"
 
 
 def fault_of(error: Exception) -> Fault:

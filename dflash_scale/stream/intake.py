@@ -11,7 +11,6 @@ import logging
 import queue
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -19,10 +18,12 @@ import zmq
 
 from dflash_scale.config_stream import StreamSection
 from dflash_scale.packer import Samples
+from dflash_scale.quarantine import QuarantineFile
 from dflash_scale.stream import wire
 from dflash_scale.stream.calls import Calls, Event, HealthAnswered
+from dflash_scale.stream.endpoints import Endpoints
 from dflash_scale.stream.fleet import Fleet
-from dflash_scale.stream.jobs import Action, Job, Key, Limits, Lost, Probe, Quarantined, Send
+from dflash_scale.stream.jobs import Action, Cut, Fault, Job, Key, Limits, Lost, Probe, Quarantined, Send
 from dflash_scale.stream.keys import ReceiverKeys
 from dflash_scale.stream.links import Links
 from dflash_scale.stream.window import Want
@@ -41,8 +42,8 @@ class ServerMismatch(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who receives, and what. `receiver` is the routing id, different for every receiver process; a server must offer
-    all layers of `layout`, though not every sample is asked for with all of them, from the verifier `origin`."""
+    """Who receives, and what. Routing ids begin with `receiver`, different for every process; a server must offer all
+    layers of `layout`, though not every sample is asked for with all of them, from the verifier `origin`."""
 
     run_id: str
     receiver: str
@@ -51,9 +52,9 @@ class Identity:
     keys: ReceiverKeys | None
 
 
-def fleet_of(stream: StreamSection) -> tuple[list[tuple[str, str]], Limits]:
-    """The configured servers, (http, zmq) addresses, and the bounds of asking them."""
-    limits = Limits(
+def limits_of(stream: StreamSection) -> Limits:
+    """The bounds of asking the servers."""
+    return Limits(
         credit_bytes=stream.credit_bytes,
         server_credit_bytes=stream.server_credit_bytes,
         requests_per_server=stream.requests_per_server,
@@ -62,7 +63,6 @@ def fleet_of(stream: StreamSection) -> tuple[list[tuple[str, str]], Limits]:
         probe_s=stream.probe_s,
         no_server_timeout_s=stream.no_server_timeout_s,
     )
-    return [(server.http, server.zmq) for server in stream.servers], limits
 
 
 class Destination(Protocol):
@@ -115,23 +115,27 @@ class Intake:
     """Feeds the rings of one node until every row is delivered.
 
     Args:
-        servers: (http, zmq) addresses.
+        endpoints: the servers, which may change.
         limits: bounds of the fleet.
         identity: who receives, and what.
         delivery: where the samples go.
         samples: the data set; its token ids are sent, and compared with what comes back.
+        quarantine: where samples are named that no server could answer; None: `delivery` does that itself.
     """
 
     def __init__(
         self,
-        servers: Sequence[tuple[str, str]],
+        endpoints: Endpoints,
         limits: Limits,
         identity: Identity,
         delivery: Destination,
         samples: Samples,
+        quarantine: QuarantineFile | None,
     ) -> None:
-        self._identity, self.delivery, self._samples = identity, delivery, samples
-        self.fleet = Fleet([http for http, _ in servers], limits, time.monotonic())
+        self._identity, self.delivery, self._samples, self._quarantine = identity, delivery, samples, quarantine
+        self.fleet = Fleet([], limits, time.monotonic())
+        self._endpoints = endpoints
+        self._addresses: list[tuple[str, str]] = []  # (http, zmq) of every server of the fleet
         self.dropped = Dropped()
         self.blocked_on = "servers"
         self.blocked_s: defaultdict[str, float] = defaultdict(float)
@@ -143,11 +147,11 @@ class Intake:
         self._uncompared: set[tuple[str, str]] = set()  # server and what of it, that was said already
         self._broken: set[int] = set()  # servers whose data connection broke since their last greeting
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._calls = Calls(
-            [http for http, _ in servers], limits.requests_per_server, limits.request_timeout_s + 1, self._report
-        )
+        self._calls = Calls(limits.requests_per_server, limits.request_timeout_s + 1, self._report)
         largest = self._max_tokens * identity.layout.bytes_per_token
-        self._links = Links([address for _, address in servers], identity.receiver, largest, identity.keys)
+        self._links = Links(identity.receiver, largest, identity.keys)
+        endpoints.look(self._clock)
+        self._join_and_leave()
 
     def close(self) -> None:
         self._calls.close()
@@ -163,7 +167,7 @@ class Intake:
             "outstanding_bytes": self.fleet.outstanding_bytes,
             "blocked_on": self.blocked_on,
             "blocked_s": {what: round(seconds, 3) for what, seconds in self.blocked_s.items()},
-            "servers": [server.snapshot() for server in self.fleet.servers],
+            "servers": [server.snapshot(self._clock) for server in self.fleet.servers],
         }
 
     def step(self) -> None:
@@ -174,6 +178,8 @@ class Intake:
             ServerMismatch: before the first request: a server sends something else than what the run wants.
         """
         now = time.monotonic()
+        if self._endpoints.look(now):
+            self._join_and_leave()
         for want in self.delivery.take():
             self.fleet.add(want.key, want.tokens, want.nbytes)
         for action in self.fleet.poll(now):
@@ -182,6 +188,7 @@ class Intake:
         seen = self._links.wait(0 if self.delivery.backlog else STEP_MS)
         for server in seen.broken:
             self._broken.add(server)
+            self._greetings.pop(server, None)
             self.fleet.disconnected(server, time.monotonic())
         for server, why in seen.shut.items():
             if (greeting := self._greetings.pop(server, None)) is not None:
@@ -190,6 +197,21 @@ class Intake:
             self._receive(server)
         while not self._events.empty():
             self._happened(self._events.get())
+
+    def _join_and_leave(self) -> None:
+        """Makes the fleet the servers of `endpoints`. One that comes back is a new one."""
+        now, wanted = time.monotonic(), list(self._endpoints.servers)
+        for server, addresses in enumerate(self._addresses):
+            if self.fleet.servers[server].retired:
+                continue
+            if addresses in wanted:
+                wanted.remove(addresses)
+            else:
+                self.fleet.retire(server, now)
+        for http, zmq_address in wanted:
+            self._addresses.append((http, zmq_address))
+            self._calls.add(http)
+            self.fleet.add_server(http, now)
 
     def _report(self, event: Event) -> None:
         """Called from the HTTP threads."""
@@ -216,23 +238,33 @@ class Intake:
             case Send():
                 self._send(action)
             case Probe():
-                self._greetings[action.server] = Greeting(action)
-                state = self.fleet.servers[action.server]
-                if state.greeted and not state.healthy:  # the first connection is still being made
-                    self._links.reconnect(action.server)
-                self._calls.health(action, self.fleet.probe_timeout_s)
-                hello = wire.encode(wire.Hello(self._identity.run_id, self._identity.receiver))
-                try:
-                    self._links.sockets[action.server].send(hello, zmq.NOBLOCK)
-                except zmq.Again:
-                    log.debug("hellos to %s wait already", self.fleet.servers[action.server].address)
+                self._probe(action)
+            case Cut(server):
+                self._links.cut(server)
+                if self.fleet.servers[server].closed:
+                    self._calls.drop(server)
             case Quarantined():
+                if self._quarantine is not None:
+                    self._quarantine.write(*action.key, action.reason, action.servers)
                 self.delivery.quarantine(action.key, action.reason)
+
+    def _probe(self, probe: Probe) -> None:
+        server = probe.server
+        self._greetings[server] = Greeting(probe)
+        socket = self._links.socket(server)
+        if socket is None:
+            socket = self._links.connect(server, self._addresses[server][1])
+        self._calls.health(probe, self.fleet.probe_timeout_s)
+        try:
+            socket.send(wire.encode(wire.Hello(self._identity.run_id, self._links.receiver(server))), zmq.NOBLOCK)
+        except zmq.Again:
+            log.debug("hellos to %s wait already", self.fleet.servers[server].address)
 
     def _send(self, send: Send) -> None:
         epoch, sample = send.key
         layer_ids = self.delivery.want(send.key).layout.layer_ids
-        ticket = Ticket(self._identity.run_id, self._identity.receiver, epoch, sample, send.attempt, layer_ids)
+        receiver = self._links.receiver(send.server)
+        ticket = Ticket(self._identity.run_id, receiver, epoch, sample, send.attempt, layer_ids)
         body = {
             "model": self._models[send.server],
             "prompt": self._samples.tokens(sample).tolist(),
@@ -300,14 +332,16 @@ class Intake:
     # Messages of the servers.
 
     def _receive(self, server: int) -> None:
-        socket = self._links.sockets[server]
         for _ in range(MESSAGES_PER_TURN):
+            socket = self._links.socket(server)
+            if socket is None:
+                return
             try:
                 frame = socket.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
             try:
-                self._message(server, wire.decode(frame, max_tokens=self._max_tokens))
+                self._message(server, socket, wire.decode(frame, max_tokens=self._max_tokens))
             except WireError as error:
                 self._drop(server, "malformed", str(error))
             while socket.getsockopt(zmq.RCVMORE):
@@ -316,36 +350,37 @@ class Intake:
     def _drop(self, server: int, reason: str, detail: str) -> None:
         self.dropped(reason, detail, self.fleet.servers[server].address)
 
-    def _message(self, server: int, message: wire.Message) -> None:
+    def _message(self, server: int, socket: zmq.Socket[bytes], message: wire.Message) -> None:
         match message:
             case wire.HelloReply() | wire.Incompatible():
                 greeting = self._greetings.get(server)
                 if greeting is not None:
                     greeting.reply = message
                     self._greeted(greeting)
-            case wire.Refusal(ticket, reason):
-                self.fleet.rejected(server, _key(ticket), ticket.attempt, f"refused: {reason}", time.monotonic())
+            case wire.Refusal(ticket, reason, busy):
+                fault, why = Fault.BUSY if busy else Fault.SAMPLE, f"refused: {reason}"
+                self.fleet.rejected(server, _key(ticket), ticket.attempt, fault, why, time.monotonic())
             case wire.Header(ticket):
                 job = self._job(server, ticket)
                 if job is None:
                     self._drop(server, "not outstanding", f"{_key(ticket)} attempt {ticket.attempt}")
                     return
-                problem = self._deliver(server, job, message)
+                problem = self._deliver(socket, job, message)
                 if problem is not None:
                     reason, detail = problem
                     self._drop(server, reason, f"{job} attempt {ticket.attempt}: {detail}")
-                    self.fleet.rejected(server, job.key, ticket.attempt, f"{reason}: {detail}", time.monotonic())
+                    now, why = time.monotonic(), f"{reason}: {detail}"
+                    self.fleet.rejected(server, job.key, ticket.attempt, Fault.DOUBT, why, now)
             case _:
                 self._drop(server, "malformed", f"a server does not send {type(message).__name__}")
 
     def _job(self, server: int, ticket: Ticket) -> Job | None:
-        if (ticket.run_id, ticket.receiver) != (self._identity.run_id, self._identity.receiver):
+        if (ticket.run_id, ticket.receiver) != (self._identity.run_id, self._links.receiver(server)):
             return None
         return self.fleet.claim(server, _key(ticket), ticket.attempt)
 
-    def _deliver(self, server: int, job: Job, header: wire.Header) -> tuple[str, str] | None:
+    def _deliver(self, socket: zmq.Socket[bytes], job: Job, header: wire.Header) -> tuple[str, str] | None:
         """Moves a message's payload into the ring; gives (reason, detail) when it is not what was asked for."""
-        socket = self._links.sockets[server]
         want = self.delivery.want(job.key)
         if header.layout != want.layout:
             return "wrong layout", f"{header.layout} came, {want.layout} was asked for"
@@ -360,7 +395,7 @@ class Intake:
             return "malformed", "the hidden states are missing"
         slot = self.delivery.reserve(job.key)
         if slot is None:  # the rank has left: nobody wants it any more
-            self.fleet.delivered(job, header.ticket.attempt)
+            self.fleet.delivered(job, header.ticket.attempt, time.monotonic())
             return None
         received = socket.recv_into(slot)
         if socket.getsockopt(zmq.RCVMORE) or received != job.nbytes:
@@ -372,7 +407,7 @@ class Intake:
             self.delivery.abandon(job.key)
             return "corrupt", str(error)
         self.delivery.commit(job.key)
-        self.fleet.delivered(job, header.ticket.attempt)
+        self.fleet.delivered(job, header.ticket.attempt, time.monotonic())
         return None
 
 

@@ -1,11 +1,10 @@
-"""The records of the fleet's state machine: what is wanted, of whom it was asked, and what the receiver is to do."""
+"""The words of the fleet's state machine: what is wanted, of whom it was asked, and what the receiver is to do."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
 
 Key = tuple[int, int]  # (epoch, sample)
 
@@ -14,8 +13,9 @@ class Fault(Enum):
     """Whose fault a failed request is."""
 
     SAMPLE = "sample"  # the server works and refuses this sample: counts
+    BUSY = "busy"  # the server works and has no room now: does not count
     SERVER = "server"  # the server is down: does not count
-    DOUBT = "doubt"  # a probe decides
+    DOUBT = "doubt"  # cannot be told: counts if the server delivers other samples
 
 
 class Lost(Enum):
@@ -58,14 +58,22 @@ class Probe:
 
 
 @dataclass(frozen=True, slots=True)
+class Cut:
+    """Action: give the data connection up, and all that may come on it; the next probe makes another."""
+
+    server: int
+
+
+@dataclass(frozen=True, slots=True)
 class Quarantined:
     """Action: deliver the sample as a record without payload."""
 
     key: Key
     reason: str
+    servers: tuple[str, ...]  # that were asked
 
 
-Action = Send | Probe | Quarantined
+Action = Send | Probe | Cut | Quarantined
 
 
 @dataclass(slots=True, eq=False)
@@ -76,11 +84,13 @@ class Job:
     tokens: int
     nbytes: int
     servers: dict[int, int] = field(default_factory=dict)  # attempt -> server, all attempts so far
-    failures: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)  # those that count
     failed_on: set[int] = field(default_factory=set)
-    held_since: float = math.inf  # attempts used up, but on one server only
-    breaks: int = 0  # connections that broke while it was on its way
-    live: int = 0  # attempts that may still deliver
+    held_since: float = math.inf  # attempts used up, but not on enough servers
+    losses: int = 0  # times that a server died, or its connection broke, while this sample was in flight there
+    killed: int = 0  # of them, deaths of servers that had nothing else
+    troubles: int = 0  # attempts that came to nothing, whoever is to blame
+    live: int = 0  # attempts that are waited for
 
     def __str__(self) -> str:
         return f"sample {self.key[1]} (epoch {self.key[0]})"
@@ -88,49 +98,13 @@ class Job:
 
 @dataclass(slots=True, eq=False)
 class Attempt:
-    """One request for a job that may still deliver, and holds credit."""
+    """One request for a job. It holds credit as long as its data may come."""
 
     job: Job
     number: int
     server: int
+    sent: float
     deadline: float
+    alone: bool = False  # nothing else was in flight at the server
     doubt: str = ""  # the reason, while a probe decides
-
-
-@dataclass(slots=True, eq=False)
-class Server:
-    """What is known of one server."""
-
-    address: str
-    healthy: bool = False
-    greeted: bool = False  # its first probe has ended
-    in_doubt: bool = False
-    reason: str = "not greeted yet"
-    life: int = 0  # grows with every death: late news of an earlier life is told apart
-    since: float = 0.0  # of the present state
-    outstanding: int = 0  # bytes
-    open_requests: int = 0
-    failed_keys: set[Key] = field(default_factory=set)  # since the last delivery
-    next_probe: float = 0.0
-    probe_serial: int = 0
-    probe_deadline: float = math.inf  # finite while a probe is under way
-    samples: int = 0
-    tokens: int = 0
-    bytes: int = 0
-    errors: int = 0
-    deaths: int = 0
-
-    def snapshot(self) -> dict[str, Any]:
-        """What the status file says about it."""
-        return {
-            "http": self.address,
-            "healthy": self.healthy,
-            "reason": self.reason,
-            "outstanding_bytes": self.outstanding,
-            "open_requests": self.open_requests,
-            "samples": self.samples,
-            "tokens": self.tokens,
-            "bytes": self.bytes,
-            "errors": self.errors,
-            "deaths": self.deaths,
-        }
+    owed: bool = False  # nobody waits for it any more

@@ -108,7 +108,7 @@ class Publisher:
         except (ValueError, zmq.ZMQError):
             self._end_context()
             raise
-        self._connections = sockets.watch_connection(self._router)
+        self._connections = sockets.watch_connection(self._router, "connections")
         self.endpoint = str(self._router.getsockopt_string(zmq.LAST_ENDPOINT))
         self._inbox: deque[tuple[wire.Ticket, wire.Buffer, wire.Buffer] | wire.Refusal] = deque()
         self._lock = threading.Lock()  # over _held_bytes alone

@@ -11,9 +11,9 @@ state "starting" | "running" | "complete" | "stopped" · pid · rings [names] ·
 committed_bytes, quarantined (counts of samples) · quarantined_samples [{epoch, sample, reason}], the first 1000 ·
 dropped {reason: count} of messages · outstanding_bytes · blocked_on, and blocked_s {what: seconds}:
 "readers" (a rank has not opened its ring), "no server" (none is healthy), "credit", "requests" (all slots in use),
-"servers" (all is requested), "cache" (files are being read), "ring" (full), "trainer" (look-ahead used up) · servers
-[{http, healthy, reason, outstanding_bytes, open_requests, samples, tokens, bytes, errors, deaths}] · with a cache,
-cache {hits, misses, corrupt} and, where it is written, {written, written_bytes, not_kept, stopped}.
+"busy" (all servers say so), "servers" (all is requested), "cache" (files are being read), "ring" (full), "trainer"
+(look-ahead used up) · servers, see `servers.Server.snapshot` · with a cache, cache {hits, misses, corrupt} and, where
+it is written, {written, written_bytes, not_kept, stopped}.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 START_TIMEOUT_S: Final = 120.0  # until the rings are there: an interpreter's start and the allocation of their pages
 STOP_TIMEOUT_S: Final = 10.0
 STATUS_EVERY_S: Final = 1.0
+PACE: Final = ("http", "healthy", "tokens_per_s", "http_p50_s", "http_p99_s", "data_p50_s", "data_p99_s", "errors")
 RING_SLACK: Final = 4096  # bytes: record headers, so that two samples of half of stream.ring_bytes fit
 PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 # What ends a receiver. Not SIGTERM or SIGINT: launchers and terminals send those to every process of a run, and a rank
@@ -155,6 +156,11 @@ class Stream:
         """The newest status of this node's receiver; empty before the first."""
         return read_status(self.status_path)
 
+    def servers(self) -> list[dict[str, Any]]:
+        """How the servers of this node's receiver do, those that were not removed: what tells which one is slow."""
+        servers = self.status().get("servers", [])
+        return [{key: server[key] for key in PACE} for server in servers if not server["retired"]]
+
     def check(self) -> None:
         """Raises RuntimeError if the receiver failed; a rank without it learns that from its ring."""
         if self.receiver is not None:
@@ -263,8 +269,10 @@ def make_intake(spec: ReceiverSpec, config: Config, rings: Sequence[Ring]) -> An
     from dflash_scale.model_files import origin_of
     from dflash_scale.packer import RowSchedule, Samples, schedule_spec
     from dflash_scale.prompts import load_prepared  # imports datasets, seconds: after the rings are there
+    from dflash_scale.quarantine import FILE_NAME, QuarantineFile
     from dflash_scale.stream.cached_delivery import make_delivery
-    from dflash_scale.stream.intake import Identity, Intake, fleet_of
+    from dflash_scale.stream.endpoints import Endpoints
+    from dflash_scale.stream.intake import Identity, Intake, limits_of
     from dflash_scale.stream.keys import receiver_keys
     from dflash_scale.stream.window import Window
 
@@ -290,8 +298,8 @@ def make_intake(spec: ReceiverSpec, config: Config, rings: Sequence[Ring]) -> An
         receiver_keys(Path(keys)) if keys is not None else None,
     )
     delivery = make_delivery(config.stream, windows, samples, spec.layouts.validation)
-    servers, limits = fleet_of(config.stream)
-    return Intake([] if config.stream.mode == "offline" else servers, limits, identity, delivery, samples)
+    quarantine = QuarantineFile(Path(config.train.output_dir) / FILE_NAME, prepared.fingerprint)
+    return Intake(Endpoints(config.stream), limits_of(config.stream), identity, delivery, samples, quarantine)
 
 
 def main() -> int:

@@ -105,9 +105,10 @@ def connect_dealer(
     return socket
 
 
-def watch_connection(socket: "zmq.Socket[bytes]") -> "zmq.Socket[bytes]":
-    """A socket to poll and to read with `connection_event`."""
-    return socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | sum(HANDSHAKE_FAILURES))
+def watch_connection(socket: "zmq.Socket[bytes]", name: str) -> "zmq.Socket[bytes]":
+    """A socket to poll and to read with `connection_event`; `name` must be another for every socket of a context."""
+    events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | sum(HANDSHAKE_FAILURES)
+    return socket.get_monitor_socket(events, f"inproc://{name}")
 
 
 def connection_event(watch: "zmq.Socket[bytes]") -> int:

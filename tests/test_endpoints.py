@@ -1,0 +1,106 @@
+"""The watched list of servers: what is taken from it, when, and what is refused."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dflash_scale.config_stream import Server, StreamSection
+from dflash_scale.stream.endpoints import LOOK_EVERY_S, Endpoints
+
+
+def server(number: int) -> dict[str, str]:
+    return {"http": f"http://127.0.0.1:{8000 + number}", "zmq": f"tcp://127.0.0.1:{5600 + number}"}
+
+
+def pair(number: int) -> tuple[str, str]:
+    return server(number)["http"], server(number)["zmq"]
+
+
+class Watch:
+    """A file and the watch on it, with a clock of its own."""
+
+    def __init__(self, path: Path, **stream: Any) -> None:
+        self.path, self.now = path, 0.0
+        section = StreamSection(servers=(Server(**server(0)),), endpoints_file=str(path), **stream)
+        self.endpoints = Endpoints(section)
+
+    def write(self, content: object) -> None:
+        aside = self.path.with_suffix(".partial")
+        aside.write_text(content if isinstance(content, str) else json.dumps(content))
+        os.replace(aside, self.path)
+
+    def look(self) -> bool:
+        self.now += LOOK_EVERY_S
+        return self.endpoints.look(self.now)
+
+
+def test_servers_come_and_go_with_the_file(tmp_path: Path) -> None:
+    watch = Watch(tmp_path / "servers.json")
+    assert not watch.look()
+    assert watch.endpoints.servers == [pair(0)]
+    watch.write([server(1), server(2)])
+    assert not watch.endpoints.look(watch.now + LOOK_EVERY_S / 2), "at most once a second"
+    assert watch.look()
+    assert watch.endpoints.servers == [pair(0), pair(1), pair(2)]
+    assert not watch.look(), "unchanged"
+    watch.write([server(2)])
+    assert watch.look()
+    assert watch.endpoints.servers == [pair(0), pair(2)]
+    watch.write([])
+    assert watch.look()
+    assert watch.endpoints.servers == [pair(0)], "those of the configuration stay"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("[{", "Invalid JSON"),
+        ({"http": "x"}, "entry list: Input should be a valid array"),
+        ([{**server(1), "port": 1}], r"entry \[0\]\['port'\]: Extra inputs are not permitted"),
+        ([server(1) | {"http": "http://10.0.0.1:8001"}], "wanted a loopback address"),
+        ([server(1), server(1)], "got http://127.0.0.1:8001 twice"),
+        ([server(0)], "got http://127.0.0.1:8000 twice"),
+    ],
+)
+def test_a_bad_file_is_logged_once_and_the_last_list_stays(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: object, says: str
+) -> None:
+    watch = Watch(tmp_path / "servers.json")
+    watch.write([server(3)])
+    assert watch.look()
+    watch.write(content)
+    for _ in range(3):
+        assert not watch.look()
+    (record,) = caplog.records
+    assert record.levelname == "ERROR"
+    assert re.search(says, record.getMessage())
+    assert "the fleet stays at 2 servers" in record.getMessage()
+    assert watch.endpoints.servers == [pair(0), pair(3)]
+    watch.write([server(4)])
+    assert watch.look()
+
+
+def test_a_file_that_vanishes_is_logged_once_and_may_come_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    watch = Watch(tmp_path / "servers.json")
+    watch.write([server(1)])
+    assert watch.look()
+    watch.path.unlink()
+    for _ in range(3):
+        assert not watch.look()
+    assert len(caplog.records) == 1
+    assert watch.endpoints.servers == [pair(0), pair(1)]
+    watch.write([server(2)])
+    assert watch.look()
+    assert watch.endpoints.servers == [pair(0), pair(2)]
+
+
+def test_the_configuration_may_name_no_server_only_with_a_file() -> None:
+    assert StreamSection(servers=(), endpoints_file="servers.json").servers == ()
+    with pytest.raises(ValueError, match="wanted at least one"):
+        StreamSection(servers=())
