@@ -38,6 +38,7 @@ class JsonLines:
     def __init__(self, path: Path, first_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         keep_until(path, first_step - 1)
+        self.path = path
         self._file = path.open("a", buffering=1)
 
     def write(self, record: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from dflash_scale.assembler import RowBatch
+from dflash_scale.books import Balance, balance, report
 from dflash_scale.checkpoint import Checkpoints, Position, write_aside
 from dflash_scale.config import Config
 from dflash_scale.drafter import Drafter, DrafterSpec, block_inputs
@@ -130,6 +131,7 @@ class Parts:
     position: Position
     output: Path
     vocabulary: DraftVocabulary | None = None  # None: the verifier's
+    servers: Callable[[], list[dict[str, Any]]] = list  # how the servers do, for the metrics
 
 
 @dataclass
@@ -163,6 +165,7 @@ class Trainer:
         self.step = parts.position.step
         self.best = parts.position.best_acceptance_length
         self.counts = {"trained": 0, "validated": 0, "quarantined": 0}  # samples, on this rank since its start
+        self.unbalanced = 0  # samples of all ranks that the ledger and the schedule disagree on
         self.stopping = False
         self.interval = Interval()
         first = self.step + 1
@@ -181,6 +184,8 @@ class Trainer:
             stop = not self._train_step(self.step + 1)
             if stop:
                 break
+            if self.step % self.parts.schedule.steps_per_epoch == 0 or self.step == self.parts.schedule.total_steps:
+                self._balance()
             best = self._validate() if self.parts.schedule.validates_after(self.step) else False
             every = self.parts.config.train.checkpoint_every
             if best or self.step % every == 0 or self.step == self.parts.schedule.total_steps:
@@ -192,6 +197,11 @@ class Trainer:
             log.warning("stopped by a signal after step %d; continue with --resume", self.step)
         self._close(complete=not stop)
         return not stop
+
+    def _balance(self) -> None:
+        """Compares what all ranks trained in the epoch that ends here with what was to be trained."""
+        mine = balance(self.parts.schedule, self.rank, self.step, self.ledger.path)
+        self.unbalanced += report(self.step, Balance(*map(int, agree(list(astuple(mine)), self.parts.control))))
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         self.stopping = True
@@ -211,7 +221,7 @@ class Trainer:
         engine.train()
         # DeepSpeed averages over ranks and micro-steps; Z is a sum over both.
         scale = torch.tensor(self.world * len(plans) / max(total, 1e-12), device=self.device)
-        trained: list[int] = []
+        trained, quarantined = list[int](), list[int]()
         lr = engine.get_lr()[0]
         for plan in plans:
             batch = self._next_batch(plan)
@@ -221,6 +231,7 @@ class Trainer:
             packed = sums.packed()
             self.interval.sums = packed if self.interval.sums is None else self.interval.sums + packed
             trained += self._count(batch, "trained")
+            quarantined += batch.quarantined
             self.interval.tokens += int((batch.plan.doc_ids >= 0).sum())
             self.interval.slots += int(batch.plan.trained.sum()) + batch.plan.outside
             self.interval.outside += batch.plan.outside
@@ -232,7 +243,7 @@ class Trainer:
         self.step = step
         self.interval.normaliser += total
         self.interval.samples += len(trained)
-        self.ledger.write({"step": step, "epoch": plans[0].row.epoch, "samples": trained})
+        self.ledger.write({"step": step, "epoch": plans[0].row.epoch, "samples": trained, "quarantined": quarantined})
         if step % self.parts.config.train.log_every == 0 or step == self.parts.schedule.total_steps:
             self._log(step, lr)
         return True
@@ -306,7 +317,7 @@ class Trainer:
         if self.parts.vocabulary is not None:
             values["outside_vocabulary"] = outside / max(slots, 1.0)
         if self.metrics is not None:
-            self.metrics.write("train", step, values)
+            self.metrics.write("train", step, values | {"servers": self.parts.servers()})
         self.line.train(step, values)
         self.interval = Interval()
 
@@ -354,7 +365,8 @@ class Trainer:
         totals = agree([float(count) for count in self.counts.values()], self.parts.control)
         books = {name: int(total) for name, total in zip(self.counts, totals, strict=True)}
         if self.rank == 0:
-            text = json.dumps({"complete": complete, "step": self.step, **books}, indent=1)
+            books |= {"complete": complete, "step": self.step, "unbalanced": self.unbalanced}
+            text = json.dumps(books, indent=1)
             write_aside(self.parts.output / "totals.json", text)
         self.ledger.close()
         if self.metrics is not None:

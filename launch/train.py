@@ -78,7 +78,8 @@ def start_ranks() -> tuple[torch.device, dist.ProcessGroup]:
 
 def run(config: Config, *, resume: bool) -> int:
     """The whole run of one rank. Returns 0 when the schedule is complete, 143 when a signal ended it early, 2 when the
-    configuration, the data set, the verifier and the checkpoint do not fit together."""
+    configuration, the data set, the verifier and the checkpoint do not fit together, 3 when the books do not balance.
+    """
     from dflash_scale.trainer import leave_ranks
 
     device, control = start_ranks()
@@ -91,6 +92,8 @@ def run(config: Config, *, resume: bool) -> int:
     finally:
         close()
     leave_ranks()
+    if trainer.unbalanced:
+        return 3  # the trainer's log says which epoch
     return 0 if complete else 143
 
 
@@ -115,6 +118,7 @@ def set_up(
     from dflash_scale.drafter import Drafter, drafter_spec
     from dflash_scale.model_files import origin_of
     from dflash_scale.packer import AnchorSpec, RowSchedule, Samples, schedule_spec
+    from dflash_scale.quarantine import read_exclusion
     from dflash_scale.stream.cache import CacheOrigin, claim
     from dflash_scale.stream.keys import receiver_keys
     from dflash_scale.stream.receiver import Stream
@@ -130,6 +134,8 @@ def set_up(
     # What is trained when: a function of the data set and the configuration alone.
     prepared = load_prepared(Path(config.data.path))
     samples = Samples(prepared.train, prepared.validation)
+    exclusion = read_exclusion(config.data.exclude)
+    exclusion.check(prepared.fingerprint)
     schedule = RowSchedule(samples, schedule_spec(config, world))
 
     # The drafter, and of the verifier what the drafter needs: embedding, norm and head.
@@ -173,7 +179,7 @@ def set_up(
         row_tokens=config.data.row_tokens,
         block_size=config.drafter.block_size,
         seed=train.seed,
-        data=prepared.fingerprint,
+        data=exclusion.fingerprint(prepared.fingerprint),
         definition=json.dumps([config.verifier.model, layouts.taps, mask, config.drafter.model_dump(mode="json")]),
     )
     if resume:
@@ -183,7 +189,7 @@ def set_up(
     stream = Stream.start(config, layouts, first_step=position.step + 1, run_id=shared_run_id(control))
     room = AssemblerSpec(layouts, config.data.row_tokens, config.stream.lookahead_rows, anchors, device)
     assembler = RowAssembler(stream.ring, schedule.rows(rank, position.step + 1), samples, room)
-    rest = (engine, iter(assembler), assembler.wait, checkpoints, control, position, output, vocabulary)
+    rest = (engine, iter(assembler), assembler.wait, checkpoints, control, position, output, vocabulary, stream.servers)
     parts = Parts(config, spec, head, samples, schedule, anchors, *rest)
 
     def close() -> None:

@@ -138,6 +138,21 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(tmp_path: Path) -> None
         entry = json.loads(line)
         per_epoch.setdefault(entry["epoch"], []).extend(entry["samples"])
     assert {epoch: sorted(samples) for epoch, samples in per_epoch.items()} == {e: list(range(12)) for e in range(3)}
+    assert json.loads((tmp_path / "totals.json").read_text())["unbalanced"] == 0
+
+
+def test_books_that_do_not_balance_are_seen_after_a_resume(tmp_path: Path) -> None:
+    config = settings(2, 64, epochs=2, checkpoint_every=1, keep_checkpoints=9)
+    launch(1, config, tmp_path)
+    assert json.loads((tmp_path / "totals.json").read_text())["unbalanced"] == 0
+    path = tmp_path / "ledger" / "rank-0.jsonl"
+    first, *rest = [json.loads(line) for line in path.read_text().splitlines()]
+    assert rest[0]["epoch"] == first["epoch"], "the epoch has a second step"
+    first["samples"].append(first["samples"].pop() + 100)
+    path.write_text("".join(json.dumps(line) + "\n" for line in (first, *rest)))
+    (tmp_path / "checkpoints" / "latest").write_text("step-000001")
+    launch(1, config, tmp_path, "--resume")
+    assert json.loads((tmp_path / "totals.json").read_text())["unbalanced"] == 2, "one is missing, one is not wanted"
 
 
 def test_resume_refuses_another_schedule(tmp_path: Path) -> None:
