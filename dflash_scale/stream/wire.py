@@ -108,11 +108,14 @@ class Ticket:
     sample: int
     attempt: int
     layer_ids: tuple[int, ...]  # what is wanted of what the server offers
+    answer: bool = False  # the prompt's tokens alone, or all of prompt and answer but the last, which was never fed
 
     def __post_init__(self) -> None:
         check_name("run_id", self.run_id)
         check_name("receiver", self.receiver)
         _check_layer_ids(self.layer_ids)
+        if type(self.answer) is not bool:
+            raise WireError(f"answer must be true or false, got {self.answer!r:.40}")
         for field in ("epoch", "sample", "attempt"):
             _check_int(field, getattr(self, field), 0, MAX_INT)
 
@@ -121,7 +124,7 @@ class Ticket:
 
     @classmethod
     def from_params(cls, params: object) -> "Ticket":
-        fields = _fields("ticket", params, ("run_id", "receiver", "epoch", "sample", "attempt", "layer_ids"))
+        fields = _fields("ticket", params, tuple(cls.__dataclass_fields__))
         return cls(**{**fields, "layer_ids": _layer_ids(fields["layer_ids"])})
 
     @classmethod
