@@ -5,6 +5,7 @@ It is started by launch/serve_vllm.py and asked over HTTP; its hidden states are
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -71,7 +72,7 @@ def free_port() -> int:
 
 
 class ServerFailed(RuntimeError):
-    """It ended, or did not answer in time; the message is the line of its log that says most."""
+    """It ended, or did not answer in time; the message is a line of its log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +136,14 @@ def vllm_server(
 
 
 def reason(log: Path) -> str:
-    """The last line of a log that names an error, its colours and prefixes removed."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if "Error" in line or "serve_vllm:" in line]
-    last = [line for line in lines if "Engine core init" not in line][-1:] or ["it said nothing of an error"]
-    return last[0].replace("\x1b[0;36m", "").replace("\x1b[0m", "").rpartition("] ")[2].strip()[:300]
+    """The line of a log that names what ended the server: the first exception, without colours and prefixes.
+
+    Later ones only say that the engine is gone.
+    """
+    text = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(errors="replace"))
+    raised = re.findall(r"(?:^|[\])] |\s)([\w.]*(?:Error|Exception): .*|AssertionError)$", text, re.MULTILINE)
+    refused = re.findall(r"^(?:serve_vllm: .*)$", text, re.MULTILINE)
+    return (raised[:1] or refused[-1:] or ["its log names no error"])[0][:300]
 
 
 @contextmanager
