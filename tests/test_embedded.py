@@ -22,7 +22,7 @@ import zmq
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from dflash_scale.stream import keys, sockets, wire
-from dflash_scale.stream.embedded import EmbeddedServer, Options, TappedVerifier, parse
+from dflash_scale.stream.embedded import EmbeddedServer, Options, TappedVerifier, _next_token, parse
 from dflash_scale.taps import default_layer_ids
 from dflash_scale.verifier_head import load_verifier_head
 from tests.verifier_families import FAMILIES, HIDDEN, LAYERS, make_verifier, residuals_and_logits
@@ -127,6 +127,58 @@ def test_greedy_answer_equals_generate(folder: Path) -> None:
     assert states.shape[0] == 9, "hidden states are the prompt's, not the answer's"
 
 
+@pytest.mark.parametrize(("max_tokens", "temperature"), [(1, 0.0), (2, 0.0), (40, 0.0), (1, 1.0), (40, 1.3)])
+def test_states_of_prompt_and_answer_equal_one_forward(folder: Path, max_tokens: int, temperature: float) -> None:
+    """Of all tokens but the last, which was sampled and never fed."""
+    verifier = TappedVerifier(str(folder), (0, 1, 3), "float32")
+    layer_ids = verifier.layout.layer_ids
+    states, answer = verifier.run(
+        prompt(9), max_tokens, True, layer_ids, answer_too=True, temperature=temperature, seed=5
+    )
+    assert len(answer) == max_tokens
+    want = states_by_transformers(folder, [*prompt(9), *answer[:-1]], (0, 1, 3))
+    assert states.shape == want.shape == (8 + max_tokens, 4, 32)
+    torch.testing.assert_close(states, want, rtol=1e-4, atol=1e-5)
+
+
+def test_sampling_follows_the_probabilities() -> None:
+    logits = torch.tensor([0.0, 1.0, 2.0, 3.0, -1.0])
+    generator = torch.Generator().manual_seed(0)
+    for temperature in (0.7, 2.0):
+        said = torch.tensor([_next_token(logits, temperature, generator) for _ in range(4000)])
+        want = (logits / temperature).softmax(0)
+        spread = (want * (1 - want) / len(said)).sqrt()
+        got = torch.bincount(said, minlength=5) / len(said)
+        assert ((got - want).abs() < 5 * spread).all(), (temperature, got, want)
+    assert {_next_token(logits, temperature, generator) for temperature in (0.0, 1e-9) for _ in range(20)} == {3}
+
+
+def test_answers_without_a_seed_differ(folder: Path) -> None:
+    verifier = TappedVerifier(str(folder), (1,), "float32")
+    assert len({tuple(verifier.run(prompt(9), 12, True, (), temperature=1.0)[1]) for _ in range(4)}) > 1
+
+
+def test_a_ticket_for_the_answer_brings_its_states(folder: Path, server: EmbeddedServer) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    socket = sockets.connect_dealer(context, server.zmq, "rx-2", max_message_bytes=1 << 22)
+    try:
+        ticket = wire.Ticket("run", "rx-2", 0, 1, 0, server.layout.layer_ids, answer=True)
+        content = {"prompt": prompt(20), "max_tokens": 7, "ignore_eos": True, "temperature": 0.9, "seed": 3}
+        _, reply = post(server.http, {**content, "kv_transfer_params": {"dflash": ticket.to_params()}})
+        _, again = post(server.http, content)
+        answer = reply["choices"][0]["token_ids"]
+        assert answer == again["choices"][0]["token_ids"], "temperature and seed do not reach the model"
+        assert socket.poll(10_000)
+        header, ids, raw = wire.decode_data(socket.recv_multipart(), layout=server.layout, max_tokens=26)
+        assert header.ticket == ticket
+        assert memoryview(ids).cast("i").tolist() == [*prompt(20), *answer[:-1]]
+        want = states_by_transformers(folder, [*prompt(20), *answer[:-1]], (0, 1, 3))
+        torch.testing.assert_close(as_tensor(raw, 26, server.layout), want, rtol=1e-4, atol=1e-5)
+    finally:
+        socket.close(0)
+        context.term()
+
+
 def test_eos_ends_the_answer(folder: Path) -> None:
     verifier = TappedVerifier(str(folder), (1,), "float32")
     _, answer = verifier.run(prompt(9), 12, True, verifier.layout.layer_ids)
@@ -212,7 +264,11 @@ def test_routes(folder: Path, server: EmbeddedServer) -> None:
         ({"prompt": [1], "max_tokens": 0}, "max_tokens"),
         ({"prompt": [1] * 250, "max_tokens": 7}, "exceed"),
         ({"prompt": [1], "model": "other"}, "other"),
-        ({"prompt": [1], "temperature": 0.7}, "greedily"),
+        ({"prompt": [1], "temperature": -0.1}, "temperature"),
+        ({"prompt": [1], "temperature": "0.7"}, "temperature"),
+        (b'{"prompt": [1], "temperature": NaN}', "temperature"),
+        ({"prompt": [1], "seed": 1.5}, "seed"),
+        ({"prompt": [1], "seed": 1 << 63}, "seed"),
         ({"prompt": [1], "kv_transfer_params": {"dflash": {"run_id": "r"}}}, "ticket"),
         ({"prompt": [1], "kv_transfer_params": []}, "kv_transfer_params"),
     ],

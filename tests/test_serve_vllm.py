@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from dflash_scale.stream.keys import make_keys
-from dflash_scale.stream.publisher import MAX_BYTES
 from dflash_scale.taps import default_layer_ids
 
 SCRIPT = Path(__file__).parents[1] / "launch" / "serve_vllm.py"
@@ -56,11 +55,22 @@ def test_extraction_command(model: Path) -> None:
         "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": [2, 4, 12]}},
     }
     transfer = value(line, "--kv-transfer-config")
-    assert transfer["kv_connector_extra_config"] == {"zmq": ZMQ, "insecure": False, "max_bytes": MAX_BYTES}
+    assert transfer["kv_connector_extra_config"] == {"zmq": ZMQ, "insecure": False}
     source = SCRIPT.parents[1] / (transfer["kv_connector_module_path"].replace(".", "/") + ".py")
     assert f"class {transfer['kv_connector']}(" in source.read_text()
     assert "--no-enable-prefix-caching" in line
     assert line[-2:] == ["--max-model-len", "512"]
+
+
+def test_the_pools_size_reaches_the_connector(model: Path) -> None:
+    line = ["MODEL", "--port", "1", "--zmq", ZMQ, "--pool-bytes", "4096"]
+    assert serve_vllm.parse(line).pool_bytes == 4096
+    transfer = value(command(model, pool_bytes=4096), "--kv-transfer-config")
+    assert transfer["kv_connector_extra_config"] == {"zmq": ZMQ, "insecure": False, "pool_bytes": 4096}
+    with pytest.raises(ValueError, match="--pool-bytes must be above 0, got 0"):
+        command(model, pool_bytes=0)
+    with pytest.raises(ValueError, match="give one or the other"):
+        serve_vllm.parse(["MODEL", "--port", "1", "--drafter", "DIR", "--pool-bytes", "4096"])
 
 
 def test_eager_only_on_a_cpu_and_only_by_default(model: Path) -> None:
@@ -144,28 +154,23 @@ def test_open_addresses(model: Path, address: str) -> None:
     with pytest.raises(ValueError, match="--insecure"):
         command(model, zmq=address)
     extra = value(command(model, zmq=address, insecure=True), "--kv-transfer-config")["kv_connector_extra_config"]
-    assert extra == {"zmq": address, "insecure": True, "max_bytes": MAX_BYTES}
+    assert extra == {"zmq": address, "insecure": True}
 
 
 def test_keys_open_the_wire_but_not_http(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_keys(tmp_path / "keys")
     monkeypatch.chdir(tmp_path)
-    serving = serve_vllm.parse(
-        ["m", "--port", "1", "--zmq", "tcp://*:1", "--keys", "keys", "--max-unsent-bytes", "1000"]
-    )
-    config = value(command(model, zmq=serving.zmq, keys=serving.keys, max_unsent_bytes=1000), "--kv-transfer-config")
+    serving = serve_vllm.parse(["m", "--port", "1", "--zmq", "tcp://*:1", "--keys", "keys"])
+    config = value(command(model, zmq=serving.zmq, keys=serving.keys), "--kv-transfer-config")
     assert config["kv_connector_extra_config"] == {
         "zmq": "tcp://*:1",
         "insecure": False,
-        "max_bytes": serving.max_unsent_bytes,
         "keys": str(tmp_path / "keys"),  # absolute: vLLM's workers may have another working directory
     }
     with pytest.raises(ValueError, match="HTTP has neither encryption nor keys"):
         command(model, keys=serving.keys, host="0.0.0.0")
     with pytest.raises(ValueError, match=r"server\.secret cannot be read"):
         command(model, keys=tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="--max-unsent-bytes must be above 0"):
-        command(model, max_unsent_bytes=0)
 
 
 def test_open_http_host(model: Path) -> None:

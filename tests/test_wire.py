@@ -32,7 +32,7 @@ integers = st.integers(0, wire.MAX_INT)
 layer_ids = st.sets(st.integers(0, wire.MAX_LAYER_ID), min_size=1, max_size=wire.MAX_LAYERS).map(
     lambda ids: tuple(sorted(ids))
 )
-tickets = st.builds(Ticket, names, names, integers, integers, integers, layer_ids)
+tickets = st.builds(Ticket, names, names, integers, integers, integers, layer_ids, st.booleans())
 layouts = st.builds(
     Layout,
     layer_ids,
@@ -160,6 +160,7 @@ def header_map(**changes: Any) -> bytes:
         ({"ticket__receiver": "a" * 65}, "receiver must be"),
         ({"ticket__run_id": "a/../b"}, "run_id must be"),
         ({"ticket__layer_ids": [6, 2]}, "strictly ascending"),
+        ({"ticket__answer": 1}, "answer must be true or false"),
         ({"ticket__layer_ids": {"2": 6}}, "must be a list"),
         ({"ticket": None}, "ticket must be a map"),
     ],
@@ -265,7 +266,7 @@ def test_publisher_drops_for_an_absent_receiver_and_answers_others(
     hello(socket, "rx")
     socket.send(b"rubbish")
     deadline = time.monotonic() + 10
-    while publisher.counters.dropped == 0 and time.monotonic() < deadline:
+    while not (publisher.counters.dropped and publisher.counters.invalid) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert (publisher.counters.dropped, publisher.counters.invalid) == (1, 1)
     assert publisher._held_bytes == 0

@@ -1,24 +1,31 @@
-"""The KV connector that runs inside vLLM (0.32) and sends the hidden states of finished requests to receivers.
+"""The KV connector that runs inside vLLM and sends the hidden states of finished requests to receivers.
 
 vLLM's `extract_hidden_states` method writes the tapped residual streams of every token into a KV cache layer of its
 own, with as many "heads" as layers. vLLM builds this class twice: in the scheduler process, where it sees requests
 begin and end, and in each worker process, where the cache is. Life of a request that carries a ticket:
 
-    scheduler  request_finished_all_groups   ticket + prompt + block ids -> the next step's metadata; blocks are kept
-    worker     get_finished                  copies the blocks to host memory (GPU: on a side stream, with an event)
+    scheduler  request_finished_all_groups   ticket + tokens + block ids -> the next step's metadata; blocks are kept
+    worker     get_finished                  takes a piece of the host pool and starts the copy (GPU: on a side stream)
     worker     get_finished, once copied     hands the copy to the Publisher; vLLM may reuse the blocks
+    Publisher  once sent or dropped          gives the piece back to the pool
 
-Only the prompt's tokens are sent: ask for max_tokens 1. `launch/serve_vllm.py` writes the configuration for this.
-Imports of this project: model_files, and of stream/ wire, keys and publisher; what those need is in docs/design.md.
+While the pool has no piece for the oldest waiting request, its blocks stay, and so does everything behind it: vLLM's
+scheduler runs out of blocks and lets new requests wait. So a slow receiver slows the server down, and nothing is
+refused. A receiver that is gone costs as long as the Publisher's patience.
+
+Sent are the prompt's tokens, for which max_tokens 1 is enough, or, if the ticket says `answer`, the tokens of prompt
+and answer but the last one: it was sampled and never fed to the verifier, so that it has no hidden states.
+`launch/serve_vllm.py` writes the configuration for this.
+Imports of this project: model_files, and of stream/ wire, keys, publisher, copies and host_pool; what those need is in
+docs/design.md.
 
 Shape letters: L verifier layers tapped · H hidden size · B cache blocks · P tokens in one cache block.
 """
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -32,28 +39,24 @@ from vllm.platforms import current_platform
 
 from dflash_scale.model_files import origin_of
 from dflash_scale.stream import wire
+from dflash_scale.stream.copies import Copies, Finished
+from dflash_scale.stream.host_pool import HostPool
 from dflash_scale.stream.keys import server_keys
-from dflash_scale.stream.publisher import MAX_BYTES, Publisher
+from dflash_scale.stream.publisher import Publisher
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
 log = logging.getLogger("vllm.dflash_scale")  # below vLLM's own logger, so that its handlers show it
 
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """Scheduler -> worker: a finished request whose cache blocks wait to be copied; no blocks if it is refused."""
-
-    request_id: str
-    ticket: wire.Ticket
-    token_ids: tuple[int, ...]
-    block_ids: tuple[int, ...]
-    refusal: str | None = None
+TRIED: Final = "vLLM 0.26, 0.29 or 0.32"  # by benchmarks/vllm_compatibility.py
+POOL_BYTES_GPU: Final = 4 << 30
+POOL_BYTES_CPU: Final = 1 << 30
 
 
 @dataclass
@@ -70,36 +73,24 @@ class _CacheLayer:
     block_size: int
 
 
-@dataclass(slots=True)
-class _Copy:
-    """A copy under way. `states` (tokens, layers of the ticket, H) in host memory is valid once `event` is, on a CPU
-    at once."""
-
-    finished: Finished
-    states: torch.Tensor
-    event: "torch.cuda.Event | None"
-
-
 class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
-    """See the module's docstring. kv_connector_extra_config: zmq (address to bind), insecure, keys, max_bytes."""
+    """See the module's docstring. kv_connector_extra_config: zmq (address to bind), insecure, keys, pool_bytes."""
 
     def __init__(self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig") -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         extra = self._kv_transfer_config.kv_connector_extra_config
-        unknown = extra.keys() - {"zmq", "insecure", "keys", "max_bytes"}
+        unknown = extra.keys() - {"zmq", "insecure", "keys", "pool_bytes"}
         if unknown or "zmq" not in extra:
             raise ValueError(
-                f"kv_connector_extra_config needs zmq and allows insecure, keys and max_bytes, got {sorted(extra)}"
+                f"kv_connector_extra_config needs zmq and allows insecure, keys and pool_bytes, got {sorted(extra)}"
             )
         self._extra: dict[str, Any] = extra
         _check_parallelism(vllm_config)
         self._layer_ids = _layer_ids(vllm_config)
         self._layer = _hidden_state_layer(kv_cache_config)
-        self._to_worker: list[Finished] = []  # scheduler side
-        self._cache: torch.Tensor | None = None  # worker side, TP rank 0 only, as the next three
-        self._publisher: Publisher | None = None
-        self._copy_stream: torch.cuda.Stream | None = None
-        self._copies: dict[str, _Copy] = {}
+        self._to_worker: list[Finished] = []  # scheduler side, as the next
+        self._kept: set[str] = set()  # finished requests whose blocks the worker has not let go of
+        self._copies: Copies | None = None  # TP rank 0 only
 
     # -- scheduler side ---------------------------------------------------------------------------------------
 
@@ -112,6 +103,13 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> FinishedRequests:
         meta, self._to_worker = FinishedRequests(self._to_worker), []
         return meta
+
+    def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
+        self._kept -= connector_output.finished_sending or set()
+
+    def has_pending_block_frees(self) -> bool:
+        """Blocks will come back: a running request that lacks some waits, which is cheaper than to compute it again."""
+        return bool(self._kept)
 
     def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return self.request_finished_all_groups(request, (block_ids,))
@@ -131,24 +129,24 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         if ticket is None:
             return False, None
         blocks = block_ids[self._layer.group] if self._layer.group < len(block_ids) else []
-        refusal = self._why_not(request, ticket, len(blocks))
+        tokens = _tokens_with_states(request, ticket)
+        refusal = self._why_not(request, ticket, len(tokens), len(blocks))
         if refusal is not None:
             self._to_worker.append(Finished(request.request_id, ticket, (), (), refusal))
             return False, {"dflash_error": refusal}
-        assert request.prompt_token_ids is not None
-        tokens = tuple(request.prompt_token_ids)
-        self._to_worker.append(Finished(request.request_id, ticket, tokens, tuple(blocks)))
+        whole = tuple(blocks[: -(-len(tokens) // self._layer.block_size)])
+        self._to_worker.append(Finished(request.request_id, ticket, tokens, whole))
+        self._kept.add(request.request_id)
         return True, None
 
-    def _why_not(self, request: "Request", ticket: wire.Ticket, blocks: int) -> str | None:
+    def _why_not(self, request: "Request", ticket: wire.Ticket, tokens: int, blocks: int) -> str | None:
         """The reason for which this request's hidden states are not whole in the cache, None if they are."""
         if not set(ticket.layer_ids) <= set(self._layer_ids):
             return f"this server has the layers {list(self._layer_ids)}, asked for {list(ticket.layer_ids)}"
         if request.status.name not in ("FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED"):
             return f"the request ended with {request.status.name}"
-        if not request.prompt_token_ids:
+        if not tokens:
             return "the prompt was given as embeddings, not as token ids"
-        tokens = len(request.prompt_token_ids)
         if request.num_computed_tokens < tokens or blocks * self._layer.block_size < tokens:
             return f"{request.num_computed_tokens} of {tokens} tokens were computed, {blocks} cache blocks are left"
         return None
@@ -160,18 +158,20 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         if get_tensor_model_parallel_rank() != 0:
             return
         cache = kv_caches[self._layer.name]
-        layout = _layout(self._vllm_config, self._layer_ids, self._layer.block_size, cache)
-        self._cache = cache.transpose(1, 2)  # (B, P, L+1, H), a view
-        self._publisher = Publisher(
+        layout, by_token = _layout(self._vllm_config, self._layer_ids, self._layer.block_size, cache)
+        on_cpu = cache.device.type == "cpu"
+        pool_bytes = int(self._extra.get("pool_bytes", POOL_BYTES_CPU if on_cpu else POOL_BYTES_GPU))
+        pool = HostPool(pool_bytes, pinned=not on_cpu)
+        publisher = Publisher(
             self._extra["zmq"],
             layout,
             self._vllm_config.model_config.served_model_name or self._vllm_config.model_config.model,
             insecure=bool(self._extra.get("insecure", False)),
             origin=origin_of(self._vllm_config.model_config.model),
             keys=server_keys(Path(self._extra["keys"])) if "keys" in self._extra else None,
-            max_bytes=int(self._extra.get("max_bytes", MAX_BYTES)),
         )
-        log.info("Hidden states of layers %s go out at %s", list(layout.layer_ids), self._publisher.endpoint)
+        self._copies = Copies(by_token, publisher, pool)
+        log.info("Hidden states of layers %s go out at %s", list(layout.layer_ids), publisher.endpoint)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         return None  # nothing is ever loaded
@@ -190,70 +190,32 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
 
         vLLM calls this every step, and keeps stepping while a request waits here, so polling is enough.
         """
-        if self._publisher is None:  # not TP rank 0
+        if self._copies is None:  # not TP rank 0
             return None, None
         meta = self._connector_metadata
-        if isinstance(meta, FinishedRequests):
-            for finished in meta.requests:
-                if finished.refusal is not None:
-                    self._publisher.refuse(finished.ticket, finished.refusal)
-                else:
-                    self._copies[finished.request_id] = self._start_copy(finished)
-        done = {key for key, copy in self._copies.items() if copy.event is None or copy.event.query()}
-        for key in done:
-            copy = self._copies.pop(key)
-            token_ids = torch.tensor(copy.finished.token_ids, dtype=torch.int32)
-            self._publisher.send(copy.finished.ticket, _bytes_of(token_ids), _bytes_of(copy.states))
-        return done or None, None
-
-    def _start_copy(self, finished: Finished) -> _Copy:
-        """Copies the wanted layers of the first len(token_ids) tokens of the request's blocks to host memory."""
-        assert self._cache is not None
-        device = self._cache.device
-        if device.type == "cpu":
-            return _Copy(finished, self._gather(finished), None)
-        if self._copy_stream is None:
-            self._copy_stream = torch.cuda.Stream(device)
-        # The forward that wrote these blocks may still run on vLLM's stream; everything below waits for it on the
-        # side stream, allocates there, and so needs neither a host sync nor record_stream.
-        self._copy_stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(self._copy_stream):
-            gathered = self._gather(finished)
-            states = torch.empty(gathered.shape, dtype=gathered.dtype, pin_memory=True)
-            states.copy_(gathered, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record(self._copy_stream)
-        return _Copy(finished, states, event)
-
-    def _gather(self, finished: Finished) -> torch.Tensor:
-        """(tokens, layers of the ticket, H) on the cache's device. Layers side by side, as the taps are, cost no
-        second copy."""
-        assert self._cache is not None
-        places = [self._layer_ids.index(layer) for layer in finished.ticket.layer_ids]
-        first, stop = places[0], places[-1] + 1
-        blocks = _indices(finished.block_ids, self._cache.device)
-        states = self._cache[:, :, first:stop].index_select(0, blocks).flatten(0, 1)[: len(finished.token_ids)]
-        if len(places) == stop - first:
-            return states
-        return states.index_select(1, _indices([place - first for place in places], states.device))
+        return self._copies.step(meta.requests if isinstance(meta, FinishedRequests) else []) or None, None
 
     def get_finished_count(self) -> int:
         return 1  # only TP rank 0 reports; the default waits for every rank and never frees the blocks
 
     def shutdown(self) -> None:
-        if self._publisher is not None:
-            self._publisher.close()
+        if self._copies is not None:
+            self._copies.close()
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: "VllmConfig") -> str | None:
-        """On a GPU a token's layers side by side, so that the gather reads whole rows; a CPU has its own layout."""
-        return "LBNHC" if current_platform.is_cuda_alike() else None
+        """On a GPU a token's layers side by side, so that the gather reads whole rows; a CPU has its own layout.
+
+        Newer releases call this one LBNHC, and know the old name.
+        """
+        return "NHD" if current_platform.is_cuda_alike() else None
 
 
-def _indices(values: Sequence[int], device: torch.device) -> torch.Tensor:
-    """On a GPU without waiting for it: pageable memory would."""
-    indices = torch.tensor(values)
-    return indices if device.type == "cpu" else indices.pin_memory().to(device, non_blocking=True)
+def _tokens_with_states(request: "Request", ticket: wire.Ticket) -> tuple[int, ...]:
+    """The tokens that the ticket wants; none if the prompt has no token ids."""
+    if not request.prompt_token_ids:
+        return ()
+    return tuple(request.all_token_ids[:-1] if ticket.answer else request.prompt_token_ids)
 
 
 def _check_parallelism(config: "VllmConfig") -> None:
@@ -303,18 +265,24 @@ def _layer_ids(config: "VllmConfig") -> tuple[int, ...]:
     return layer_ids
 
 
-def _layout(config: "VllmConfig", layer_ids: tuple[int, ...], block_size: int, cache: torch.Tensor) -> wire.Layout:
-    """The wire's layout, after checking that the cache is (B, L+1, P, H) as vLLM 0.32 makes it."""
-    hidden_size = config.model_config.get_hidden_size()
-    want = (len(layer_ids), block_size, hidden_size)
-    if cache.dim() != 4 or tuple(cache.shape[1:]) != want:
+def _layout(
+    config: "VllmConfig", layer_ids: tuple[int, ...], block_size: int, cache: torch.Tensor
+) -> tuple[wire.Layout, torch.Tensor]:
+    """The wire's layout, and the cache as (B, P, L+1, H): older releases make it so, newer ones (B, L+1, P, H)."""
+    hidden_size, layers = config.model_config.get_hidden_size(), len(layer_ids)
+    layout = wire.Layout(layer_ids, hidden_size, str(cache.dtype).removeprefix("torch."))
+    shape = tuple(cache.shape[1:])
+    if block_size == layers:
         raise ValueError(
-            f"the cache of hidden states has the shape {tuple(cache.shape)}, expected (blocks, layers, block size, "
-            f"hidden size) = (*, {', '.join(map(str, want))}): this version of vLLM orders it in an unknown way."
+            f"blocks of {block_size} tokens and {layers} layers cannot be told from each other in the cache: start "
+            "vLLM with another --block-size."
         )
-    return wire.Layout(layer_ids, hidden_size, str(cache.dtype).removeprefix("torch."))
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The tensor's memory as bytes; the view keeps the tensor alive."""
-    return tensor.contiguous().view(torch.uint8).numpy().reshape(-1).data
+    if shape == (layers, block_size, hidden_size):
+        return layout, cache.transpose(1, 2)
+    if shape == (block_size, layers, hidden_size):
+        return layout, cache
+    raise ValueError(
+        f"the cache of hidden states has the shape {tuple(cache.shape)}, expected (blocks, layers, block size, hidden "
+        f"size) = (*, {layers}, {block_size}, {hidden_size}), or layers and block size the other way round: this "
+        f"version of vLLM orders it in an unknown way, use {TRIED}."
+    )

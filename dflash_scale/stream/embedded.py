@@ -2,7 +2,7 @@
 
     python -m dflash_scale.stream.embedded --model DIR --http 127.0.0.1:8001 --zmq tcp://127.0.0.1:5601 --layer-ids 2,4
 
-It answers the routes that a receiver uses of vLLM (/health, /v1/models, POST /v1/completions with token ids, greedy)
+It answers the routes that a receiver uses of vLLM (/health, /v1/models, POST /v1/completions with token ids)
 and sends hidden states over the same wire. One model thread takes requests in the order they arrive and runs one
 sample per forward: batching would change the rounding of a sample with the samples it happens to meet, and a run
 could not be repeated bit for bit.
@@ -36,6 +36,7 @@ from dflash_scale.taps import causal_model, decoder_layers
 
 log = logging.getLogger(__name__)
 
+GREEDY_BELOW: Final = 1e-5  # of the temperature, as in vLLM: a smaller one overflows
 MAX_WAITING: Final = 4096  # requests; more make their HTTP threads wait
 
 
@@ -74,7 +75,7 @@ class TappedVerifier:
         self.max_tokens: int = config.max_position_embeddings
         eos = self._model.generation_config.eos_token_id
         self._eos = set(eos if isinstance(eos, list) else [] if eos is None else [eos])
-        self._taps: dict[int, torch.Tensor] = {}
+        self._taps: dict[int, list[torch.Tensor]] = {k: [] for k in self.layout.layer_ids}  # one for each forward
         if 0 in taps:
             layers[0].register_forward_pre_hook(self._keep_input, with_kwargs=True)
         for k in self.layout.layer_ids:
@@ -82,30 +83,46 @@ class TappedVerifier:
                 layers[k - 1].register_forward_hook(self._keeper(k))
 
     def _keep_input(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._taps.setdefault(0, args[0] if args else kwargs["hidden_states"])
+        self._taps[0].append((args[0] if args else kwargs["hidden_states"])[0])
 
     def _keeper(self, k: int) -> Any:
         def keep(module: torch.nn.Module, args: Any, output: Any) -> None:
-            self._taps.setdefault(k, output[0] if isinstance(output, tuple) else output)
+            self._taps[k].append((output[0] if isinstance(output, tuple) else output)[0])
 
         return keep
 
     @torch.inference_mode()
     def run(
-        self, token_ids: Sequence[int], max_tokens: int, ignore_eos: bool, layer_ids: Sequence[int]
+        self,
+        token_ids: Sequence[int],
+        max_tokens: int,
+        ignore_eos: bool,
+        layer_ids: Sequence[int],
+        *,
+        answer_too: bool = False,
+        temperature: float = 0.0,
+        seed: int | None = None,
     ) -> tuple[torch.Tensor, list[int]]:
-        """(T,) prompt ids -> hidden states (T, L, H) of the prompt after `layer_ids`, none if there are none, and up to
-        max_tokens greedy token ids."""
-        self._taps.clear()  # setdefault above keeps the first forward's, which is the prompt's
+        """(T,) prompt ids -> hidden states (T, L, H) after `layer_ids`, none if there are none, and up to max_tokens
+        token ids. T are the prompt's tokens or, with `answer_too`, those and the answer's but the last, which is never
+        fed. temperature 0 is greedy; above, the same seed gives the same answer, and None another one each time."""
+        for kept in self._taps.values():
+            kept.clear()
+        generator = torch.Generator()
+        if seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(seed)
         inputs = torch.tensor([list(token_ids)])
         output = self._model(inputs, use_cache=max_tokens > 1, logits_to_keep=1)
-        states = torch.stack([self._taps[k][0] for k in layer_ids], dim=1) if layer_ids else torch.empty(0)
-        answer = [int(output.logits[0, -1].argmax())]
+        answer = [_next_token(output.logits[0, -1], temperature, generator)]
         while len(answer) < max_tokens and (ignore_eos or answer[-1] not in self._eos):
             step = torch.tensor([answer[-1:]])
             output = self._model(step, past_key_values=output.past_key_values, use_cache=True)
-            answer.append(int(output.logits[0, -1].argmax()))
-        return states, answer
+            answer.append(_next_token(output.logits[0, -1], temperature, generator))
+        forwards = None if answer_too else 1
+        layers = [torch.cat(self._taps[k][:forwards]) for k in layer_ids]
+        return torch.stack(layers, dim=1) if layers else torch.empty(0), answer
 
     def stopped(self, answer: Sequence[int]) -> bool:
         return answer[-1] in self._eos
@@ -169,11 +186,20 @@ class EmbeddedServer:
                 future.set_exception(error)
 
     def _answer(self, request: Request) -> Reply:
-        layer_ids = request.ticket.layer_ids if request.ticket is not None else ()
-        states, answer = self._verifier.run(request.token_ids, request.max_tokens, request.ignore_eos, layer_ids)
-        if request.ticket is not None:
-            token_ids = torch.tensor(request.token_ids, dtype=torch.int32)
-            self._publisher.send(request.ticket, _bytes_of(token_ids), _bytes_of(states))
+        ticket = request.ticket
+        states, answer = self._verifier.run(
+            request.token_ids,
+            request.max_tokens,
+            request.ignore_eos,
+            ticket.layer_ids if ticket is not None else (),
+            answer_too=ticket is not None and ticket.answer,
+            temperature=request.temperature,
+            seed=request.seed,
+        )
+        if ticket is not None:
+            tokens = [*request.token_ids, *answer[:-1]] if ticket.answer else request.token_ids
+            token_ids = torch.tensor(tokens, dtype=torch.int32)
+            self._publisher.send(ticket, _bytes_of(token_ids), _bytes_of(states))
         stopped = not request.ignore_eos and self._verifier.stopped(answer)
         return Reply(answer, "stop" if stopped else "length")
 
@@ -189,6 +215,14 @@ class EmbeddedServer:
             if item is not None:
                 item[1].set_exception(RuntimeError("the server is shutting down"))
         self._publisher.close()
+
+
+def _next_token(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> int:
+    """One token of (vocabulary,) logits."""
+    if temperature < GREEDY_BELOW:
+        return int(logits.argmax())
+    probabilities = (logits.float() / temperature).softmax(0)
+    return int(probabilities.multinomial(1, generator=generator))
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

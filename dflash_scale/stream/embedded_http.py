@@ -1,8 +1,8 @@
 """The HTTP face of the embedded verifier server: the part of vLLM's routes that receivers and evaluations use.
 
-GET /health, GET /v1/models, and POST /v1/completions with {model, prompt: [token ids], max_tokens, temperature: 0,
-ignore_eos, kv_transfer_params: {"dflash": ticket}}. Replies carry token ids and no text. Knows nothing of the model:
-a request goes to `submit`, which gives a future.
+GET /health, GET /v1/models, and POST /v1/completions with {model, prompt: [token ids], max_tokens, temperature, seed,
+ignore_eos, kv_transfer_params: {"dflash": ticket}}. Without a temperature it is 0, greedy. Replies carry token ids and
+no text. Knows nothing of the model: a request goes to `submit`, which gives a future.
 """
 
 import json
@@ -23,6 +23,7 @@ from dflash_scale.stream import wire
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES: Final = 16 << 20
+MAX_TEMPERATURE: Final = 100.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,8 @@ class Request:
     max_tokens: int
     ignore_eos: bool
     ticket: wire.Ticket | None
+    temperature: float = 0.0
+    seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,12 +167,16 @@ def parse_request(body: bytes, model: str, limits: Limits) -> Request:
         raise ValueError(f"{len(token_ids)} + {max_tokens} tokens exceed the model's {limits.max_tokens}")
     if content.get("model", model) != model:
         raise ValueError(f"this server has the model {model!r}, not {content['model']!r:.200}")
-    if content.get("temperature", 0) not in (0, 0.0):
-        raise ValueError("this server decodes greedily: temperature must be 0")
+    temperature, seed = content.get("temperature", 0), content.get("seed")
+    if type(temperature) not in (int, float) or not 0 <= temperature <= MAX_TEMPERATURE:
+        raise ValueError(f"temperature must be a number from 0 to {MAX_TEMPERATURE:g}, got {temperature!r:.40}")
+    if seed is not None and (type(seed) is not int or not 0 <= seed <= wire.MAX_INT):
+        raise ValueError(f"seed must be an integer from 0 to {wire.MAX_INT}, got {seed!r:.40}")
     ticket = wire.Ticket.from_request(content.get("kv_transfer_params"))
     if ticket is not None:
         limits.layout.only(ticket.layer_ids)
-    return Request(tuple(token_ids), max_tokens, content.get("ignore_eos") is True, ticket)
+    ignore_eos = content.get("ignore_eos") is True
+    return Request(tuple(token_ids), max_tokens, ignore_eos, ticket, float(temperature), seed)
 
 
 def _completion(model: str, request: Request, reply: Reply) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """The server's sending end: one thread owns the ROUTER, answers hellos and sends what others queue.
 
-The channel's rules are in `wire.py`. `Publisher.send` may be called from any thread and never blocks: it queues or
-refuses. Two bounds hold the memory: `max_bytes` over everything that ZeroMQ has not yet let go of, and a patience
-per message (`AWAY_S` while its receiver is not connected, `STALLED_S` while it does not read), after which the
-message is dropped, counted and logged. Imported inside the vLLM server: no torch.
+The channel's rules are in `wire.py`. `Publisher.send` may be called from any thread and never blocks. Two bounds hold
+the memory. One is in bytes, over everything that ZeroMQ has not yet let go of: the caller's pool, if `send` is told
+how to give the buffers back, or else `max_bytes`, beyond which a sample is refused. The other is a patience per message
+(`AWAY_S` while its receiver is not connected, `STALLED_S` while it does not read), after which the message is dropped,
+counted and logged. Imported inside the vLLM server: no torch.
 """
 
 import errno
@@ -13,8 +14,9 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 import zmq
@@ -26,7 +28,7 @@ log = logging.getLogger(__name__)
 
 AWAY_S: Final = 5.0  # a receiver that reconnects needs at most RECONNECT_IVL_MAX = 2 s
 STALLED_S: Final = 60.0
-RETRY_S: Final = 0.01  # with SEND_HIGH_WATER this caps a receiver at 6400 messages per second
+RETRY_S: Final = 0.01  # with HIGH_WATER this caps a receiver at 6400 messages per second
 LOG_EVERY_S: Final = 60.0
 MAX_BYTES: Final = 8 << 30  # four receivers at the default stream.server_credit_bytes
 UNKNOWN: Final = wire.Origin()
@@ -51,20 +53,28 @@ class Counters:
     turned_away: int = 0  # connections
 
 
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    ticket: wire.Ticket
+    token_ids: wire.Buffer
+    hidden_states: wire.Buffer
+    released: Callable[[], None]
+
+
 @dataclass(slots=True)
 class _Outgoing:
-    receiver: bytes
     frames: Sequence[wire.Buffer]
     nbytes: int
+    released: Callable[[], None]
     queued_at: float
 
 
 @dataclass(slots=True)
 class _InZmq:
-    """Bytes that ZeroMQ still refers to; `done` once the kernel has them or the connection is gone."""
+    """Buffers that ZeroMQ still refers to; `done` once the kernel has them or the connection is gone."""
 
     tracker: zmq.MessageTracker
-    nbytes: int
+    released: Callable[[], None]
 
 
 @dataclass(slots=True)
@@ -81,7 +91,7 @@ class Publisher:
     address: tcp://127.0.0.1:PORT (port 0 or * picks one; see `endpoint`) or ipc://PATH.
     layout, model, origin: what the hello reply says.
     keys: serve only receivers that hold one of these; without, whoever reaches the address.
-    max_bytes: payload bytes held at most, queued or inside ZeroMQ.
+    max_bytes: payload bytes held at most, queued or inside ZeroMQ; what belongs to a caller's pool is not counted.
     Raises ValueError for a bad address and zmq.ZMQError if it is taken.
     """
 
@@ -110,7 +120,7 @@ class Publisher:
             raise
         self._connections = sockets.watch_connection(self._router, "connections")
         self.endpoint = str(self._router.getsockopt_string(zmq.LAST_ENDPOINT))
-        self._inbox: deque[tuple[wire.Ticket, wire.Buffer, wire.Buffer] | wire.Refusal] = deque()
+        self._inbox: deque[_Sample | wire.Refusal] = deque()
         self._lock = threading.Lock()  # over _held_bytes alone
         self._held_bytes = 0
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -119,11 +129,19 @@ class Publisher:
         self._thread = threading.Thread(target=self._run, name="dflash-publisher", daemon=True)
         self._thread.start()
 
-    def send(self, ticket: wire.Ticket, token_ids: wire.Buffer, hidden_states: wire.Buffer) -> bool:
+    def send(
+        self,
+        ticket: wire.Ticket,
+        token_ids: wire.Buffer,
+        hidden_states: wire.Buffer,
+        released: Callable[[], None] | None = None,
+    ) -> bool:
         """Queues one sample; False if it was refused instead because `max_bytes` are held already.
 
         token_ids: int32 little-endian bytes. hidden_states: bytes of (tokens, L, H), the layers that the ticket wants.
-        The buffers are not copied: leave them alone. Raises WireError if their sizes do not fit each other.
+        The buffers are not copied: leave them alone until `released` is called, on the sending thread, because they
+        have been sent or dropped. With it, the memory is the caller's to bound, and nothing is refused.
+        Raises WireError if the sizes do not fit each other.
         """
         layout = self.layout.only(ticket.layer_ids)
         want = len(token_ids) // wire.TOKEN_ID_BYTES * layout.bytes_per_token
@@ -131,16 +149,20 @@ class Publisher:
             raise wire.WireError(
                 f"{len(token_ids)} bytes of token ids need {want} bytes of states, got {len(hidden_states)}"
             )
-        nbytes = len(token_ids) + len(hidden_states)
-        with self._lock:
-            fits = self._held_bytes + nbytes <= self.max_bytes
-            self._held_bytes += nbytes if fits else 0
-        if not fits:
-            self.refuse(ticket, f"the server holds {self._held_bytes} of {self.max_bytes} unsent bytes", busy=True)
-            return False
-        self._inbox.append((ticket, token_ids, hidden_states))
+        if released is None:
+            nbytes = len(token_ids) + len(hidden_states)
+            if not self._hold(nbytes):
+                self.refuse(ticket, f"the server holds {self._held_bytes} of {self.max_bytes} unsent bytes", busy=True)
+                return False
+            released = partial(self._let_fall, nbytes)
+        self._inbox.append(_Sample(ticket, token_ids, hidden_states, released))
         os.eventfd_write(self._wake, 1)
         return True
+
+    @property
+    def alive(self) -> bool:
+        """Whether the sending thread runs."""
+        return self._thread.is_alive()
 
     def refuse(self, ticket: wire.Ticket, reason: str, *, busy: bool = False) -> None:
         """Tells the receiver not to wait for this attempt. busy: the sample is not to blame, only the moment."""
@@ -233,15 +255,13 @@ class Publisher:
             item = self._inbox.popleft()
             if isinstance(item, wire.Refusal):
                 self._count("refused", f"{item.ticket}: {item.reason}")
-                ticket, nbytes = item.ticket, 0
-                frames: list[wire.Buffer] = [wire.encode(item)]
+                out = _Outgoing([wire.encode(item)], 0, _nothing, time.monotonic())
             else:
-                ticket, token_ids, states = item
-                frames = wire.data_frames(ticket, self.layout.only(ticket.layer_ids), token_ids, states)
-                nbytes = len(token_ids) + len(states)
-            receiver = ticket.receiver.encode()
-            out = _Outgoing(receiver, frames, nbytes, time.monotonic())
-            queues.by_receiver.setdefault(receiver, deque()).append(out)
+                layout = self.layout.only(item.ticket.layer_ids)
+                frames = wire.data_frames(item.ticket, layout, item.token_ids, item.hidden_states)
+                nbytes = len(item.token_ids) + len(item.hidden_states)
+                out = _Outgoing(frames, nbytes, item.released, time.monotonic())
+            queues.by_receiver.setdefault(item.ticket.receiver.encode(), deque()).append(out)
 
     def _send_queue(self, queues: _Queues, receiver: bytes) -> None:
         queue = queues.by_receiver[receiver]
@@ -255,13 +275,13 @@ class Publisher:
                 patience = AWAY_S if error.errno == errno.EHOSTUNREACH else STALLED_S
                 if time.monotonic() - out.queued_at < patience:
                     return
+                out.released()
                 self._count("dropped", f"receiver {receiver.decode()}: {error}")
-                self._release(out.nbytes)
             else:
                 self.counters.sent += 1
                 self.counters.sent_bytes += out.nbytes
                 assert tracker is not None  # track=True
-                queues.in_zmq.append(_InZmq(tracker, out.nbytes))
+                queues.in_zmq.append(_InZmq(tracker, out.released))
             queue.popleft()
         del queues.by_receiver[receiver]
 
@@ -269,12 +289,18 @@ class Publisher:
         held = []
         for entry in queues.in_zmq:
             if entry.tracker.done:
-                self._release(entry.nbytes)
+                entry.released()
             else:
                 held.append(entry)
         queues.in_zmq = held
 
-    def _release(self, nbytes: int) -> None:
+    def _hold(self, nbytes: int) -> bool:
+        with self._lock:
+            fits = self._held_bytes + nbytes <= self.max_bytes
+            self._held_bytes += nbytes if fits else 0
+        return fits
+
+    def _let_fall(self, nbytes: int) -> None:
         with self._lock:
             self._held_bytes -= nbytes
 
@@ -286,3 +312,7 @@ class Publisher:
         if now - self._logged_at[what] >= LOG_EVERY_S:
             self._logged_at[what] = now
             log.warning("%d %s so far; the latest: %s", total, COUNTED[what], detail)
+
+
+def _nothing() -> None:
+    """A refusal holds no buffer."""

@@ -9,20 +9,17 @@ Channel, in both directions over one ZeroMQ connection per (server, receiver) pa
   keys. Token ids are int32 little-endian, hidden states (tokens, L, H) contiguous in the layout's dtype.
 - Ordering: messages to one receiver leave in the order they were queued. Requests finish in any order, so a
   receiver matches data to requests by the whole ticket, never by position.
-- Loss: a message may be lost (either end dies, or the receiver stays away too long); the server never repeats
-  it, the receiver asks again with a higher attempt. A message that arrives is whole: ZeroMQ delivers all frames
-  or none, and the checksum covers the payload.
-- Back-pressure: receivers bound the bytes in flight by credit. The server's own bound (`publisher.py`) is the
-  second line: what exceeds it is answered by a refusal, so that nobody waits for it.
+- Loss: a message may be lost (either end dies, or the receiver stays away too long); the receiver asks again with
+  a higher attempt. A message that arrives is whole, and the checksum covers the payload.
+- Back-pressure: receivers bound the bytes in flight by credit. The server's bound comes second: a vLLM holds cache
+  blocks until its pool has room (`connector.py`), others answer what exceeds it by a refusal (`publisher.py`).
 - Who may die: either end, at any time. A reconnecting receiver takes its routing id over from its dead
   connection; a restarted server shows a new server id in its hello reply.
-
 - Versions: a hello names the range that the receiver speaks; the server answers in the newest that both speak, or
   with its own range. These two, hello and `incompatible`, look the same in every version; all others carry it.
 
 Nothing here is unpickled, and no size that came over the network is used before it was compared with a bound. The
 sockets are in `sockets.py`. Imported inside the vLLM server: standard library, msgpack and xxhash only.
-
 Shape letters: L verifier layers sent · H hidden size.
 """
 
@@ -108,11 +105,14 @@ class Ticket:
     sample: int
     attempt: int
     layer_ids: tuple[int, ...]  # what is wanted of what the server offers
+    answer: bool = False  # the prompt's tokens alone, or all of prompt and answer but the last, which was never fed
 
     def __post_init__(self) -> None:
         check_name("run_id", self.run_id)
         check_name("receiver", self.receiver)
         _check_layer_ids(self.layer_ids)
+        if type(self.answer) is not bool:
+            raise WireError(f"answer must be true or false, got {self.answer!r:.40}")
         for field in ("epoch", "sample", "attempt"):
             _check_int(field, getattr(self, field), 0, MAX_INT)
 
@@ -121,7 +121,7 @@ class Ticket:
 
     @classmethod
     def from_params(cls, params: object) -> "Ticket":
-        fields = _fields("ticket", params, ("run_id", "receiver", "epoch", "sample", "attempt", "layer_ids"))
+        fields = _fields("ticket", params, tuple(cls.__dataclass_fields__))
         return cls(**{**fields, "layer_ids": _layer_ids(fields["layer_ids"])})
 
     @classmethod
