@@ -49,7 +49,8 @@ from dflash_scale.stream.delivery import Delivery
 from dflash_scale.stream.embedded_http import CompletionServer, Reply, Request
 from dflash_scale.stream.embedded_http import Limits as RequestLimits
 from dflash_scale.stream.endpoints import Endpoints
-from dflash_scale.stream.intake import Identity, Intake
+from dflash_scale.stream.greetings import Identity
+from dflash_scale.stream.intake import Intake
 from dflash_scale.stream.jobs import Limits
 from dflash_scale.stream.keys import make_keys, receiver_keys, server_keys
 from dflash_scale.stream.layouts import RowLayouts

@@ -32,7 +32,8 @@ from dflash_scale.stream.cache import CacheOrigin, claim, open_cache
 from dflash_scale.stream.cache_fill import CacheFill, CacheUnwritable
 from dflash_scale.stream.endpoints import Endpoints
 from dflash_scale.stream.fleet import NoServerError
-from dflash_scale.stream.intake import Identity, Intake, limits_of
+from dflash_scale.stream.greetings import Identity
+from dflash_scale.stream.intake import Intake, limits_of
 from dflash_scale.stream.keys import receiver_keys
 from dflash_scale.verifier import verifier_shape
 

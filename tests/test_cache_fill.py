@@ -15,7 +15,8 @@ from test_receiver import BAD
 from dflash_scale.stream.cache import open_cache
 from dflash_scale.stream.cache_fill import CacheFill, CacheUnwritable
 from dflash_scale.stream.endpoints import Endpoints
-from dflash_scale.stream.intake import Identity, Intake, limits_of
+from dflash_scale.stream.greetings import Identity
+from dflash_scale.stream.intake import Intake, limits_of
 from dflash_scale.stream.wire import Origin
 
 pytest_plugins = ("receiver_run",)

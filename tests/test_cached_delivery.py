@@ -1,7 +1,5 @@
 """The receiver as a real process with a cache: offline without a server, hybrid between a cache and fake servers."""
 
-# ruff: noqa: F401, F811 - the fixtures of test_receiver
-
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -9,13 +7,15 @@ from pathlib import Path
 
 import pytest
 from fake_verifier import LAYOUT, states
-from test_receiver import LAYOUTS, RUN, SAMPLES, FakeServer, Run, data, drain, expected, make_run, read_all
+from receiver_run import LAYOUTS, RUN, SAMPLES, FakeServer, Run, drain, expected, read_all
 
 from dflash_scale.stream.cache import Cache, open_cache
 from dflash_scale.stream.cached_delivery import FAILURES_IN_A_ROW, make_delivery
 from dflash_scale.stream.ring import COMMITTED, QUARANTINED, PeerDied, Ring, own_ring_name
 from dflash_scale.stream.window import Window
 from dflash_scale.stream.wire import Layout
+
+pytest_plugins = ("receiver_run",)
 
 DONE = 60  # seconds for a process to end
 

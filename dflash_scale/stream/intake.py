@@ -11,7 +11,6 @@ import logging
 import queue
 import time
 from collections import Counter, defaultdict
-from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import zmq
@@ -23,33 +22,17 @@ from dflash_scale.stream import wire
 from dflash_scale.stream.calls import Calls, Event, HealthAnswered
 from dflash_scale.stream.endpoints import Endpoints
 from dflash_scale.stream.fleet import Fleet
+from dflash_scale.stream.greetings import Comparison, Greeting, Identity, ServerMismatch
 from dflash_scale.stream.jobs import Action, Cut, Fault, Job, Key, Limits, Lost, Probe, Quarantined, Send
-from dflash_scale.stream.keys import ReceiverKeys
 from dflash_scale.stream.links import Links
 from dflash_scale.stream.window import Want
-from dflash_scale.stream.wire import Layout, Origin, Ticket, WireError
+from dflash_scale.stream.wire import Ticket, WireError
 
 log = logging.getLogger(__name__)
 
 STEP_MS: Final = 10  # the reader's progress is seen by looking at it: this is how often
 MESSAGES_PER_TURN: Final = 8  # from one server, before the others have theirs
 LOG_EVERY_S: Final = 60.0
-
-
-class ServerMismatch(ValueError):
-    """A server sends something else than what the run trains on, or speaks another version of the wire."""
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """Who receives, and what. Routing ids begin with `receiver`, different for every process; a server must offer all
-    layers of `layout`, though not every sample is asked for with all of them, from the verifier `origin`."""
-
-    run_id: str
-    receiver: str
-    layout: Layout
-    origin: Origin
-    keys: ReceiverKeys | None
 
 
 def limits_of(stream: StreamSection) -> Limits:
@@ -83,15 +66,6 @@ class Destination(Protocol):
     def commit(self, key: Key) -> None: ...
     def quarantine(self, key: Key, reason: str) -> None: ...
     def status(self) -> dict[str, Any]: ...
-
-
-@dataclass(slots=True)
-class Greeting:
-    """A probe under way: it has succeeded when both ports have answered."""
-
-    probe: Probe
-    health: bool = False
-    reply: wire.HelloReply | wire.Incompatible | None = None
 
 
 class Dropped:
@@ -144,7 +118,7 @@ class Intake:
         self._greetings: dict[int, Greeting] = {}
         self._server_ids: dict[int, str] = {}
         self._models: dict[int, str] = {}
-        self._uncompared: set[tuple[str, str]] = set()  # server and what of it, that was said already
+        self._comparison = Comparison(identity)
         self._broken: set[int] = set()  # servers whose data connection broke since their last greeting
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._calls = Calls(limits.requests_per_server, limits.request_timeout_s + 1, self._report)
@@ -292,7 +266,7 @@ class Intake:
             return
         server, reply = greeting.probe.server, greeting.reply
         del self._greetings[server]
-        mismatch = self._mismatch(server, reply)
+        mismatch = self._comparison.problem(self.fleet.servers[server].address, reply)
         if mismatch and not self.fleet.issued:
             raise ServerMismatch(mismatch)
         if isinstance(reply, wire.Incompatible):
@@ -304,30 +278,6 @@ class Intake:
         self._broken.discard(server)
         self._server_ids[server], self._models[server] = reply.server_id, reply.model
         self.fleet.probe_done(greeting.probe, mismatch, time.monotonic(), lost)
-
-    def _mismatch(self, server: int, reply: wire.HelloReply | wire.Incompatible) -> str:
-        address, want = self.fleet.servers[server].address, self._identity
-        if isinstance(reply, wire.Incompatible):
-            return f"server {address}: {reply}"
-        got, wanted = reply.layout, want.layout
-        if not got.offers(wanted):
-            return (
-                f"server {address} sends layers {list(got.layer_ids)} of {got.hidden_size} {got.dtype}, this run wants "
-                f"layers {list(wanted.layer_ids)} of {wanted.hidden_size} {wanted.dtype}; start the server with the "
-                "run's verifier and layer ids, or change verifier.model, .layer_ids and .dtype"
-            )
-        for what in ("verifier", "tokenizer"):
-            theirs, ours = getattr(reply.origin, what), getattr(want.origin, what)
-            if theirs and ours and theirs != ours:
-                return (
-                    f"server {address} serves {reply.model} with the {what} {theirs}, verifier.model has {ours}; start "
-                    "the server with the run's verifier, or change verifier.model"
-                )
-            if not (theirs and ours) and (address, what) not in self._uncompared:
-                self._uncompared.add((address, what))
-                side = "here" if theirs else "there"
-                log.info("the %s of server %s cannot be compared: its files are not %s", what, address, side)
-        return ""
 
     # Messages of the servers.
 

@@ -272,7 +272,8 @@ def make_intake(spec: ReceiverSpec, config: Config, rings: Sequence[Ring]) -> An
     from dflash_scale.quarantine import FILE_NAME, QuarantineFile
     from dflash_scale.stream.cached_delivery import make_delivery
     from dflash_scale.stream.endpoints import Endpoints
-    from dflash_scale.stream.intake import Identity, Intake, limits_of
+    from dflash_scale.stream.greetings import Identity
+    from dflash_scale.stream.intake import Intake, limits_of
     from dflash_scale.stream.keys import receiver_keys
     from dflash_scale.stream.window import Window
 
