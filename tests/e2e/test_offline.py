@@ -24,7 +24,7 @@ from dflash_scale.stream.cache_file import BadFile
 pytestmark = pytest.mark.e2e
 
 CONVERSATIONS = 80
-TIMES = ("tokens_per_s", "samples_per_s", "wait_data", "seconds")
+TIMES = ("tokens_per_s", "samples_per_s", "wait_data", "seconds", "servers")
 
 
 @dataclass
@@ -59,7 +59,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Inputs]:
 
 
 def losses(run: Run) -> list[dict[str, Any]]:
-    """All that was measured, without the times."""
+    """All that was measured, without the times and how the servers did."""
     lines = (run.folder / "out" / "metrics.jsonl").read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
 
