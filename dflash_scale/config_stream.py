@@ -35,6 +35,11 @@ class StreamSection(Section):
         description="In mode hybrid: bytes that the files of the cache may reach together; what comes then is not "
         "kept. null = no bound.",
     )
+    transport: Literal["exact", "bf16", "fp8"] = Field(
+        default="exact",
+        description="How hidden states travel and wait: in verifier.dtype; rounded to bfloat16; or in fp8 (e4m3) with "
+        "a scale for each token and layer.",
+    )
     servers: tuple[Server, ...] = Field(
         default=(Server(http="http://127.0.0.1:8001", zmq="tcp://127.0.0.1:5601"),),
         strict=False,
@@ -88,6 +93,11 @@ class StreamSection(Section):
             raise ValueError(
                 f'stream.cache: got none with stream.mode "{self.mode}", wanted a folder of hidden states; name one or '
                 'set the mode to "online"'
+            )
+        if self.transport == "fp8" and self.mode != "online":
+            raise ValueError(
+                f'stream.transport: got "fp8" with stream.mode "{self.mode}", wanted "exact" or "bf16" because files '
+                "of the cache hold no scales; set one of them"
             )
         return self
 

@@ -56,6 +56,10 @@ def main(arguments: Sequence[str]) -> int:
     folder = args.out or config.stream.cache
     if folder is None:
         raise ValueError("generate: got no folder to write to; give --out DIR, or stream.cache in the configuration")
+    if config.stream.transport == "fp8":
+        raise ValueError(
+            'stream.transport: got "fp8", wanted "exact" or "bf16" because files of the cache hold no scales; set one'
+        )
     if not config.stream.servers:
         raise ValueError("stream.servers: got none, wanted at least one {http, zmq}; name a server of the fleet")
     return generate(config, Path(folder))

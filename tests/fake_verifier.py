@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import zmq
 
-from dflash_scale.stream import sockets, wire
+from dflash_scale.stream import payload, sockets, wire
 from dflash_scale.stream.keys import server_keys
 from dflash_scale.stream.wire import Layout, Ticket
 
@@ -45,8 +45,8 @@ def states(token_ids: bytes, layout: Layout) -> bytes:
 
 def bad_frames(word: str, ticket: Ticket, token_ids: bytes) -> Iterator[Frames]:
     """What is sent for an attempt under the word `word`."""
-    layout = LAYOUT.only(ticket.layer_ids)
-    good = wire.data_frames(ticket, layout, token_ids, states(token_ids, layout))
+    layout = LAYOUT.asked_by(ticket)
+    good = payload.data_frames(ticket, layout, token_ids, states(token_ids, layout))
     match word:
         case "corrupt":
             yield [good[0], good[1], bytes(good[2][:-1]) + bytes([good[2][-1] ^ 1])]
@@ -55,18 +55,18 @@ def bad_frames(word: str, ticket: Ticket, token_ids: bytes) -> Iterator[Frames]:
         case "extra-frame":
             yield [*good, b"more"]
         case "layout":
-            yield wire.data_frames(ticket, OTHER_LAYOUT, token_ids, states(token_ids, OTHER_LAYOUT))
+            yield payload.data_frames(ticket, OTHER_LAYOUT, token_ids, states(token_ids, OTHER_LAYOUT))
         case "tokens":
             other = (np.frombuffer(token_ids, "<i4") + 1).astype("<i4").tobytes()
-            yield wire.data_frames(ticket, layout, other, states(token_ids, layout))
+            yield payload.data_frames(ticket, layout, other, states(token_ids, layout))
         case "garbage":
             yield [os.urandom(300)]
             yield [good[0]]
             yield [b"\x81" * 5000, b"x"]
             yield good
         case "stranger":
-            stranger = Ticket("otherrun", ticket.receiver, 0, 1, 0, ticket.layer_ids)
-            yield wire.data_frames(stranger, layout, token_ids, states(token_ids, layout))
+            stranger = Ticket("otherrun", ticket.receiver, 0, 1, 0, ticket.layer_ids, ticket.dtype)
+            yield payload.data_frames(stranger, layout, token_ids, states(token_ids, layout))
             yield good
         case "refuse":
             yield [wire.encode(wire.Refusal(ticket, "scripted refusal"))]

@@ -24,7 +24,7 @@ def main() -> None:
         match line.split():
             case ["send", tokens]:
                 count = int(tokens)
-                ticket = Ticket("run", "rx", 0, sample, 0, LAYOUT.layer_ids)
+                ticket = Ticket("run", "rx", 0, sample, 0, LAYOUT.layer_ids, LAYOUT.dtype)
                 publisher.send(ticket, bytes(4 * count), bytes(count * LAYOUT.bytes_per_token))
                 print(sample, flush=True)
             case _:

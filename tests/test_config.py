@@ -109,6 +109,7 @@ def test_unknown_key_names_the_nearest(patch: dict[str, Any], text: str) -> None
         ({"stream": {"mode": "hybrid"}}, 'stream.cache: got none with stream.mode "hybrid", wanted a folder'),
         ({"stream": {"cache": "c"}}, 'stream.cache: got c with stream.mode "online", which reads and writes no cache'),
         ({"stream": {"mode": "hybrid", "cache": "c", "cache_bytes": 0}}, "stream.cache_bytes: got 0"),
+        ({"stream": {"mode": "offline", "cache": "c", "transport": "fp8"}}, 'stream.transport: got "fp8" with'),
         ({"stream": {"credit_bytes": 5}}, "stream.server_credit_bytes: got 2147483648, wanted at most"),
         (
             {"loss": {"terms": {}}},

@@ -16,11 +16,11 @@ import pytest
 import torch
 import zmq
 
-from dflash_scale.stream import keys, sockets, wire
+from dflash_scale.stream import keys, payload, sockets, wire
 
 SOURCE = Path(__file__).parents[1] / "dflash_scale" / "stream" / "connector.py"
 BLOCKS, LAYERS, BLOCK_SIZE, HIDDEN = 9, 3, 4, 8
-TICKET = wire.Ticket("run-1", "rx", 0, 5, 0, (1, 3, 6))
+TICKET = wire.Ticket("run-1", "rx", 0, 5, 0, (1, 3, 6), "float32")
 
 
 class Base:
@@ -128,7 +128,7 @@ def test_a_finished_request_reaches_its_receiver(connector: ModuleType, layer_id
         assert worker.get_finished(set()) == (None, None)
         layout = wire.Layout(layer_ids, HIDDEN, "float32")
         assert socket.poll(10_000), "nothing arrived"
-        header, ids, raw = wire.decode_data(socket.recv_multipart(), layout=layout, max_tokens=10)
+        header, ids, raw = payload.decode_data(socket.recv_multipart(), layout=layout, max_tokens=10)
         assert header.ticket == ticket
         assert memoryview(ids).cast("i").tolist() == list(range(100, 110))
         got = torch.frombuffer(bytearray(raw), dtype=torch.float32).view(10, len(layer_ids), HIDDEN)

@@ -12,8 +12,9 @@ import pytest
 import torch
 import zmq
 
-from dflash_scale.stream import copies, publisher, sockets, wire
+from dflash_scale.stream import copies, payload, publisher, sockets, wire
 from dflash_scale.stream.copies import Copies, Finished
+from dflash_scale.stream.encoding import encode
 from dflash_scale.stream.host_pool import HostPool
 from dflash_scale.stream.publisher import Publisher
 
@@ -27,8 +28,15 @@ def cache() -> torch.Tensor:
     return torch.arange(BLOCKS * P * len(LAYERS) * HIDDEN, dtype=torch.float32).view(shape)
 
 
-def finished(sample: int, *, tokens: int = 10, receiver: str = "rx", layer_ids: tuple[int, ...] = LAYERS) -> Finished:
-    ticket = wire.Ticket("run-1", receiver, 0, sample, 0, layer_ids)
+def finished(
+    sample: int,
+    *,
+    tokens: int = 10,
+    receiver: str = "rx",
+    layer_ids: tuple[int, ...] = LAYERS,
+    dtype: str = "float32",
+) -> Finished:
+    ticket = wire.Ticket("run-1", receiver, 0, sample, 0, layer_ids, dtype)
     blocks = tuple((7 * sample + 5 * i) % BLOCKS for i in range(-(-tokens // P)))
     return Finished(f"request-{sample}", ticket, tuple(range(sample, sample + tokens)), blocks)
 
@@ -81,25 +89,31 @@ def until(condition: Callable[[], bool], what: str) -> None:
 
 def receive(socket: "zmq.Socket[bytes]", request: Finished) -> None:
     assert socket.poll(30_000), f"{request.request_id} did not arrive"
-    layout = LAYOUT.only(request.ticket.layer_ids)
-    header, ids, raw = wire.decode_data(socket.recv_multipart(), layout=layout, max_tokens=256)
+    layout = LAYOUT.asked_by(request.ticket)
+    header, ids, raw = payload.decode_data(socket.recv_multipart(), layout=layout, max_tokens=256)
     assert header.ticket == request.ticket
     assert memoryview(ids).cast("i").tolist() == list(request.token_ids)
-    got = torch.frombuffer(bytearray(raw), dtype=torch.float32).view(header.tokens, len(layout.layer_ids), HIDDEN)
-    assert torch.equal(got, wanted(request))
+    got = torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(header.tokens, -1)
+    assert torch.equal(got, encode(wanted(request), request.ticket.dtype))
 
 
 @pytest.mark.parametrize("layer_ids", [LAYERS, (1, 3), (1, 6), (6,)])
-@pytest.mark.parametrize("blocks_per_slice", [0, 1, 2, 100])
+@pytest.mark.parametrize(
+    ("blocks_per_slice", "dtype"), [(0, "float32"), (1, "bfloat16"), (2, wire.FP8), (100, "float32")]
+)
 def test_slices_make_up_the_sample(
-    make: Callable[[int], Rig], monkeypatch: pytest.MonkeyPatch, layer_ids: tuple[int, ...], blocks_per_slice: int
+    make: Callable[[int], Rig],
+    monkeypatch: pytest.MonkeyPatch,
+    layer_ids: tuple[int, ...],
+    blocks_per_slice: int,
+    dtype: str,
 ) -> None:
     """Whatever a slice holds, and 11 tokens are three blocks, the last one not full."""
     span = 1 + LAYERS.index(layer_ids[-1]) - LAYERS.index(layer_ids[0])
     monkeypatch.setattr(copies, "SLICE_BYTES", blocks_per_slice * P * span * HIDDEN * 4)
     rig = make(1 << 20)
     socket = rig.connect()
-    request = finished(3, tokens=11, layer_ids=layer_ids)
+    request = finished(3, tokens=11, layer_ids=layer_ids, dtype=dtype)
     assert rig.copies.step([request]) == {"request-3"}
     receive(socket, request)
 

@@ -21,8 +21,9 @@ import torch
 import zmq
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from dflash_scale.stream import keys, sockets, wire
+from dflash_scale.stream import keys, payload, sockets, wire
 from dflash_scale.stream.embedded import EmbeddedServer, Options, TappedVerifier, _next_token, parse
+from dflash_scale.stream.encoding import encode
 from dflash_scale.taps import default_layer_ids
 from dflash_scale.verifier_head import load_verifier_head
 from tests.verifier_families import FAMILIES, HIDDEN, LAYERS, make_verifier, residuals_and_logits
@@ -162,14 +163,14 @@ def test_a_ticket_for_the_answer_brings_its_states(folder: Path, server: Embedde
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     socket = sockets.connect_dealer(context, server.zmq, "rx-2", max_message_bytes=1 << 22)
     try:
-        ticket = wire.Ticket("run", "rx-2", 0, 1, 0, server.layout.layer_ids, answer=True)
+        ticket = wire.Ticket("run", "rx-2", 0, 1, 0, server.layout.layer_ids, server.layout.dtype, answer=True)
         content = {"prompt": prompt(20), "max_tokens": 7, "ignore_eos": True, "temperature": 0.9, "seed": 3}
         _, reply = post(server.http, {**content, "kv_transfer_params": {"dflash": ticket.to_params()}})
         _, again = post(server.http, content)
         answer = reply["choices"][0]["token_ids"]
         assert answer == again["choices"][0]["token_ids"], "temperature and seed do not reach the model"
         assert socket.poll(10_000)
-        header, ids, raw = wire.decode_data(socket.recv_multipart(), layout=server.layout, max_tokens=26)
+        header, ids, raw = payload.decode_data(socket.recv_multipart(), layout=server.layout, max_tokens=26)
         assert header.ticket == ticket
         assert memoryview(ids).cast("i").tolist() == [*prompt(20), *answer[:-1]]
         want = states_by_transformers(folder, [*prompt(20), *answer[:-1]], (0, 1, 3))
@@ -208,8 +209,12 @@ def test_concurrent_requests_arrive_whole_and_equal_to_lone_ones(folder: Path, s
         assert hello.layout == server.layout
         assert hello.model == str(folder)
 
+        def ticket_of(sample: int) -> wire.Ticket:
+            dtype = ("float32", "bfloat16", wire.FP8)[sample % 3]
+            return wire.Ticket("run", "rx-1", 0, sample, 0, server.layout.layer_ids[sample % 3 :], dtype)
+
         def ask(sample: int) -> tuple[int, dict[str, Any]]:
-            ticket = wire.Ticket("run", "rx-1", 0, sample, 0, server.layout.layer_ids[sample % 3 :])
+            ticket = ticket_of(sample)
             content = {"model": str(folder), "prompt": prompts[sample], "max_tokens": 1, "temperature": 0}
             return post(server.http, {**content, "kv_transfer_params": {"dflash": ticket.to_params()}})
 
@@ -225,12 +230,13 @@ def test_concurrent_requests_arrive_whole_and_equal_to_lone_ones(folder: Path, s
             header = wire.decode(frames[0], max_tokens=256)
             assert isinstance(header, wire.Header)
             sample = header.ticket.sample
-            layout = hello.layout.only(hello.layout.layer_ids[sample % 3 :])
-            header, ids, raw = wire.decode_data(frames, layout=layout, max_tokens=256)
+            layout = hello.layout.asked_by(ticket_of(sample))
+            header, ids, raw = payload.decode_data(frames, layout=layout, max_tokens=256)
             seen.add(sample)
             assert memoryview(ids).cast("i").tolist() == prompts[sample]
             want, answer = alone.run(prompts[sample], 1, True, hello.layout.layer_ids[sample % 3 :])
-            assert torch.equal(as_tensor(raw, header.tokens, layout), want), f"sample {sample}"
+            got = torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(header.tokens, -1)
+            assert torch.equal(got, encode(want, layout.dtype)), f"sample {sample}"
             assert replies[sample][1]["choices"][0]["token_ids"] == answer
         assert seen == set(prompts)
     finally:
@@ -305,13 +311,13 @@ def test_ipv6_with_keys(folder: Path, tmp_path: Path) -> None:
         address = server.zmq.replace("[::]", "[::1]")
         receiver = keys.receiver_keys(tmp_path / "keys")
         socket = sockets.connect_dealer(context, address, "rx-1", max_message_bytes=1 << 22, keys=receiver)
-        ticket = wire.Ticket("run", "rx-1", 0, 1, 0, (1,))
+        ticket = wire.Ticket("run", "rx-1", 0, 1, 0, (1,), server.layout.dtype)
         assert server.http.startswith("http://[::1]:")
         status, _ = post(server.http, {"prompt": prompt(5), "kv_transfer_params": {"dflash": ticket.to_params()}})
         assert status == 200
         assert socket.poll(10_000), "nothing came"
         layout = server.layout.only((1,))
-        assert wire.decode_data(socket.recv_multipart(), layout=layout, max_tokens=5)[0].ticket == ticket
+        assert payload.decode_data(socket.recv_multipart(), layout=layout, max_tokens=5)[0].ticket == ticket
     finally:
         context.destroy(linger=0)
         server.close()

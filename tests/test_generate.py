@@ -46,6 +46,9 @@ def test_somewhere_to_write_and_a_server_are_needed(
     path = config(folder, tmp_path, mode="offline", cache=str(tmp_path / "states"), servers=[])
     assert main(["generate", "--config", path]) == 2
     assert "stream.servers: got none" in capsys.readouterr().err
+    path = config(folder, tmp_path, transport="fp8")
+    assert main(["generate", "--config", path, "--out", str(tmp_path / "states")]) == 2
+    assert 'stream.transport: got "fp8", wanted "exact" or "bf16"' in capsys.readouterr().err
     assert not (tmp_path / "states").exists()
 
 

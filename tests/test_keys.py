@@ -15,7 +15,7 @@ import pytest
 import zmq
 
 from dflash_scale import cli
-from dflash_scale.stream import sockets, wire
+from dflash_scale.stream import payload, sockets, wire
 from dflash_scale.stream.keys import KeysError, ReceiverKeys, make_keys, receiver_keys, server_keys
 from dflash_scale.stream.publisher import Publisher
 from tests.publisher_process import LAYOUT
@@ -181,9 +181,9 @@ def test_the_largest_sample_passes_with_keys(context: "zmq.Context[zmq.Socket[by
     publisher = Publisher("tcp://127.0.0.1:*", LAYOUT, "m", keys=server_keys(folder))
     socket = dealer(context, publisher.endpoint, receiver_keys(folder), largest)
     assert greet(socket)
-    publisher.send(wire.Ticket("run", "rx", 0, 1, 0, LAYOUT.layer_ids), ids, states)
+    publisher.send(wire.Ticket("run", "rx", 0, 1, 0, LAYOUT.layer_ids, LAYOUT.dtype), ids, states)
     assert socket.poll(10_000), "nothing came"
-    _, got_ids, got_states = wire.decode_data(socket.recv_multipart(), layout=LAYOUT, max_tokens=tokens)
+    _, got_ids, got_states = payload.decode_data(socket.recv_multipart(), layout=LAYOUT, max_tokens=tokens)
     assert (bytes(got_ids), bytes(got_states)) == (ids, states)
     publisher.close()
 
@@ -306,7 +306,7 @@ def test_half_open_connections_end_and_others_are_served_meanwhile(
     for _ in range(5):
         sample = server.ask("send 500")
         assert receiver.poll(10_000), "the receiver starves"
-        header, _, _ = wire.decode_data(receiver.recv_multipart(), layout=LAYOUT, max_tokens=500)
+        header, _, _ = payload.decode_data(receiver.recv_multipart(), layout=LAYOUT, max_tokens=500)
         assert header.ticket.sample == int(sample)
     assert greet(dealer(context, server.endpoint, receiver_keys(folder))), "no new receiver gets in"
     assert server.rss() - before < 32 * MIB

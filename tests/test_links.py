@@ -54,7 +54,7 @@ def greet(links: Links, server: int) -> wire.Message:
 
 
 def ticket(links: Links, server: int, sample: int) -> Ticket:
-    return Ticket("run", links.receiver(server), 0, sample, 0, LAYOUT.layer_ids)
+    return Ticket("run", links.receiver(server), 0, sample, 0, LAYOUT.layer_ids, LAYOUT.dtype)
 
 
 def test_what_was_asked_over_a_connection_that_was_cut_never_comes(

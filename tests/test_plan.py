@@ -89,6 +89,28 @@ def test_what_is_taken_over_and_what_is_set_are_both_printed() -> None:
         assert expected in text, expected
 
 
+@pytest.mark.parametrize(
+    ("transport", "dtype", "want"),
+    [
+        ("exact", "float16", "float16"),
+        ("bf16", "float32", "bfloat16"),
+        ("bf16", "bfloat16", "bfloat16"),
+        ("fp8", "float32", "float8_e4m3fn"),
+    ],
+)
+def test_the_transport_is_the_layouts_dtype(transport: str, dtype: str, want: str) -> None:
+    plan = make_plan(qwen3_8b(stream={"transport": transport}, verifier={"model": "Qwen/Qwen3-8B", "dtype": dtype}), 8)
+    assert (plan.layouts.train.dtype, plan.layouts.validation.dtype) == (want, want)
+    if want == "float8_e4m3fn":
+        assert plan.layouts.train.bytes_per_token == 5 * (4096 + 4)
+
+
+def test_float16_is_not_sent_as_bf16() -> None:
+    config = qwen3_8b(stream={"transport": "bf16"}, verifier={"model": "Qwen/Qwen3-8B", "dtype": "float16"})
+    with pytest.raises(ValueError, match=r'stream\.transport: got "bf16" for hidden states in float16'):
+        make_plan(config, 8)
+
+
 def test_the_printout_says_all_of_it() -> None:
     text = print_plan(qwen3_8b(), 8)
     statistics = 4 * 5 * 32 * (512 * 8192 // 3072) * 16

@@ -15,15 +15,15 @@ import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dflash_scale.stream import sockets, wire
+from dflash_scale.stream import payload, sockets, wire
 from dflash_scale.stream.publisher import Publisher
 from dflash_scale.stream.wire import Header, Hello, HelloReply, Incompatible, Layout, Origin, Refusal, Ticket, WireError
 
 LAYOUT = Layout((2, 4, 6), 8, "bfloat16")
-TICKET = Ticket("run-1", "node0.rank:1", 3, 12345, 1, LAYOUT.layer_ids)
+TICKET = Ticket("run-1", "node0.rank:1", 3, 12345, 1, LAYOUT.layer_ids, LAYOUT.dtype)
 
 
-def payload(tokens: int, layout: Layout = LAYOUT) -> tuple[bytes, bytes]:
+def random_payload(tokens: int, layout: Layout = LAYOUT) -> tuple[bytes, bytes]:
     return os.urandom(4 * tokens), os.urandom(tokens * layout.bytes_per_token)
 
 
@@ -32,12 +32,13 @@ integers = st.integers(0, wire.MAX_INT)
 layer_ids = st.sets(st.integers(0, wire.MAX_LAYER_ID), min_size=1, max_size=wire.MAX_LAYERS).map(
     lambda ids: tuple(sorted(ids))
 )
-tickets = st.builds(Ticket, names, names, integers, integers, integers, layer_ids, st.booleans())
+dtypes = st.sampled_from(sorted(wire.CONVERSIONS))
+tickets = st.builds(Ticket, names, names, integers, integers, integers, layer_ids, dtypes, st.booleans())
 layouts = st.builds(
     Layout,
     layer_ids,
     st.integers(1, wire.MAX_HIDDEN_SIZE),
-    st.sampled_from(sorted(wire.DTYPE_BYTES)),
+    dtypes,
 )
 versions = st.tuples(st.integers(1, 99), st.integers(0, 99)).map(lambda pair: (pair[0], sum(pair)))
 digests = st.from_regex(r"\A[0-9a-f]{16}\Z") | st.just("")
@@ -119,8 +120,8 @@ def test_deep_nesting_and_timestamps() -> None:
 
 
 def header_map(**changes: Any) -> bytes:
-    ids, states = payload(5)
-    body = msgpack.unpackb(wire.data_frames(TICKET, LAYOUT, ids, states)[0])
+    ids, states = random_payload(5)
+    body = msgpack.unpackb(payload.data_frames(TICKET, LAYOUT, ids, states)[0])
     for path, value in changes.items():
         target = body
         *outer, last = path.split("__")
@@ -176,18 +177,18 @@ def test_header_size_is_bounded() -> None:
 
 
 def test_data_message_round_trip() -> None:
-    ids, states = payload(5)
-    frames = wire.data_frames(TICKET, LAYOUT, ids, states)
+    ids, states = random_payload(5)
+    frames = payload.data_frames(TICKET, LAYOUT, ids, states)
     assert frames[1] is ids, "the payload must not be copied"
     assert frames[2] is states, "the payload must not be copied"
-    header, got_ids, got_states = wire.decode_data(frames, layout=LAYOUT, max_tokens=5)
+    header, got_ids, got_states = payload.decode_data(frames, layout=LAYOUT, max_tokens=5)
     assert (header.ticket, header.tokens) == (TICKET, 5)
     assert (bytes(got_ids), bytes(got_states)) == (ids, states)
 
 
 def test_damaged_data_messages() -> None:
-    ids, states = payload(5)
-    frames = wire.data_frames(TICKET, LAYOUT, ids, states)
+    ids, states = random_payload(5)
+    frames = payload.data_frames(TICKET, LAYOUT, ids, states)
     flipped = bytearray(states)
     flipped[17] ^= 1
     for bad, reason in (
@@ -198,9 +199,9 @@ def test_damaged_data_messages() -> None:
         ([wire.encode(Refusal(TICKET, "no")), ids, states], "expected a data header"),
     ):
         with pytest.raises(WireError, match=reason):
-            wire.decode_data(bad, layout=LAYOUT, max_tokens=5)
+            payload.decode_data(bad, layout=LAYOUT, max_tokens=5)
     with pytest.raises(WireError, match="layout"):
-        wire.decode_data(frames, layout=Layout((2, 3, 6), 8, "bfloat16"), max_tokens=5)
+        payload.decode_data(frames, layout=Layout((2, 3, 6), 8, "bfloat16"), max_tokens=5)
 
 
 @pytest.fixture
@@ -224,29 +225,31 @@ def test_publisher_sends_in_order_to_the_receiver_named(context: "zmq.Context[zm
     ends = {name: sockets.connect_dealer(context, address, name, max_message_bytes=largest) for name in "ab"}
     for name, socket in ends.items():
         assert hello(socket, name) == HelloReply(LAYOUT, "model-1", publisher.server_id, Origin())
-    sent = [payload(1 + sample % 7) for sample in range(200)]
+    sent = [random_payload(1 + sample % 7) for sample in range(200)]
     for sample, (ids, states) in enumerate(sent):
-        publisher.send(Ticket("run-1", "ab"[sample % 2], 0, sample, 0, LAYOUT.layer_ids), ids, states)
+        publisher.send(Ticket("run-1", "ab"[sample % 2], 0, sample, 0, LAYOUT.layer_ids, LAYOUT.dtype), ids, states)
     for sample, (ids, states) in enumerate(sent):
         socket = ends["ab"[sample % 2]]
         assert socket.poll(10_000), f"sample {sample} did not arrive"
-        header, got_ids, got_states = wire.decode_data(socket.recv_multipart(), layout=LAYOUT, max_tokens=7)
+        header, got_ids, got_states = payload.decode_data(socket.recv_multipart(), layout=LAYOUT, max_tokens=7)
         assert header.ticket.sample == sample
         assert (bytes(got_ids), bytes(got_states)) == (ids, states)
-    publisher.refuse(Ticket("run-1", "a", 0, 7, 2, LAYOUT.layer_ids), "x" * 9999)
+    publisher.refuse(Ticket("run-1", "a", 0, 7, 2, LAYOUT.layer_ids, LAYOUT.dtype), "x" * 9999)
     refusal = wire.decode(ends["a"].recv(), max_tokens=0)
-    assert refusal == Refusal(Ticket("run-1", "a", 0, 7, 2, LAYOUT.layer_ids), "x" * wire.MAX_REASON_CHARS)
+    assert refusal == Refusal(
+        Ticket("run-1", "a", 0, 7, 2, LAYOUT.layer_ids, LAYOUT.dtype), "x" * wire.MAX_REASON_CHARS
+    )
     publisher.close()
     assert publisher.counters.sent == 201
     assert publisher._held_bytes == 0
 
 
 def test_publisher_refuses_what_it_cannot_hold(context: "zmq.Context[zmq.Socket[bytes]]") -> None:
-    ids, states = payload(5)
+    ids, states = random_payload(5)
     publisher = Publisher("tcp://127.0.0.1:*", LAYOUT, "m", max_bytes=len(ids) + len(states) - 1)
     socket = sockets.connect_dealer(context, publisher.endpoint, "rx", max_message_bytes=1 << 20)
     hello(socket, "rx")
-    assert publisher.send(Ticket("run-1", "rx", 0, 1, 0, LAYOUT.layer_ids), ids, states) is False
+    assert publisher.send(Ticket("run-1", "rx", 0, 1, 0, LAYOUT.layer_ids, LAYOUT.dtype), ids, states) is False
     refusal = wire.decode(socket.recv(), max_tokens=0)
     assert isinstance(refusal, Refusal)
     assert "unsent bytes" in refusal.reason
@@ -261,7 +264,7 @@ def test_publisher_drops_for_an_absent_receiver_and_answers_others(
 ) -> None:
     monkeypatch.setattr("dflash_scale.stream.publisher.AWAY_S", 0.3)
     publisher = Publisher("tcp://127.0.0.1:*", LAYOUT, "m")
-    publisher.send(TICKET, *payload(5))
+    publisher.send(TICKET, *random_payload(5))
     socket = sockets.connect_dealer(context, publisher.endpoint, "rx", max_message_bytes=1 << 20)
     hello(socket, "rx")
     socket.send(b"rubbish")
@@ -306,11 +309,11 @@ def test_versions_that_are_none(versions: Any) -> None:
 
 def test_publisher_waits_for_a_receiver_that_connects_late(context: "zmq.Context[zmq.Socket[bytes]]") -> None:
     publisher = Publisher("tcp://127.0.0.1:*", LAYOUT, "m")
-    publisher.send(TICKET, *payload(5))
+    publisher.send(TICKET, *random_payload(5))
     time.sleep(0.2)
     socket = sockets.connect_dealer(context, publisher.endpoint, TICKET.receiver, max_message_bytes=1 << 20)
     assert socket.poll(10_000)
-    assert wire.decode_data(socket.recv_multipart(), layout=LAYOUT, max_tokens=5)[0].ticket == TICKET
+    assert payload.decode_data(socket.recv_multipart(), layout=LAYOUT, max_tokens=5)[0].ticket == TICKET
     publisher.close()
 
 
@@ -320,7 +323,7 @@ def test_a_new_receiver_takes_its_name_over(context: "zmq.Context[zmq.Socket[byt
     hello(first, "rx")
     second = sockets.connect_dealer(context, publisher.endpoint, "rx", max_message_bytes=1 << 20)
     hello(second, "rx")
-    publisher.send(Ticket("run-1", "rx", 0, 1, 0, LAYOUT.layer_ids), *payload(5))
+    publisher.send(Ticket("run-1", "rx", 0, 1, 0, LAYOUT.layer_ids, LAYOUT.dtype), *random_payload(5))
     assert second.poll(10_000)
     publisher.close()
 
@@ -329,7 +332,7 @@ def test_frames_beyond_the_bound_are_not_read(context: "zmq.Context[zmq.Socket[b
     publisher = Publisher("tcp://127.0.0.1:*", Layout((1, 2), 1024, "float32"), "m")
     socket = sockets.connect_dealer(context, publisher.endpoint, "rx", max_message_bytes=8192)
     hello(socket, "rx")
-    publisher.send(Ticket("run-1", "rx", 0, 1, 0, (1, 2)), *payload(5, publisher.layout))
+    publisher.send(Ticket("run-1", "rx", 0, 1, 0, (1, 2), "float32"), *random_payload(5, publisher.layout))
     assert not socket.poll(500), "a message of 40 KiB came through a bound of 8 KiB"
     publisher.close()
 
@@ -354,16 +357,26 @@ def test_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
     packages, ours = (set(line.split()) for line in done.stdout.splitlines())
     assert not packages & {"torch", "numpy", "deepspeed", "transformers", "vllm", "datasets", "pydantic"}
-    modules = {"addresses", "stream", "stream.wire", "stream.keys", "stream.sockets", "stream.publisher"}
+    modules = {
+        "addresses",
+        "stream",
+        "stream.wire",
+        "stream.keys",
+        "stream.sockets",
+        "stream.publisher",
+        "stream.payload",
+    }
     assert ours == {"dflash_scale", *(f"dflash_scale.{name}" for name in modules)}
 
 
 def test_a_layout_offers_some_of_its_layers() -> None:
     assert LAYOUT.only((2, 6)) == Layout((2, 6), 8, "bfloat16")
     assert LAYOUT.offers(LAYOUT)
+    assert LAYOUT.offers(Layout((2, 4), 8, wire.FP8))
     assert not LAYOUT.offers(Layout((2, 4), 8, "float32"))
+    assert not Layout((2, 4), 8, "float16").offers(Layout((2, 4), 8, "bfloat16"))
     assert not LAYOUT.offers(Layout((2, 4), 16, "bfloat16"))
-    with pytest.raises(WireError, match=r"has the layers \[2, 4, 6\], asked for \[2, 5\]"):
+    with pytest.raises(WireError, match=r"layers \[2, 4, 6\] in bfloat16, asked for \[2, 5\]"):
         LAYOUT.only((2, 5))
 
 
@@ -371,6 +384,8 @@ def test_a_sample_of_layers_that_the_server_has_not() -> None:
     publisher = Publisher("tcp://127.0.0.1:*", LAYOUT, "m")
     try:
         with pytest.raises(WireError, match="asked for"):
-            publisher.send(Ticket("run-1", "rx", 0, 1, 0, (2, 3)), *payload(5, Layout((2, 3), 8, "bfloat16")))
+            publisher.send(
+                Ticket("run-1", "rx", 0, 1, 0, (2, 3), "bfloat16"), *random_payload(5, Layout((2, 3), 8, "bfloat16"))
+            )
     finally:
         publisher.close()

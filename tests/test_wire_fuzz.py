@@ -14,14 +14,14 @@ from typing import Any
 import msgpack
 import pytest
 
-from dflash_scale.stream import wire
+from dflash_scale.stream import payload, wire
 from dflash_scale.stream.wire import Header, Hello, HelloReply, Incompatible, Layout, Origin, Refusal, Ticket, WireError
 
 INPUTS = 250_000  # of each reader
 MAX_TOKENS = 64
 MEMORY = 2 << 20  # bytes, of one input of at most 8 KiB
 LAYOUT = Layout((2, 4, 6), 8, "bfloat16")
-TICKET = Ticket("run-1", "node0.rank:1", 3, 12345, 1, LAYOUT.layer_ids)
+TICKET = Ticket("run-1", "node0.rank:1", 3, 12345, 1, LAYOUT.layer_ids, LAYOUT.dtype)
 LARGEST = Layout(tuple(range(wire.MAX_LAYERS)), wire.MAX_HIDDEN_SIZE, "float32")
 IDS, STATES = bytes(4 * 5), bytes(5 * LAYOUT.bytes_per_token)
 GOOD = [
@@ -31,7 +31,7 @@ GOOD = [
         Incompatible((3, 9)),
         HelloReply(LAYOUT, "model", "0123", Origin("0" * 16, "f" * 16)),
         HelloReply(LARGEST, "m" * wire.MAX_MODEL_CHARS, "0123", Origin()),
-        Header(TICKET, 5, LAYOUT, len(IDS), len(STATES), wire.checksum(IDS, STATES)),
+        Header(TICKET, 5, LAYOUT, len(IDS), len(STATES), payload.checksum(IDS, STATES)),
         Refusal(TICKET, "x" * wire.MAX_REASON_CHARS, True),
         Refusal(TICKET, "", False),
     )
@@ -129,7 +129,7 @@ def read_data(draw: random.Random) -> tuple[Any, Callable[[], Any]]:
                 cut = bytearray(frames[at] or b"\x00")
                 cut[draw.randrange(len(cut))] ^= 1 << draw.randrange(8)
                 frames[at] = bytes(cut)
-    return frames, lambda: wire.decode_data(frames, layout=LAYOUT, max_tokens=MAX_TOKENS)
+    return frames, lambda: payload.decode_data(frames, layout=LAYOUT, max_tokens=MAX_TOKENS)
 
 
 REQUEST = {"dflash": json.loads(json.dumps(TICKET.to_params()))}

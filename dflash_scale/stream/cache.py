@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from dflash_scale.stream import cache_file, wire
+from dflash_scale.stream import cache_file, payload
 from dflash_scale.stream.cache_file import BadFile
 from dflash_scale.stream.ring import process_start
 from dflash_scale.stream.wire import Buffer, Layout, WireError
@@ -87,7 +87,7 @@ class Cache:
         """
         name = self.path(sample)
         aside = self.folder / f"{self._aside}{name.name}"
-        head = cache_file.head(layout, token_ids, wire.checksum(token_ids, states))
+        head = cache_file.head(layout, token_ids, payload.checksum(token_ids, states))
         try:
             file = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
             try:

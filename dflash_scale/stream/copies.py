@@ -15,6 +15,7 @@ from typing import Final
 import torch
 
 from dflash_scale.stream import wire
+from dflash_scale.stream.encoding import encode
 from dflash_scale.stream.host_pool import HostPool, Piece
 from dflash_scale.stream.publisher import Publisher
 
@@ -59,14 +60,13 @@ class Copies:
             raise RuntimeError("the thread that sends hidden states has ended, see the log: restart this server")
         done = set()
         for finished in requests:
-            if finished.refusal is not None:
-                self._publisher.refuse(finished.ticket, finished.refusal)
-            elif self._nbytes(finished) > self._pool.nbytes:
-                need, have = self._nbytes(finished), self._pool.nbytes
-                self._publisher.refuse(finished.ticket, f"{need} bytes of hidden states, the server's pool has {have}")
-                done.add(finished.request_id)
-            else:
+            refusal = finished.refusal or self._why_not(finished)
+            if refusal is None:
                 self._waiting.append(finished)
+                continue
+            self._publisher.refuse(finished.ticket, refusal)
+            if finished.refusal is None:  # its blocks are kept
+                done.add(finished.request_id)
         while self._waiting and (piece := self._pool.take(self._nbytes(self._waiting[0]))) is not None:
             finished = self._waiting.popleft()
             event = self._copier.run(partial(self._copy, finished, piece))
@@ -84,12 +84,20 @@ class Copies:
     def close(self) -> None:
         self._publisher.close()
 
+    def _why_not(self, finished: Finished) -> str | None:
+        """The reason for which this request can never be sent, None if it can."""
+        try:
+            need, have = self._nbytes(finished), self._pool.nbytes
+        except wire.WireError as error:
+            return str(error)
+        return f"{need} bytes of hidden states, the server's pool has {have}" if need > have else None
+
     def _nbytes(self, finished: Finished) -> int:
-        layout = self._publisher.layout.only(finished.ticket.layer_ids)
+        layout = self._publisher.layout.asked_by(finished.ticket)
         return len(finished.token_ids) * layout.bytes_per_token
 
     def _copy(self, finished: Finished, piece: Piece) -> None:
-        """The wanted layers of the request's tokens into `piece`, as (tokens, layers of the ticket, H).
+        """The wanted layers of the request's tokens into `piece`, as the ticket's dtype lies (encoding.py).
 
         Some blocks at a time, so that what is gathered on the device stays small; with every layer from the first to
         the last wanted one side by side, as the taps are, the gather is one kernel.
@@ -98,15 +106,15 @@ class Copies:
         first, stop = offered.index(wanted[0]), offered.index(wanted[-1]) + 1
         cache = self._cache[:, :, first:stop]
         scattered = [offered.index(layer) - first for layer in wanted] if len(wanted) < stop - first else None
-        states = piece.memory.view(cache.dtype).view(len(finished.token_ids), len(wanted), cache.shape[3])
+        raw = piece.memory.view(len(finished.token_ids), -1)
         blocks = _indices(finished.block_ids, cache.device)
         for part in blocks.split(max(1, SLICE_BYTES // cache[0].nbytes)):
             gathered = cache.index_select(0, part)
             if scattered is not None:
                 gathered = gathered.index_select(2, _indices(scattered, cache.device))
-            rows = gathered.flatten(0, 1)[: len(states)]
-            states[: len(rows)].copy_(rows, non_blocking=True)
-            states = states[len(rows) :]
+            rows = encode(gathered.flatten(0, 1)[: len(raw)], finished.ticket.dtype)
+            raw[: len(rows)].copy_(rows, non_blocking=True)
+            raw = raw[len(rows) :]
 
     def _send(self, copy: _Copy) -> None:
         token_ids = torch.tensor(copy.finished.token_ids, dtype=torch.int32)

@@ -30,6 +30,7 @@ from dflash_scale.addresses import check_bind, check_bind_http, split_address
 from dflash_scale.model_files import origin_of
 from dflash_scale.stream import wire
 from dflash_scale.stream.embedded_http import CompletionServer, Limits, Reply, Request
+from dflash_scale.stream.encoding import encode
 from dflash_scale.stream.keys import server_keys
 from dflash_scale.stream.publisher import MAX_BYTES, Publisher
 from dflash_scale.taps import causal_model, decoder_layers
@@ -199,7 +200,7 @@ class EmbeddedServer:
         if ticket is not None:
             tokens = [*request.token_ids, *answer[:-1]] if ticket.answer else request.token_ids
             token_ids = torch.tensor(tokens, dtype=torch.int32)
-            self._publisher.send(ticket, _bytes_of(token_ids), _bytes_of(states))
+            self._publisher.send(ticket, _bytes_of(token_ids), _bytes_of(encode(states, ticket.dtype)))
         stopped = not request.ignore_eos and self._verifier.stopped(answer)
         return Reply(answer, "stop" if stopped else "length")
 

@@ -18,7 +18,7 @@ import zmq
 from dflash_scale.config_stream import StreamSection
 from dflash_scale.packer import Samples
 from dflash_scale.quarantine import QuarantineFile
-from dflash_scale.stream import wire
+from dflash_scale.stream import payload, wire
 from dflash_scale.stream.calls import Calls, Event, HealthAnswered
 from dflash_scale.stream.endpoints import Endpoints
 from dflash_scale.stream.fleet import Fleet
@@ -236,9 +236,9 @@ class Intake:
 
     def _send(self, send: Send) -> None:
         epoch, sample = send.key
-        layer_ids = self.delivery.want(send.key).layout.layer_ids
+        layout = self.delivery.want(send.key).layout
         receiver = self._links.receiver(send.server)
-        ticket = Ticket(self._identity.run_id, receiver, epoch, sample, send.attempt, layer_ids)
+        ticket = Ticket(self._identity.run_id, receiver, epoch, sample, send.attempt, layout.layer_ids, layout.dtype)
         body = {
             "model": self._models[send.server],
             "prompt": self._samples.tokens(sample).tolist(),
@@ -352,7 +352,7 @@ class Intake:
             self.delivery.abandon(job.key)
             return "malformed", f"{job.nbytes} bytes in one frame were announced, {received} or more frames came"
         try:
-            wire.check_payload(header, token_ids, slot)
+            payload.check_payload(header, token_ids, slot)
         except WireError as error:
             self.delivery.abandon(job.key)
             return "corrupt", str(error)

@@ -21,7 +21,7 @@ from typing import Final
 
 import zmq
 
-from dflash_scale.stream import sockets, wire
+from dflash_scale.stream import payload, sockets, wire
 from dflash_scale.stream.keys import ServerKeys
 
 log = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ class Publisher:
         have been sent or dropped. With it, the memory is the caller's to bound, and nothing is refused.
         Raises WireError if the sizes do not fit each other.
         """
-        layout = self.layout.only(ticket.layer_ids)
+        layout = self.layout.asked_by(ticket)
         want = len(token_ids) // wire.TOKEN_ID_BYTES * layout.bytes_per_token
         if len(token_ids) % wire.TOKEN_ID_BYTES or not token_ids or len(hidden_states) != want:
             raise wire.WireError(
@@ -257,8 +257,8 @@ class Publisher:
                 self._count("refused", f"{item.ticket}: {item.reason}")
                 out = _Outgoing([wire.encode(item)], 0, _nothing, time.monotonic())
             else:
-                layout = self.layout.only(item.ticket.layer_ids)
-                frames = wire.data_frames(item.ticket, layout, item.token_ids, item.hidden_states)
+                layout = self.layout.asked_by(item.ticket)
+                frames = payload.data_frames(item.ticket, layout, item.token_ids, item.hidden_states)
                 nbytes = len(item.token_ids) + len(item.hidden_states)
                 out = _Outgoing(frames, nbytes, item.released, time.monotonic())
             queues.by_receiver.setdefault(item.ticket.receiver.encode(), deque()).append(out)

@@ -30,7 +30,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 import msgpack
-import xxhash
 
 VERSION: Final = 2
 VERSIONS: Final = (VERSION, VERSION)  # the oldest and the newest that this program speaks
@@ -42,7 +41,15 @@ MAX_LAYER_ID: Final = 4096
 MAX_KEYS: Final = 16  # of one map
 MAX_HIDDEN_SIZE: Final = 1 << 17
 MAX_INT: Final = (1 << 63) - 1
-DTYPE_BYTES: Final[Mapping[str, int]] = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES: Final[Mapping[str, int]] = {"float32": 4, "bfloat16": 2, "float16": 2}  # of verifiers
+FP8: Final = "float8_e4m3fn"  # with a scale for each token and layer (encoding.py)
+FP8_SCALE_BYTES: Final = 4
+CONVERSIONS: Final[Mapping[str, tuple[str, ...]]] = {  # what a server may make of its dtype
+    "float32": ("float32", "bfloat16", FP8),
+    "bfloat16": ("bfloat16", FP8),
+    "float16": ("float16", FP8),
+    FP8: (FP8,),
+}
 TOKEN_ID_BYTES: Final = 4
 
 _DIGEST = re.compile(r"(?:[0-9a-f]{16})?")
@@ -60,7 +67,8 @@ class Layout:
     """What every token carries: the hidden states after `layer_ids` decoder layers, (L, H) of `dtype`.
 
     Id k is the residual stream after k layers (0 = embeddings), before the final norm. A server offers the taps and n,
-    the verifier's number of layers; a ticket asks for all of them or for some.
+    the verifier's number of layers, in the verifier's dtype; a ticket asks for all of them or for some, in that dtype
+    or in a shorter one.
     """
 
     layer_ids: tuple[int, ...]
@@ -70,24 +78,32 @@ class Layout:
     def __post_init__(self) -> None:
         _check_layer_ids(self.layer_ids)
         _check_int("hidden_size", self.hidden_size, 1, MAX_HIDDEN_SIZE)
-        if not isinstance(self.dtype, str) or self.dtype not in DTYPE_BYTES:
-            raise WireError(f"dtype must be one of {sorted(DTYPE_BYTES)}, got {self.dtype!r}")
+        _check_dtype(self.dtype)
 
     @property
     def bytes_per_token(self) -> int:
+        if self.dtype == FP8:
+            return len(self.layer_ids) * (self.hidden_size + FP8_SCALE_BYTES)
         return len(self.layer_ids) * self.hidden_size * DTYPE_BYTES[self.dtype]
 
     def offers(self, other: "Layout") -> bool:
-        """Whether `other` is this layout, or some layers of it."""
-        alike = (self.hidden_size, self.dtype) == (other.hidden_size, other.dtype)
+        """Whether `other` can be made of this layout: some of its layers, in its dtype or a shorter one."""
+        alike = self.hidden_size == other.hidden_size and other.dtype in CONVERSIONS[self.dtype]
         return alike and set(other.layer_ids) <= set(self.layer_ids)
 
-    def only(self, layer_ids: tuple[int, ...]) -> "Layout":
-        """This layout with some of its layers. Raises WireError for a layer that it has not."""
-        part = Layout(layer_ids, self.hidden_size, self.dtype)
+    def only(self, layer_ids: tuple[int, ...], dtype: str | None = None) -> "Layout":
+        """What can be made of this layout; dtype None is its own. Raises WireError for what cannot."""
+        part = Layout(layer_ids, self.hidden_size, self.dtype if dtype is None else dtype)
         if not self.offers(part):
-            raise WireError(f"this server has the layers {list(self.layer_ids)}, asked for {list(layer_ids)}")
+            raise WireError(
+                f"this server has the layers {list(self.layer_ids)} in {self.dtype}, asked for {list(layer_ids)} in "
+                f"{part.dtype}"
+            )
         return part
+
+    def asked_by(self, ticket: "Ticket") -> "Layout":
+        """What a ticket wants of it. Raises WireError as `only` does."""
+        return self.only(ticket.layer_ids, ticket.dtype)
 
     @classmethod
     def from_params(cls, params: object) -> "Layout":
@@ -104,13 +120,15 @@ class Ticket:
     epoch: int
     sample: int
     attempt: int
-    layer_ids: tuple[int, ...]  # what is wanted of what the server offers
+    layer_ids: tuple[int, ...]  # what is wanted of what the server offers, and in which dtype
+    dtype: str
     answer: bool = False  # the prompt's tokens alone, or all of prompt and answer but the last, which was never fed
 
     def __post_init__(self) -> None:
         check_name("run_id", self.run_id)
         check_name("receiver", self.receiver)
         _check_layer_ids(self.layer_ids)
+        _check_dtype(self.dtype)
         if type(self.answer) is not bool:
             raise WireError(f"answer must be true or false, got {self.answer!r:.40}")
         for field in ("epoch", "sample", "attempt"):
@@ -312,48 +330,6 @@ def common_version(versions: tuple[int, int]) -> int | None:
     return newest if newest >= max(versions[0], VERSIONS[0]) else None
 
 
-def checksum(token_ids: Buffer, hidden_states: Buffer) -> int:
-    digest = xxhash.xxh3_64()
-    digest.update(token_ids)
-    digest.update(hidden_states)
-    return digest.intdigest()
-
-
-def data_frames(ticket: Ticket, layout: Layout, token_ids: Buffer, hidden_states: Buffer) -> list[Buffer]:
-    """[header][token ids][hidden states]; the payload, two contiguous buffers of bytes, is not copied."""
-    tokens, rest = divmod(len(token_ids), TOKEN_ID_BYTES)
-    if rest:
-        raise WireError(f"token ids are int32, got {len(token_ids)} bytes")
-    digest = checksum(token_ids, hidden_states)
-    header = Header(ticket, tokens, layout, len(token_ids), len(hidden_states), digest)
-    return [encode(header), token_ids, hidden_states]
-
-
-def check_payload(header: Header, token_ids: Buffer, hidden_states: Buffer) -> None:
-    """Raises WireError unless the two frames are the ones that `header` announced."""
-    for name, got, want in (
-        ("token ids", len(token_ids), header.token_bytes),
-        ("hidden states", len(hidden_states), header.hidden_bytes),
-    ):
-        if got != want:
-            raise WireError(f"the header announces {want} bytes of {name}, the frame has {got}")
-    if checksum(token_ids, hidden_states) != header.checksum:
-        raise WireError("the payload's checksum differs from the header's")
-
-
-def decode_data(frames: Sequence[Buffer], *, layout: Layout, max_tokens: int) -> tuple[Header, memoryview, memoryview]:
-    """A whole data message -> header, token ids as bytes, hidden states as bytes. Views, not copies."""
-    if len(frames) != 3:
-        raise WireError(f"a data message has 3 frames, got {len(frames)}")
-    header = decode(frames[0], max_tokens=max_tokens)
-    if not isinstance(header, Header):
-        raise WireError(f"expected a data header, got {type(header).__name__}")
-    if header.layout != layout:
-        raise WireError(f"the run's layout is {layout}, the server sent {header.layout}")
-    check_payload(header, frames[1], frames[2])
-    return header, memoryview(frames[1]), memoryview(frames[2])
-
-
 def _fields(what: str, params: object, keys: Sequence[str]) -> dict[str, Any]:
     if not isinstance(params, dict):
         raise WireError(f"the {what} must be a map with the keys {list(keys)}, got {type(params).__name__}")
@@ -376,6 +352,11 @@ def _check_layer_ids(ids: object) -> None:
         _check_int("layer id", layer_id, 0, MAX_LAYER_ID)
     if any(a >= b for a, b in itertools.pairwise(ids)):
         raise WireError(f"layer_ids must be strictly ascending, got {list(ids)}")
+
+
+def _check_dtype(dtype: object) -> None:
+    if not isinstance(dtype, str) or dtype not in CONVERSIONS:
+        raise WireError(f"dtype must be one of {sorted(CONVERSIONS)}, got {dtype!r:.40}")
 
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:

@@ -26,8 +26,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from dflash_scale.model_files import origin_of
-from dflash_scale.stream import sockets, wire
+from dflash_scale.stream import payload, sockets, wire
 from dflash_scale.stream.embedded import TappedVerifier
+from dflash_scale.stream.encoding import decode
 from dflash_scale.stream.keys import make_keys, receiver_keys
 
 pytestmark = pytest.mark.e2e
@@ -152,8 +153,13 @@ def layers_of(sample: int) -> tuple[int, ...]:
     return ((*TAPS, LAYERS), TAPS, (TAPS[0], LAYERS))[sample % 3]
 
 
+def dtype_of(sample: int) -> str:
+    return ("float32", "bfloat16", wire.FP8)[sample // 3 % 3]
+
+
 def params(sample: int, receiver: str = "rx-1", attempt: int = 0, *, answer: bool = False) -> dict[str, Any]:
-    return {"dflash": wire.Ticket("run-1", receiver, 0, sample, attempt, layers_of(sample), answer).to_params()}
+    ticket = wire.Ticket("run-1", receiver, 0, sample, attempt, layers_of(sample), dtype_of(sample), answer)
+    return {"dflash": ticket.to_params()}
 
 
 def receive(receiver: "zmq.Socket[bytes]", server: Server, verifier: TappedVerifier) -> tuple[int, list[int]]:
@@ -163,13 +169,14 @@ def receive(receiver: "zmq.Socket[bytes]", server: Server, verifier: TappedVerif
     header = wire.decode(frames[0], max_tokens=MAX_LENGTH)
     assert isinstance(header, wire.Header), header
     sample = header.ticket.sample
-    layout = verifier.layout.only(layers_of(sample))
-    header, ids, raw = wire.decode_data(frames, layout=layout, max_tokens=MAX_LENGTH)
+    layout = verifier.layout.only(layers_of(sample), dtype_of(sample))
+    header, ids, raw = payload.decode_data(frames, layout=layout, max_tokens=MAX_LENGTH)
     token_ids = memoryview(ids).cast("i").tolist()
-    got = torch.frombuffer(bytearray(raw), dtype=torch.float32).view(header.tokens, len(layout.layer_ids), 64)
+    got = decode(torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(header.tokens, -1), layout).float()
     want, _ = verifier.run(token_ids, 1, True, layout.layer_ids)
     error = ((got - want).norm(dim=-1) / want.norm(dim=-1)).max().item()  # the worst token of the worst layer
-    assert error < 1e-3, f"sample {sample} of {header.tokens} tokens: relative error {error}"
+    bound = {"float32": 1e-3, "bfloat16": 5e-3, wire.FP8: 5e-2}[layout.dtype]
+    assert error < bound, f"sample {sample} of {header.tokens} tokens: relative error {error}"
     return sample, token_ids
 
 
@@ -294,7 +301,7 @@ def test_bad_tickets_and_absent_receivers_disturb_nobody(server: Server, receive
     assert receiver.poll(60_000)
     header = wire.decode(receiver.recv_multipart()[0], max_tokens=MAX_LENGTH)
     assert isinstance(header, wire.Header)
-    assert header.ticket == wire.Ticket("run-1", "rx-1", 0, 7, 3, layers_of(7))
+    assert header.ticket == wire.Ticket("run-1", "rx-1", 0, 7, 3, layers_of(7), dtype_of(7))
 
 
 def test_the_server_is_well_afterwards(server: Server) -> None:
@@ -314,7 +321,7 @@ def test_the_connector_imports_little_of_ours() -> None:
         [VLLM_PYTHON, "-c", program], env=environment, capture_output=True, text=True, check=True, timeout=300
     )
     modules, deepspeed = done.stdout.splitlines()[-2:]
-    room = ["connector", "copies", "host_pool", "keys", "publisher", "sockets", "wire"]
+    room = ["connector", "copies", "encoding", "host_pool", "keys", "payload", "publisher", "sockets", "wire"]
     ours = ["dflash_scale", "dflash_scale.addresses", "dflash_scale.model_files", "dflash_scale.stream"]
     assert modules.split() == [*ours, *(f"dflash_scale.stream.{name}" for name in room)]
     assert deepspeed == "False"

@@ -14,6 +14,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from dflash_scale.evaluate import EvaluateSpec, evaluate
 from dflash_scale.export import export_checkpoint, named_checkpoint
 from dflash_scale.prompts import load_prepared
+from dflash_scale.stream.receiver import read_status
 
 pytestmark = pytest.mark.e2e
 
@@ -41,8 +42,9 @@ def gemma(folder: Path) -> Path:
     return folder
 
 
-def train(folder: Path, verifier: Path, data: Path, server: Embedded, **drafter: Any) -> Path:
+def train(folder: Path, verifier: Path, data: Path, server: Embedded, transport: str = "exact", **drafter: Any) -> Path:
     config = run_config(verifier, data, [server], folder, epochs=1)
+    config["stream"]["transport"] = transport
     run = Run(folder, {**config, "drafter": {**config["drafter"], "vocab_size": KEPT, **drafter}})
     run.launch(ranks=1)
     assert run.wait() == 0, run.log[-4000:]
@@ -58,7 +60,7 @@ def test_gemma_with_a_pruned_vocabulary_and_from_a_drafter(tmp_path: Path) -> No
     try:
         wait_for(server.healthy, 60, "an embedded server")
         first = train(tmp_path / "first", verifier, data, server)
-        second = train(tmp_path / "second", verifier, data, server, init_from=str(first))
+        second = train(tmp_path / "second", verifier, data, server, "fp8", init_from=str(first))
     finally:
         server.kill()
     tensors = load_file(first / "model.safetensors")
@@ -71,6 +73,10 @@ def test_gemma_with_a_pruned_vocabulary_and_from_a_drafter(tmp_path: Path) -> No
     assert json.loads((first / "config.json").read_text())["aux_hidden_state_layer_ids"] == list(TAPS)
     lines = [json.loads(line) for line in (tmp_path / "first" / "out" / "metrics.jsonl").read_text().splitlines()]
     assert all(0 < line["outside_vocabulary"] < 1 for line in lines)
+    status = read_status(next((tmp_path / "second" / "out" / "stream").glob("*-rank0.json")))
+    exact = read_status(next((tmp_path / "first" / "out" / "stream").glob("*-rank0.json")))
+    assert status["committed"] == exact["committed"] and status["quarantined"] == 0
+    assert 0.25 < status["committed_bytes"] / exact["committed_bytes"] < 0.28  # a byte and 1/16 scale of four
     # One epoch further from where the first ended, and not from random weights.
     moved, fresh = (load_file(folder / "model.safetensors")["fc.weight"] for folder in (second, first))
     assert 0 < (moved - fresh).norm() < 0.9 * fresh.norm()
