@@ -30,8 +30,8 @@ def keep_freed_memory() -> None:
     """Makes this process use the memory of freed messages again, instead of giving it back.
 
     ZeroMQ allocates every message anew, and glibc maps what is large, so that the kernel has to clear each page of each
-    message: about a third of the time of a transfer. Call it before any thread runs. The process keeps its peak, which
-    the credit bounds.
+    message: about a quarter of the time of a transfer. Call it before any thread runs. The process keeps its peak,
+    which the credit bounds.
     """
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_MAX, 0)
