@@ -36,7 +36,7 @@ sys.path.insert(0, str(REPO))  # for launch/, which is not installed
 
 from dflash_scale.config import Config, parse_config  # noqa: E402
 from dflash_scale.packer import Row, RowSchedule, Samples, schedule_spec  # noqa: E402
-from dflash_scale.plan import planned_layouts  # noqa: E402
+from dflash_scale.plan import run_layouts  # noqa: E402
 from dflash_scale.prompts import load_prepared, prepare  # noqa: E402
 from dflash_scale.stream.layouts import RowLayouts  # noqa: E402
 from dflash_scale.stream.receiver import STOP_SIGNAL, Receiver, ReceiverSpec, open_ring, spawn_receiver  # noqa: E402
@@ -174,7 +174,7 @@ def soak(folder: Path, minutes: float, vllm_python: str | None, seed: int) -> So
         prepared = load_prepared(data)
         samples = Samples(prepared.train, prepared.validation)
         rows = list(RowSchedule(samples, schedule_spec(config, 1)).rows(0))
-        layouts = planned_layouts(config, verifier_shape(str(verifier)))
+        layouts = run_layouts(config, verifier_shape(str(verifier)))
         processes = {f"server{i}": psutil.Process(server.process.pid) for i, server in enumerate(fleet)}
         run = Soak(config, layouts, samples, rows, folder, processes)
         draw, until = random.Random(seed), time.monotonic() + 60 * minutes

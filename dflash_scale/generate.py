@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from dflash_scale.config import Config, load_config
+from dflash_scale.hidden_states import run_layouts
 from dflash_scale.model_files import origin_of
 from dflash_scale.packer import Samples
-from dflash_scale.plan import planned_layouts
 from dflash_scale.prompts import check_tokenizer, load_prepared
 from dflash_scale.stream.cache import CacheOrigin, claim, open_cache
 from dflash_scale.stream.cache_fill import CacheFill, CacheUnwritable
@@ -70,7 +70,7 @@ def generate(config: Config, folder: Path) -> int:
     prepared = load_prepared(config.data.path)
     check_tokenizer(prepared, config.verifier.model)
     samples = Samples(prepared.train, prepared.validation)
-    layout = planned_layouts(config, verifier_shape(config.verifier.model, allow_network=True)).validation
+    layout = run_layouts(config, verifier_shape(config.verifier.model, allow_network=True)).validation
     model, origin = config.verifier.model, origin_of(config.verifier.model)
     claim(folder, CacheOrigin(layout, model, origin.verifier, prepared.fingerprint), writable=True)
     limits = limits_of(config.stream)

@@ -17,13 +17,13 @@ import torch
 
 from dflash_scale.config import Config, resolve
 from dflash_scale.drafter import Drafter, DrafterSpec, drafter_spec
+from dflash_scale.hidden_states import run_layouts
 from dflash_scale.loss import CHUNK_BYTES, fitting_rows, loss_spec
 from dflash_scale.packer import Place, RowSchedule, Samples, schedule_spec
 from dflash_scale.prompts import Prepared, load_prepared
 from dflash_scale.softmax_loss import SLICE_NUMBERS
-from dflash_scale.stream.layouts import RowLayouts, row_layouts
-from dflash_scale.stream.wire import FP8, Layout
-from dflash_scale.taps import tapped_layers
+from dflash_scale.stream.layouts import RowLayouts
+from dflash_scale.stream.wire import Layout
 from dflash_scale.verifier import VerifierShape, mask_token_id, verifier_shape
 from dflash_scale.vocabulary import DraftVocabulary, run_vocabulary
 
@@ -75,7 +75,7 @@ class Plan:
 def make_plan(config: Config, world_size: int) -> Plan:
     """Resolves a run; raises ValueError for what cannot be run on `world_size` ranks."""
     shape = verifier_shape(config.verifier.model)
-    layouts = planned_layouts(config, shape)
+    layouts = run_layouts(config, shape)
     data = load_prepared(config.data.path) if Path(config.data.path).exists() else None
     longest = int(data.manifest["longest"]) if data is not None else None
     shares = resolve(config, world_size, token_bytes=layouts.validation.bytes_per_token, longest_sample=longest)
@@ -111,24 +111,6 @@ def make_plan(config: Config, world_size: int) -> Plan:
             config, spec, layouts.train, Sizes(world_size, trainable, frozen, pruned or shape.vocab_size, anchors)
         ),
     )
-
-
-def planned_layouts(config: Config, shape: VerifierShape) -> RowLayouts:
-    """What the servers are asked for; raises ValueError for layers that the verifier has not."""
-    taps, needed = tapped_layers(config.verifier.layer_ids, shape.layers), loss_spec(config).needs_verifier
-    return row_layouts(taps, shape.layers, shape.hidden_size, planned_dtype(config, shape), train_last=needed)
-
-
-def planned_dtype(config: Config, shape: VerifierShape) -> str:
-    """The dtype in which hidden states travel; raises ValueError for a verifier that has no shorter one."""
-    dtype, transport = shape.stream_dtype(config.verifier.dtype), config.stream.transport
-    if transport == "fp8":
-        return FP8
-    if transport == "bf16" and dtype == "float16":
-        raise ValueError(
-            'stream.transport: got "bf16" for hidden states in float16, which are as short; set "exact" or "fp8"'
-        )
-    return "bfloat16" if transport == "bf16" else dtype
 
 
 def local_tokenizer(model: str) -> Any:

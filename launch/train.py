@@ -20,7 +20,8 @@ import torch
 from torch import distributed as dist
 
 from dflash_scale.config import Config, load_config, resolve
-from dflash_scale.plan import planned_layouts, print_plan
+from dflash_scale.hidden_states import run_layouts
+from dflash_scale.plan import print_plan
 from dflash_scale.prompts import check_tokenizer, load_prepared
 from dflash_scale.verifier import verifier_shape
 
@@ -140,7 +141,7 @@ def set_up(
 
     # The drafter, and of the verifier what the drafter needs: embedding, norm and head.
     shape = verifier_shape(config.verifier.model, allow_network=True)
-    layouts = planned_layouts(config, shape)
+    layouts = run_layouts(config, shape)
     resolve(config, world, token_bytes=layouts.validation.bytes_per_token, longest_sample=int(samples.lengths.max()))
     tokenizer = check_tokenizer(prepared, config.verifier.model)
     if config.stream.keys is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dflash_scale.packer import Row
@@ -28,9 +27,3 @@ class RowLayouts:
     def from_params(cls, params: dict[str, object]) -> RowLayouts:
         """From `dataclasses.asdict`, by way of JSON. Raises WireError."""
         return cls(Layout.from_params(params["train"]), Layout.from_params(params["validation"]))
-
-
-def row_layouts(taps: Sequence[int], layers: int, hidden_size: int, dtype: str, *, train_last: bool) -> RowLayouts:
-    """For a verifier of `layers` layers; `train_last`: whether training needs the verifier's logits."""
-    whole = Layout((*taps, layers), hidden_size, dtype)
-    return RowLayouts(whole if train_last else Layout(tuple(taps), hidden_size, dtype), whole)
