@@ -23,7 +23,7 @@ from dflash_scale.packer import Place, RowSchedule, Samples, schedule_spec
 from dflash_scale.prompts import Prepared, load_prepared
 from dflash_scale.softmax_loss import SLICE_NUMBERS
 from dflash_scale.stream.layouts import RowLayouts
-from dflash_scale.stream.wire import Layout
+from dflash_scale.stream.wire import FP8, Layout
 from dflash_scale.verifier import VerifierShape, mask_token_id, verifier_shape
 from dflash_scale.vocabulary import DraftVocabulary, run_vocabulary
 
@@ -170,6 +170,8 @@ def gpu_memory(config: Config, spec: DrafterSpec, layout: Layout, sizes: Sizes) 
     stage, world, number = config.zero_stage, sizes.world_size, 2 if config.train.precision == "bf16" else 4
     master = 4 if number == 2 else 0  # with fp32 the parameters are their own master copy
     slots = sizes.anchors * spec.block_size
+    # What came in fp8 is there once more in bfloat16.
+    unpacked = 2 * len(layout.layer_ids) * layout.hidden_size if layout.dtype == FP8 else 0
     return Memory(
         parameters=number * sizes.trainable // (world if stage >= 3 else 1),
         gradients=4 * sizes.trainable // (world if stage >= 2 else 1),
@@ -178,7 +180,7 @@ def gpu_memory(config: Config, spec: DrafterSpec, layout: Layout, sizes: Sizes) 
         activations=activation_bytes(spec, slots, config.data.row_tokens, number),
         attention=attention_bytes(config, spec, slots),
         loss=loss_bytes(config, spec, slots, sizes.vocabulary),
-        row=config.data.row_tokens * layout.bytes_per_token,
+        row=config.data.row_tokens * (layout.bytes_per_token + unpacked),
     )
 
 

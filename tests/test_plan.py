@@ -103,6 +103,7 @@ def test_the_transport_is_the_layouts_dtype(transport: str, dtype: str, want: st
     assert (plan.layouts.train.dtype, plan.layouts.validation.dtype) == (want, want)
     if want == "float8_e4m3fn":
         assert plan.layouts.train.bytes_per_token == 5 * (4096 + 4)
+        assert plan.memory.row == 8192 * 5 * (4096 + 4 + 2 * 4096), "as it came, and in bfloat16"
 
 
 def test_float16_is_not_sent_as_bf16() -> None:
