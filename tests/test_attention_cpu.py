@@ -90,7 +90,7 @@ def test_one_document_repeats_bit_for_bit_whatever_the_threads(dtype: torch.dtyp
 
 # Processes of their own: one that has run nothing else, so that its peak is this operator's.
 PRELUDE = """
-import re, torch
+import contextlib, re, torch
 from pathlib import Path
 from dflash_scale.attention import anchor_attention, build_plan
 
@@ -114,8 +114,12 @@ print(status("VmHWM") - held - outputs, outputs)
 """
 THREADS = """
 def ticks():
-    stats = {task: (task / "stat").read_text().rsplit(")", 1)[1].split() for task in Path("/proc/self/task").iterdir()}
-    return {task: int(stat[11]) + int(stat[12]) for task, stat in stats.items()}
+    counts = {}
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # ended since it was listed
+            stat = (task / "stat").read_text().rsplit(")", 1)[1].split()
+            counts[task] = int(stat[11]) + int(stat[12])
+    return counts
 
 plan, tensors = problem(tokens=4000, anchors=64, size=16, width=64)
 out = anchor_attention(*tensors, plan, backend="cpu")

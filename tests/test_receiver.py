@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from receiver_run import LAYOUTS, RUN, FakeServer, Run, consume, drain, expected, read_all
 
@@ -225,6 +226,14 @@ def test_only_its_own_signal_ends_it_cleanly(make_run: Callable[..., Run]) -> No
             read_all(ring)
 
 
+def alive(pid: int) -> bool:
+    """Whether a process that is not ours to wait for still runs; a zombie does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 PARENT = """
 import os, sys, time
 from dflash_scale.stream.receiver import ReceiverSpec, spawn_receiver
@@ -250,7 +259,7 @@ def test_the_receiver_dies_with_its_parent_and_leaves_nothing(make_run: Callable
         time.sleep(0.05)
     parent.kill()
     parent.wait()
-    while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text():
+    while alive(pid):
         assert time.monotonic() < deadline, "the receiver outlives its parent"
         time.sleep(0.05)
 
