@@ -144,12 +144,13 @@ def worst_error(server: VllmServer, verifier: TappedVerifier, length: int, *, an
     if isinstance(first, wire.Refusal):
         raise wire.WireError(first.reason)
     header, raw_ids, raw = payload.decode_data(frames, layout=verifier.layout, max_tokens=SIZES.length)
-    said = reply["choices"][0]["token_ids"][:-1] if answer else []
+    said = reply["choices"][0]["token_ids"] if answer else []
     if memoryview(raw_ids).cast("i").tolist() != [*token_ids, *said]:
         raise ValueError("the token ids are not those of prompt and answer")
     got = torch.frombuffer(bytearray(raw), dtype=torch.float32).view(header.tokens, -1, SIZES.hidden)
-    want, _ = verifier.run([*token_ids, *said], 1, True, verifier.layout.layer_ids)
-    return float(((got - want).norm(dim=-1) / want.norm(dim=-1)).max())
+    fed = [*token_ids, *said[:-1]]  # zeros stand for the last token of an answer, which is never fed
+    want, _ = verifier.run(fed, 1, True, verifier.layout.layer_ids)
+    return float(((got[: len(fed)] - want).norm(dim=-1) / want.norm(dim=-1)).max())
 
 
 def check(model: Path, python: str, outcome: Outcome) -> None:

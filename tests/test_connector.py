@@ -143,10 +143,10 @@ def test_a_finished_request_reaches_its_receiver(connector: ModuleType, layer_id
 
 @pytest.mark.parametrize(
     ("answer", "wanted", "blocks"),
-    [(False, list(range(100, 106)), 2), (True, [*range(100, 106), 7, 8, 9], 3)],
+    [(False, list(range(100, 106)), 2), (True, [*range(100, 106), 7, 8, 9, 10], 3)],
 )
 def test_the_tokens_that_are_sent(connector: ModuleType, answer: bool, wanted: list[int], blocks: int) -> None:
-    """The prompt's, or all but the last; and just the blocks that hold them, of the five that vLLM has reserved."""
+    """The prompt's, or all; and just the blocks that hold those that were fed, of the five that vLLM has reserved."""
     scheduler = build(connector)
     ticket = replace(TICKET, answer=answer)
     done = request(6, {"dflash": ticket.to_params()}, answer=[7, 8, 9, 10], num_computed_tokens=9)

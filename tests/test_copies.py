@@ -35,17 +35,18 @@ def finished(
     receiver: str = "rx",
     layer_ids: tuple[int, ...] = LAYERS,
     dtype: str = "float32",
+    answer: bool = False,
 ) -> Finished:
-    ticket = wire.Ticket("run-1", receiver, 0, sample, 0, layer_ids, dtype)
-    blocks = tuple((7 * sample + 5 * i) % BLOCKS for i in range(-(-tokens // P)))
+    ticket = wire.Ticket("run-1", receiver, 0, sample, 0, layer_ids, dtype, answer)
+    blocks = tuple((7 * sample + 5 * i) % BLOCKS for i in range(-(-(tokens - answer) // P)))
     return Finished(f"request-{sample}", ticket, tuple(range(sample, sample + tokens)), blocks)
 
 
 def wanted(request: Finished) -> torch.Tensor:
-    """(tokens, layers, H): token t is row t % P of block_ids[t // P]."""
+    """(tokens, layers, H): token t is row t % P of block_ids[t // P]; the last of an answer is zeros."""
     places = [LAYERS.index(layer) for layer in request.ticket.layer_ids]
-    rows = [cache()[request.block_ids[t // P], t % P, places] for t in range(len(request.token_ids))]
-    return torch.stack(rows)
+    rows = [cache()[request.block_ids[t // P], t % P, places] for t in range(request.fed)]
+    return torch.stack([*rows, *[torch.zeros_like(rows[0])] * request.ticket.answer])
 
 
 @dataclass
@@ -114,6 +115,20 @@ def test_slices_make_up_the_sample(
     rig = make(1 << 20)
     socket = rig.connect()
     request = finished(3, tokens=11, layer_ids=layer_ids, dtype=dtype)
+    assert rig.copies.step([request]) == {"request-3"}
+    receive(socket, request)
+
+
+@pytest.mark.parametrize(("tokens", "dtype"), [(9, "float32"), (10, "bfloat16"), (11, wire.FP8)])
+def test_the_last_token_of_an_answer_is_zeros(make: Callable[[int], Rig], tokens: int, dtype: str) -> None:
+    """Whether it would lie in the last block that was fed or in one that was never written; the pool is not clean."""
+    rig = make(1 << 20)
+    socket = rig.connect()
+    piece = rig.pool.take(rig.pool.nbytes)
+    assert piece is not None
+    piece.memory.fill_(255)
+    rig.pool.give_back(piece)
+    request = finished(3, tokens=tokens, dtype=dtype, answer=True)
     assert rig.copies.step([request]) == {"request-3"}
     receive(socket, request)
 

@@ -14,7 +14,7 @@ scheduler runs out of blocks and lets new requests wait. So a slow receiver slow
 refused. A receiver that is gone costs as long as the Publisher's patience.
 
 Sent are the prompt's tokens, for which max_tokens 1 is enough, or, if the ticket says `answer`, the tokens of prompt
-and answer but the last one: it was sampled and never fed to the verifier, so that it has no hidden states.
+and answer. The last of them was sampled and never fed to the verifier: zeros stand for its hidden states.
 `launch/serve_vllm.py` writes the configuration for this.
 Imports of this project: model_files, and of stream/ wire, keys, publisher, copies and host_pool; what those need is in
 docs/design.md.
@@ -129,12 +129,13 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         if ticket is None:
             return False, None
         blocks = block_ids[self._layer.group] if self._layer.group < len(block_ids) else []
-        tokens = _tokens_with_states(request, ticket)
-        refusal = self._why_not(request, ticket, len(tokens), len(blocks))
+        tokens = _wanted_tokens(request, ticket)
+        fed = len(tokens) - ticket.answer
+        refusal = self._why_not(request, ticket, fed, len(blocks))
         if refusal is not None:
             self._to_worker.append(Finished(request.request_id, ticket, (), (), refusal))
             return False, {"dflash_error": refusal}
-        whole = tuple(blocks[: -(-len(tokens) // self._layer.block_size)])
+        whole = tuple(blocks[: -(-fed // self._layer.block_size)])
         self._to_worker.append(Finished(request.request_id, ticket, tokens, whole))
         self._kept.add(request.request_id)
         return True, None
@@ -145,7 +146,7 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
             return f"this server has the layers {list(self._layer_ids)}, asked for {list(ticket.layer_ids)}"
         if request.status.name not in ("FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED"):
             return f"the request ended with {request.status.name}"
-        if not tokens:
+        if not request.prompt_token_ids:
             return "the prompt was given as embeddings, not as token ids"
         if request.num_computed_tokens < tokens or blocks * self._layer.block_size < tokens:
             return f"{request.num_computed_tokens} of {tokens} tokens were computed, {blocks} cache blocks are left"
@@ -211,11 +212,11 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         return "NHD" if current_platform.is_cuda_alike() else None
 
 
-def _tokens_with_states(request: "Request", ticket: wire.Ticket) -> tuple[int, ...]:
+def _wanted_tokens(request: "Request", ticket: wire.Ticket) -> tuple[int, ...]:
     """The tokens that the ticket wants; none if the prompt has no token ids."""
     if not request.prompt_token_ids:
         return ()
-    return tuple(request.all_token_ids[:-1] if ticket.answer else request.prompt_token_ids)
+    return tuple(request.all_token_ids if ticket.answer else request.prompt_token_ids)
 
 
 def _check_parallelism(config: "VllmConfig") -> None:

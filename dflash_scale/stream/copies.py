@@ -26,7 +26,8 @@ SLICE_BYTES: Final = 16 << 20  # gathered on the device at once: its memory is v
 class Finished:
     """Scheduler -> worker: a finished request whose cache blocks wait to be copied; no blocks if it is refused.
 
-    token_ids: those whose hidden states are wanted, in the order of `block_ids`, which hold exactly them.
+    token_ids: those whose hidden states are wanted, in the order of `block_ids`, which hold exactly those of them that
+    were fed to the verifier: all but the last of an answer.
     """
 
     request_id: str
@@ -34,6 +35,10 @@ class Finished:
     token_ids: tuple[int, ...]
     block_ids: tuple[int, ...]
     refusal: str | None = None
+
+    @property
+    def fed(self) -> int:
+        return len(self.token_ids) - self.ticket.answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +112,8 @@ class Copies:
         cache = self._cache[:, :, first:stop]
         scattered = [offered.index(layer) - first for layer in wanted] if len(wanted) < stop - first else None
         raw = piece.memory.view(len(finished.token_ids), -1)
+        raw[finished.fed :].zero_()
+        raw = raw[: finished.fed]
         blocks = _indices(finished.block_ids, cache.device)
         for part in blocks.split(max(1, SLICE_BYTES // cache[0].nbytes)):
             gathered = cache.index_select(0, part)

@@ -105,8 +105,8 @@ class TappedVerifier:
         seed: int | None = None,
     ) -> tuple[torch.Tensor, list[int]]:
         """(T,) prompt ids -> hidden states (T, L, H) after `layer_ids`, none if there are none, and up to max_tokens
-        token ids. T are the prompt's tokens or, with `answer_too`, those and the answer's but the last, which is never
-        fed. temperature 0 is greedy; above, the same seed gives the same answer, and None another one each time."""
+        token ids. T are the prompt's tokens or, with `answer_too`, those and the answer's; the last was never fed, and
+        zeros stand for its hidden states. temperature 0 is greedy; above, the same seed gives the same answer, and None another one each time."""
         for kept in self._taps.values():
             kept.clear()
         generator = torch.Generator()
@@ -121,8 +121,10 @@ class TappedVerifier:
             step = torch.tensor([answer[-1:]])
             output = self._model(step, past_key_values=output.past_key_values, use_cache=True)
             answer.append(_next_token(output.logits[0, -1], temperature, generator))
-        forwards = None if answer_too else 1
-        layers = [torch.cat(self._taps[k][:forwards]) for k in layer_ids]
+        if answer_too:
+            layers = [torch.cat([*self._taps[k], torch.zeros_like(self._taps[k][0][:1])]) for k in layer_ids]
+        else:
+            layers = [self._taps[k][0] for k in layer_ids]
         return torch.stack(layers, dim=1) if layers else torch.empty(0), answer
 
     def stopped(self, answer: Sequence[int]) -> bool:
@@ -198,7 +200,7 @@ class EmbeddedServer:
             seed=request.seed,
         )
         if ticket is not None:
-            tokens = [*request.token_ids, *answer[:-1]] if ticket.answer else request.token_ids
+            tokens = [*request.token_ids, *answer] if ticket.answer else request.token_ids
             token_ids = torch.tensor(tokens, dtype=torch.int32)
             self._publisher.send(ticket, _bytes_of(token_ids), _bytes_of(encode(states, ticket.dtype)))
         stopped = not request.ignore_eos and self._verifier.stopped(answer)

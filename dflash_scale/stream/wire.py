@@ -122,7 +122,7 @@ class Ticket:
     attempt: int
     layer_ids: tuple[int, ...]  # what is wanted of what the server offers, and in which dtype
     dtype: str
-    answer: bool = False  # the prompt's tokens alone, or all of prompt and answer but the last, which was never fed
+    answer: bool = False  # the prompt's tokens alone, or the answer's too; zeros for the last, which was never fed
 
     def __post_init__(self) -> None:
         check_name("run_id", self.run_id)
