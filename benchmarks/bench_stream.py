@@ -56,6 +56,7 @@ from dflash_scale.stream.keys import make_keys, receiver_keys, server_keys
 from dflash_scale.stream.layouts import RowLayouts
 from dflash_scale.stream.links import keep_freed_memory
 from dflash_scale.stream.publisher import Publisher
+from dflash_scale.stream.questions import SampleQuestions
 from dflash_scale.stream.ring import PeerDied, Ring, own_ring_name, record_span
 from dflash_scale.stream.window import Window
 from dflash_scale.stream.wire import Layout, Origin
@@ -135,7 +136,7 @@ def receive(size: Size, servers: list[tuple[str, str]], keys: Path | None, pipe:
     identity = Identity(RUN, f"{RUN}:0", LAYOUT, Origin(), pair)
     fleet = Endpoints(StreamSection(servers=tuple(Server(http=http, zmq=address) for http, address in servers)))
     quarantine = QuarantineFile(Path(RUN) / "absent", "")  # a sample that is quarantined fails the benchmark
-    intake = Intake(fleet, limits, identity, Delivery([window]), samples, quarantine)
+    intake = Intake(fleet, limits, identity, Delivery([window]), SampleQuestions(samples), quarantine)
     while not intake.delivery.complete:
         intake.step()
     pipe.send(intake.status())

@@ -5,8 +5,8 @@
 Two real servers (embedded, or vLLM with --vllm and $DFLASH_SCALE_VLLM_PYTHON) of the demo's verifier; a real receiver
 process, ended at random by SIGKILL, by its own signal or by its rank's leaving, and started again at the step that it
 had reached; this process is the rank, and checks that every sample of a row comes once and is whole. Every few seconds
-it notes the resident memory, file descriptors and threads of the servers and of itself, those of each receiver at its
-oldest, and the run's segments in /dev/shm.
+it notes the resident memory, file descriptors and threads of the servers with all their processes (vLLM's engine is a
+child) and of itself, those of each receiver at its oldest, and the run's segments in /dev/shm.
 
 Growth compares the median of the last quarter with that of the second; the first is warm-up. The exit status is 1 if
 anything grew by more than GROWTH and SLACK. A sample that comes twice, too short or not at all ends it at once.
@@ -81,9 +81,10 @@ class Soak:
         if receiver is not None and time.time() - receiver.create_time() > LIFE_S[1] / 2:
             watched["receiver"] = receiver
         for name, process in watched.items():
-            self.seen[f"{name} rss_mb"].append(process.memory_info().rss / 1e6)
-            self.seen[f"{name} fds"].append(process.num_fds())
-            self.seen[f"{name} threads"].append(process.num_threads())
+            family = [process] if name == "rank" else [process, *process.children(recursive=True)]
+            self.seen[f"{name} rss_mb"].append(sum(member.memory_info().rss for member in family) / 1e6)
+            self.seen[f"{name} fds"].append(sum(member.num_fds() for member in family))
+            self.seen[f"{name} threads"].append(sum(member.num_threads() for member in family))
         segments = [path for path in Path("/dev/shm").iterdir() if RUN in path.name]
         self.seen["run segments"].append(len(segments))
 

@@ -5,6 +5,7 @@ serve      a vLLM server that sends hidden states (`--embedded`: a small verifie
 keys       the keys of the wire between servers and receivers
 train      `deepspeed launch/train.py ...`; with --plan, print the resolved run and exit
 generate   hidden states of a data set -> a cache on disk, for the modes offline and hybrid
+answer     prompts -> the verifier's own answers as a data set, and their hidden states as a cache
 export     a checkpoint -> a folder that `vllm serve` takes
 evaluate   acceptance of an exported drafter in a real server
 demo       the whole way on one machine, with a tiny verifier
@@ -23,7 +24,7 @@ from pathlib import Path
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 SCRIPTS = {"serve": LAUNCH / "serve_vllm.py", "train": LAUNCH / "train.py", "demo": LAUNCH / "demo" / "main.py"}
-COMMANDS = ("prepare", "serve", "keys", "train", "generate", "export", "evaluate", "demo", "doctor")
+COMMANDS = ("prepare", "serve", "keys", "train", "generate", "answer", "export", "evaluate", "demo", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

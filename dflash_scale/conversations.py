@@ -71,12 +71,7 @@ class Encoder:
 
     def encode(self, line: str) -> Encoded:
         """Encodes one line; raises BadLine with the reason."""
-        try:
-            content = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise BadLine(f"not valid JSON ({error})") from None
-        if not isinstance(content, dict):
-            raise BadLine(f"got a {type(content).__name__}, wanted an object")
+        content = _object(line)
         if "prompt_ids" in content or "answer_ids" in content:
             tokens, mask = self._from_ids(content)
         else:
@@ -86,24 +81,51 @@ class Encoder:
         kept = min(useful, self._max_tokens)
         return Encoded(tokens[:kept], mask[:kept], truncated=useful > kept)
 
+    def prompt(self, line: str) -> npt.NDArray[np.int32]:
+        """(n,) token ids of what the verifier is to answer: the conversation up to its last turn that is not an
+        assistant's, and the template's start of an answer. Whatever answers that turn in the line is left out.
+
+        Raises BadLine with the reason; a prompt that leaves no room for two tokens is one.
+        """
+        content = _object(line)
+        if "prompt_ids" in content:
+            tokens = self._ids("prompt_ids", content)
+        else:
+            messages = messages_of(content)
+            turns = max((i + 1 for i, message in enumerate(messages) if message["role"] != "assistant"), default=0)
+            if not turns:
+                raise BadLine("all messages are the assistant's: there is nothing to answer")
+            self._check_template()
+            text = self._apply(messages[:turns], content.get("tools"), tokenize=False, add_generation_prompt=True)
+            tokens = np.asarray(self._tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+        if not 1 <= len(tokens) <= self._max_tokens - 2:
+            raise BadLine(f"the prompt has {len(tokens)} tokens, wanted 1 to {self._max_tokens - 2}")
+        return tokens
+
     def _from_ids(self, content: dict[str, Any]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
-        parts = []
-        for key in ("prompt_ids", "answer_ids"):
-            ids = content.get(key)
-            if not isinstance(ids, list) or not all(type(token) is int for token in ids):
-                raise BadLine(f"{key}: wanted a list of integers")
-            if ids and not 0 <= min(ids) <= max(ids) < self._vocab_rows:
-                wrong = next(token for token in ids if not 0 <= token < self._vocab_rows)
-                raise BadLine(f"{key}: got the token {wrong}, wanted 0 to {self._vocab_rows - 1}")
-            parts.append(np.asarray(ids, np.int32))
+        parts = [self._ids(key, content) for key in ("prompt_ids", "answer_ids")]
         mask = np.concatenate([np.zeros(len(parts[0]), bool), np.ones(len(parts[1]), bool)])
         return np.concatenate(parts), mask
+
+    def _ids(self, key: str, content: dict[str, Any]) -> npt.NDArray[np.int32]:
+        ids = content.get(key)
+        if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+            raise BadLine(f"{key}: wanted a list of integers")
+        if ids and not 0 <= min(ids) <= max(ids) < self._vocab_rows:
+            wrong = next(token for token in ids if not 0 <= token < self._vocab_rows)
+            raise BadLine(f"{key}: got the token {wrong}, wanted 0 to {self._vocab_rows - 1}")
+        return np.asarray(ids, np.int32)
+
+    def _check_template(self) -> None:
+        if not self._tokenizer.chat_template:
+            raise BadLine("the tokenizer has no chat template, wanted one (or prompt_ids and answer_ids)")
 
     def _from_messages(
         self, messages: list[dict[str, Any]], tools: Any
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
-        if not self._tokenizer.chat_template:
-            raise BadLine("the tokenizer has no chat template, wanted one (or prompt_ids and answer_ids)")
+        self._check_template()
+        if not any(message["role"] == "assistant" for message in messages):
+            raise BadLine("no assistant message: there is nothing to train on")
         if self._marked:
             out = self._apply(messages, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
             return np.asarray(out["input_ids"], np.int32), np.asarray(out["assistant_masks"], bool)
@@ -160,6 +182,16 @@ class Encoder:
         return stop
 
 
+def _object(line: str) -> dict[str, Any]:
+    try:
+        content = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise BadLine(f"not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise BadLine(f"got a {type(content).__name__}, wanted an object")
+    return content
+
+
 def messages_of(content: dict[str, Any]) -> list[dict[str, Any]]:
     """The conversation of a line as OpenAI messages; raises BadLine."""
     if "messages" in content:
@@ -175,8 +207,6 @@ def messages_of(content: dict[str, Any]) -> list[dict[str, Any]]:
             raise BadLine(f"message {index}: wanted a role")
         if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
             raise BadLine(f"message {index}: wanted content of text (pictures and other parts are not supported)")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise BadLine("no assistant message: there is nothing to train on")
     return messages
 
 

@@ -20,6 +20,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,6 +36,7 @@ from dflash_scale.stream.fleet import NoServerError
 from dflash_scale.stream.greetings import Identity
 from dflash_scale.stream.intake import Intake, limits_of
 from dflash_scale.stream.keys import receiver_keys
+from dflash_scale.stream.questions import Questions, SampleQuestions
 from dflash_scale.verifier import verifier_shape
 
 log = logging.getLogger(__name__)
@@ -56,33 +58,68 @@ def main(arguments: Sequence[str]) -> int:
     folder = args.out or config.stream.cache
     if folder is None:
         raise ValueError("generate: got no folder to write to; give --out DIR, or stream.cache in the configuration")
+    check_stream(config)
+    return generate(config, Path(folder))
+
+
+def check_stream(config: Config) -> None:
+    """Raises ValueError for a stream that cannot fill a cache."""
     if config.stream.transport == "fp8":
         raise ValueError(
             'stream.transport: got "fp8", wanted "exact" or "bf16" because files of the cache hold no scales; set one'
         )
     if not config.stream.servers:
         raise ValueError("stream.servers: got none, wanted at least one {http, zmq}; name a server of the fleet")
-    return generate(config, Path(folder))
 
 
 def generate(config: Config, folder: Path) -> int:
     """Fills the folder. Raises ValueError for what does not fit together."""
     prepared = load_prepared(config.data.path)
     check_tokenizer(prepared, config.verifier.model)
-    samples = Samples(prepared.train, prepared.validation)
+    questions = SampleQuestions(Samples(prepared.train, prepared.validation))
+    filled = fill_cache(config, questions, folder, cache_origin(config, prepared.fingerprint))
+    return settle(filled, folder)
+
+
+def cache_origin(config: Config, fingerprint: str) -> CacheOrigin:
+    """Of a cache of this run's verifier with all the layers that its rows may want."""
     layout = run_layouts(config, verifier_shape(config.verifier.model, allow_network=True)).validation
-    model, origin = config.verifier.model, origin_of(config.verifier.model)
-    claim(folder, CacheOrigin(layout, model, origin.verifier, prepared.fingerprint), writable=True)
-    limits = limits_of(config.stream)
+    return CacheOrigin(layout, config.verifier.model, origin_of(config.verifier.model).verifier, fingerprint)
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """How far it came. `books`: `CacheFill.status`; `problem`: what ended it early other than a signal."""
+
+    complete: bool
+    books: dict[str, Any]
+    problem: str
+
+    @property
+    def status(self) -> int:
+        """Of the process."""
+        if self.problem:
+            return 1
+        return 0 if self.complete else STOPPED
+
+
+def fill_cache(config: Config, questions: Questions, folder: Path, cache_origin: CacheOrigin) -> Filled:
+    """Asks the servers for every sample that is not in the folder, until all are there, or a signal comes.
+
+    Raises:
+        ValueError: the folder is not of this origin.
+    """
+    claim(folder, cache_origin, writable=True)
+    limits, layout = limits_of(config.stream), cache_origin.layout
     run_id = secrets.token_hex(6)
     keys = None if config.stream.keys is None else receiver_keys(Path(config.stream.keys))
-    identity = Identity(run_id, f"{run_id}:generate:{os.getpid()}", layout, origin, keys)
-    fill = CacheFill(samples, open_cache(folder, layout), layout, limits.credit_bytes)
-    intake = Intake(Endpoints(config.stream), limits, identity, fill, samples, None)
+    identity = Identity(run_id, f"{run_id}:generate:{os.getpid()}", layout, origin_of(config.verifier.model), keys)
+    fill = CacheFill(questions, open_cache(folder, layout), layout, limits.credit_bytes)
+    intake = Intake(Endpoints(config.stream), limits, identity, fill, questions, None)
     signals: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: signals.append(number))
-    progress = Progress(len(samples.lengths))
+    progress = Progress(len(questions.lengths))
     problem = ""
     try:
         while not fill.complete and not signals:
@@ -97,12 +134,12 @@ def generate(config: Config, folder: Path) -> int:
         except CacheUnwritable as error:
             problem = problem or str(error)
     progress.end()
-    return settle(fill, folder, problem)
+    return Filled(fill.complete, fill.status(), problem)
 
 
-def settle(fill: CacheFill, folder: Path, problem: str) -> int:
-    """Writes the books and says them."""
-    books = {"complete": fill.complete, **fill.status()}
+def settle(filled: Filled, folder: Path) -> int:
+    """Writes the books and says them; gives the exit status."""
+    books = {"complete": filled.complete, **filled.books}
     aside = folder / f"totals.json.{os.getpid()}"
     aside.write_text(json.dumps(books, indent=1) + "\n", encoding="utf-8")
     os.replace(aside, folder / "totals.json")
@@ -110,10 +147,9 @@ def settle(fill: CacheFill, folder: Path, problem: str) -> int:
         f"{folder}: {books['samples']:,} samples, {books['present']:,} present, {books['written']:,} written "
         f"({books['written_bytes'] / 1e9:.2f} GB), {books['quarantined']:,} quarantined"
     )
-    if problem:
-        print(f"dflash-scale generate: {problem}\nstart it again to go on", file=sys.stderr)
-        return 1
-    return 0 if fill.complete else STOPPED
+    if filled.problem:
+        print(f"dflash-scale generate: {filled.problem}\nstart it again to go on", file=sys.stderr)
+    return filled.status
 
 
 class Progress:

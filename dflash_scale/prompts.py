@@ -17,7 +17,6 @@ import multiprocessing
 import os
 import shutil
 import threading
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -27,24 +26,17 @@ from typing import Any
 import datasets
 import numpy as np
 import numpy.typing as npt
-from datasets.arrow_writer import ArrowWriter
 from tqdm import tqdm
 
-from dflash_scale.conversations import BadLine, Encoded, Encoder
+from dflash_scale.conversations import BadLine, Encoder
+from dflash_scale.prepared_writer import FORMAT, SPLITS, Outcome, PreparedWriter, check_fraction
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
-SPLITS = ("train", "validation")
-FEATURES = datasets.Features(
-    {"input_ids": datasets.List(datasets.Value("int32")), "loss_mask": datasets.List(datasets.Value("int8"))}
-)
 LINES_PER_TASK = 64
 COUNTED_AT_ONCE = 1 << 24  # tokens whose counting copies them
-NAMED_BAD_LINES = 100  # in the log and in the manifest; all are counted
 
 Line = tuple[str, int, str]  # file, line number from 1, text
-Outcome = tuple[str, int, Encoded | str]  # file, line number, the sample or why there is none
 
 
 class Split:
@@ -155,8 +147,7 @@ def prepare(
     out = Path(out_dir)
     if out.exists():
         raise ValueError(f"prepare: {out} exists, wanted a new folder; remove it or name another")
-    if not 0 <= validation_fraction < 1:
-        raise ValueError(f"prepare: got validation_fraction {validation_fraction}, wanted 0 to below 1")
+    check_fraction(validation_fraction)
     if max_tokens < 2 or workers < 1:
         raise ValueError(f"prepare: got max_tokens {max_tokens} and workers {workers}, wanted at least 2 and 1")
     from transformers import AutoTokenizer  # seconds; the receiver imports this module too, and tokenises nothing
@@ -165,7 +156,7 @@ def prepare(
     aside = out.with_name(f"{out.name}.partial-{os.getpid()}")
     aside.mkdir(parents=True)
     try:
-        writer = _Writer(aside, validation_fraction, seed)
+        writer = PreparedWriter(aside, validation_fraction, seed)
         for outcome in _encode_all(files, model, max_tokens, workers):
             writer.add(outcome)
         about = {
@@ -176,6 +167,7 @@ def prepare(
             "max_tokens": max_tokens,
             "seed": seed,
         }
+        writer.check_sources(files)
         manifest = writer.finish(about)
         os.rename(aside, out)
     finally:
@@ -190,10 +182,10 @@ def find_files(sources: Sequence[str | Path]) -> list[Path]:
     for source in map(Path, sources):
         found = sorted(source.rglob("*.jsonl")) if source.is_dir() else [source] * source.is_file()
         if not found:
-            raise ValueError(f"prepare: got the source {source}, wanted a JSONL file or a folder that holds *.jsonl")
+            raise ValueError(f"got the source {source}, wanted a JSONL file or a folder that holds *.jsonl")
         files += found
     if not files:
-        raise ValueError("prepare: got no source, wanted at least one JSONL file or folder")
+        raise ValueError("got no source, wanted at least one JSONL file or folder")
     return files
 
 
@@ -216,90 +208,10 @@ def check_tokenizer(prepared: Prepared, model: str) -> Any:
     return tokenizer
 
 
-class _Writer:
-    """Sends every sample to its split and counts what happened to every line."""
-
-    def __init__(self, folder: Path, validation_fraction: float, seed: int) -> None:
-        self._folder, self._fraction, self._seed = folder, validation_fraction, seed
-        self._writers = {name: ArrowWriter(features=FEATURES, path=str(folder / f"{name}.arrow")) for name in SPLITS}
-        self._counts: Counter[str] = Counter(
-            dict.fromkeys(["lines", "train", "validation", "bad", "untrainable", "truncated"], 0)
-        )
-        self._tokens: Counter[str] = Counter(dict.fromkeys(["train", "validation", "supervised"], 0))
-        self._longest = 0
-        self._digest = hashlib.blake2b(digest_size=8)
-        self._bad: list[str] = []
-        self._usable: Counter[str] = Counter()
-
-    def add(self, outcome: Outcome) -> None:
-        file, number, sample = outcome
-        self._counts["lines"] += 1
-        self._usable.setdefault(file, 0)
-        if isinstance(sample, str):
-            self._counts["bad"] += 1
-            if len(self._bad) < NAMED_BAD_LINES:
-                self._bad.append(f"{file}:{number}: {sample}")
-                log.warning("skipped %s", self._bad[-1])
-            return
-        if not sample.trainable:
-            self._counts["untrainable"] += 1
-            return
-        split = "validation" if self._held_out(sample.tokens) else "train"
-        for part in (split.encode(), sample.tokens.tobytes(), sample.loss_mask.tobytes()):
-            self._digest.update(len(part).to_bytes(8, "little") + part)
-        self._writers[split].write({"input_ids": sample.tokens, "loss_mask": sample.loss_mask.view(np.int8)})
-        self._usable[file] += 1
-        self._counts[split] += 1
-        self._counts["truncated"] += sample.truncated
-        self._tokens[split] += len(sample.tokens)
-        self._tokens["supervised"] += int(sample.loss_mask.sum())
-        self._longest = max(self._longest, len(sample.tokens))
-
-    def _held_out(self, tokens: npt.NDArray[np.int32]) -> bool:
-        digest = hashlib.blake2b(tokens.tobytes(), digest_size=8, key=str(self._seed).encode()).digest()
-        return int.from_bytes(digest, "little") < self._fraction * 2.0**64
-
-    def finish(self, about: dict[str, Any]) -> dict[str, Any]:
-        """Writes the splits and the manifest."""
-        for file in about["sources"]:
-            if not self._usable[file]:
-                named = "; ".join(line for line in self._bad if line.startswith(f"{file}:"))[:500]
-                raise ValueError(f"prepare: {file} has no usable line{': ' + named if named else ''}")
-        if not self._counts["train"]:
-            raise ValueError(
-                f"prepare: all {self._counts['validation']} samples fell to validation, wanted some to train on; "
-                "give more conversations or a smaller validation fraction"
-            )
-        if self._fraction and not self._counts["validation"]:
-            log.warning("no sample fell to validation: the data set is small for this fraction")
-        for name, writer in self._writers.items():
-            writer.finalize()
-            # save_to_disk writes the folder that load_from_disk reads, in shards, from the memory-mapped file.
-            raw = self._folder / f"{name}.arrow"
-            split = datasets.Dataset.from_file(str(raw)) if self._counts[name] else _no_samples()
-            # load_from_disk cannot read a folder of no shards, which is what no samples would make
-            split.save_to_disk(str(self._folder / name), num_shards=None if self._counts[name] else 1)
-            raw.unlink()
-        manifest = {
-            "format": FORMAT,
-            **about,
-            "counts": dict(self._counts),
-            "tokens": dict(self._tokens),
-            "longest": self._longest,
-            "fingerprint": self._digest.hexdigest(),
-            "bad_lines": self._bad,
-        }
-        (self._folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        return manifest
-
-
-def _no_samples() -> datasets.Dataset:
-    return datasets.Dataset.from_dict({name: [] for name in FEATURES}, features=FEATURES)
-
-
-def _lines(files: Sequence[Path]) -> Iterator[Line]:
+def lines_of(files: Sequence[Path]) -> Iterator[Line]:
+    """The lines that are not empty, with a progress bar."""
     size = sum(path.stat().st_size for path in files)
-    with tqdm(total=size, unit="B", unit_scale=True, desc="prepare", disable=None) as bar:
+    with tqdm(total=size, unit="B", unit_scale=True, desc="reading", disable=None) as bar:
         for path in files:
             with path.open("rb") as stream:
                 for number, raw in enumerate(stream, start=1):
@@ -310,7 +222,7 @@ def _lines(files: Sequence[Path]) -> Iterator[Line]:
 
 def _encode_all(files: Sequence[Path], model: str, max_tokens: int, workers: int) -> Iterator[Outcome]:
     """Encodes every line, in the order of the files."""
-    lines = _lines(files)
+    lines = lines_of(files)
     tasks = iter(lambda: list(islice(lines, LINES_PER_TASK)), [])
     if workers == 1:
         encoder = make_encoder(model, max_tokens)

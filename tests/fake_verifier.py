@@ -4,7 +4,7 @@
 
 The script maps a sample to what is done to its first attempts at this server, one word each; after that, and for all
 other samples, the answer is good. Words: corrupt, truncated, layout, tokens, extra-frame, garbage, twice, stranger,
-silent, refuse, busy, http400, http500, die, hang.
+silent, refuse, busy, http400, http500, die, hang; for a ticket that asks for an answer also endless and mute.
 """
 
 import argparse
@@ -41,6 +41,11 @@ def states(token_ids: bytes, layout: Layout) -> bytes:
     """The fake's hidden states of a prompt: a function of its tokens and the layers that no other prompt shares."""
     seed = int.from_bytes(token_ids + bytes(layout.layer_ids))
     return random.Random(seed).randbytes(len(token_ids) // 4 * layout.bytes_per_token)
+
+
+def answer_to(prompt: list[int], most: int) -> list[int]:
+    """The fake's answer, of 1 to `most` tokens."""
+    return [(prompt[-1] + i) % 1000 for i in range(1 + sum(prompt) % most)]
 
 
 def bad_frames(word: str, ticket: Ticket, token_ids: bytes) -> Iterator[Frames]:
@@ -126,7 +131,6 @@ class FakeVerifier:
         ticket = Ticket.from_request(body["kv_transfer_params"])
         assert ticket is not None
         assert body["model"] == "fake"
-        token_ids = np.asarray(body["prompt"], "<i4").tobytes()
         with self.lock:
             words = self.script.get(str(ticket.sample), [])
             word = words[self.seen[ticket.sample]] if self.seen[ticket.sample] < len(words) else ""
@@ -137,6 +141,11 @@ class FakeVerifier:
             os.kill(os.getpid(), signal.SIGSTOP)
         if word.startswith("http"):
             return int(word[4:])
+        tokens = body["prompt"]
+        if ticket.answer and word != "mute":
+            most = body["max_tokens"]
+            tokens = [*tokens, *([7] * (most + 1) if word == "endless" else answer_to(tokens, most))]
+        token_ids = np.asarray(tokens, "<i4").tobytes()
         for frames in [] if self.mute else bad_frames(word, ticket, token_ids):
             self.outgoing.put([ticket.receiver.encode(), *frames])
         return 200

@@ -18,7 +18,8 @@ from fake_verifier import LAYOUT, states
 
 from dflash_scale.config import Config, parse_config
 from dflash_scale.packer import Row, RowSchedule, Samples, schedule_spec
-from dflash_scale.prompts import FEATURES, FORMAT, load_prepared
+from dflash_scale.prepared_writer import FEATURES, FORMAT
+from dflash_scale.prompts import load_prepared
 from dflash_scale.stream.jobs import Key
 from dflash_scale.stream.layouts import RowLayouts
 from dflash_scale.stream.receiver import Receiver, ReceiverSpec, read_status, spawn_receiver

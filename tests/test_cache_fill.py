@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
-from fake_verifier import LAYOUT, states
+from fake_verifier import LAYOUT, answer_to, states
 from receiver_run import FakeServer, Run
 from test_receiver import BAD
 
@@ -17,21 +18,25 @@ from dflash_scale.stream.cache_fill import CacheFill, CacheUnwritable
 from dflash_scale.stream.endpoints import Endpoints
 from dflash_scale.stream.greetings import Identity
 from dflash_scale.stream.intake import Intake, limits_of
+from dflash_scale.stream.questions import PromptQuestions, SampleQuestions, Sampling
 from dflash_scale.stream.wire import Origin
 
 pytest_plugins = ("receiver_run",)
 
 
 class Filling:
-    """One start of `generate` without its command."""
+    """One start of `generate`, or of `answer`, without its command."""
 
-    def __init__(self, run: Run, folder: Path, most_bytes: int = 1 << 20) -> None:
+    def __init__(
+        self, run: Run, folder: Path, most_bytes: int = 1 << 20, prompts: PromptQuestions | None = None
+    ) -> None:
         folder.mkdir(exist_ok=True)
         self.run, self.cache = run, open_cache(folder, LAYOUT)
-        self.fill = CacheFill(run.samples, self.cache, LAYOUT, most_bytes)
+        questions = prompts or SampleQuestions(run.samples)
+        self.fill = CacheFill(questions, self.cache, LAYOUT, most_bytes)
         identity = Identity("fill", f"fill:{id(self)}", LAYOUT, Origin(), None)
         stream = run.config.stream
-        self.intake = Intake(Endpoints(stream), limits_of(stream), identity, self.fill, run.samples, None)
+        self.intake = Intake(Endpoints(stream), limits_of(stream), identity, self.fill, questions, None)
 
     def work(self, until: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 120
@@ -109,7 +114,7 @@ def test_files_are_looked_at_one_a_turn_and_the_last_one_written_is_booked(
     for want in wants[:3]:
         token_ids = run.samples.tokens(want.key[1]).astype("<i4").tobytes()
         first.fill.reserve(want.key)[:] = states(token_ids, LAYOUT)
-        first.fill.commit(want.key)
+        first.fill.commit(want.key, token_ids)
     first.intake.close()
     first.fill.close()
     assert first.fill.counts["written"] == 3 and not first.fill.complete
@@ -164,3 +169,52 @@ def test_a_disk_that_takes_no_more_ends_it_with_what_is_whole(make_run: Callable
     assert not filling.fill.complete
     files = [path.name for path in (tmp_path / "cache").iterdir() if path.name != "quarantined.jsonl"]
     assert len(files) == filling.fill.counts["written"] == filling.cache.size()[0]
+
+
+def test_answers_come_through_a_hostile_wire_with_the_states_of_all_their_tokens(
+    make_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    """Of unknown lengths, from prompts whose samples may differ in their room for an answer."""
+    words = (*BAD, "endless", "mute", "http400", "http500")
+    run = make_run([FakeServer({n: [word] for n, word in enumerate(words)}).start() for _ in range(2)])
+    draw = np.random.default_rng(1)
+    prompts = [draw.integers(0, 1000, draw.integers(1, 25)).astype(np.int32) for _ in range(60)]
+    questions = PromptQuestions(prompts, Sampling(answer_tokens=12, max_tokens=30, temperature=0.5))
+    folder = tmp_path / "cache"
+    filling = Filling(run, folder, prompts=questions)
+    books = filling.to_the_end()
+    wanted = [[*p.tolist(), *answer_to(p.tolist(), min(12, 30 - len(p)))] for p in prompts]
+    assert {len(tokens) - len(p) for tokens, p in zip(wanted, prompts, strict=True)} >= {1, 5, 12}
+    nbytes = sum(map(len, wanted)) * LAYOUT.bytes_per_token
+    assert (books["written"], books["written_bytes"], books["quarantined"]) == (60, nbytes, 0)
+    status = filling.intake.status()
+    assert sum(server["tokens"] for server in status["servers"]) == sum(map(len, wanted))
+    assert sum(server["bytes"] for server in status["servers"]) == nbytes
+    assert status["dropped"]["wrong tokens"] >= 3, "tokens, endless, mute"
+    for number, tokens in enumerate(wanted):
+        token_ids = np.asarray(tokens, "<i4").tobytes()
+        assert filling.cache.token_ids(number, 30) == token_ids
+        slot = memoryview(bytearray(len(tokens) * LAYOUT.bytes_per_token))
+        filling.cache.read(number, token_ids, LAYOUT, slot)
+        assert slot == states(token_ids, LAYOUT)
+    os.truncate(filling.cache.path(3), 400)
+    filling.cache.path(5).write_bytes(filling.cache.path(6).read_bytes())  # another prompt's answer
+    again = Filling(run, folder, prompts=questions)
+    books = again.to_the_end()
+    assert (books["present"], books["written"]) == (58, 2)
+    assert again.cache.token_ids(5, 30) == np.asarray(wanted[5], "<i4").tobytes()
+
+
+def test_what_may_be_an_answer() -> None:
+    prompt = np.array([5, 6, 7], np.int32)
+    questions = PromptQuestions([prompt], Sampling(answer_tokens=4, max_tokens=6, temperature=0.0))
+    assert questions.lengths.tolist() == [6]
+    assert questions.body(0) == {"prompt": [5, 6, 7], "max_tokens": 3, "temperature": 0.0}
+    for answer, problem in (
+        ([1], ""),
+        ([1, 2, 3], ""),
+        ([], "the token ids are not the prompt's and an answer's"),
+        ([1, 2, 3, 4], "7 tokens came, at most 6 were asked for"),
+    ):
+        assert questions.problem(0, np.asarray([5, 6, 7, *answer], "<i4").tobytes()) == problem
+    assert questions.problem(0, np.asarray([5, 6, 8, 1], "<i4").tobytes()).startswith("the token ids are not")

@@ -176,3 +176,38 @@ def test_a_slow_tokenizer_is_refused() -> None:
 
     with pytest.raises(ValueError, match="got a slow tokenizer, wanted a fast one"):
         Encoder(Slow(), 10, 10)
+
+
+def prompt_of(line: str, template: str | None = CHATML, max_tokens: int = 1000) -> str:
+    tokenizer = byte_tokenizer(template)
+    return tokenizer.decode(Encoder(tokenizer, len(tokenizer), max_tokens).prompt(line))
+
+
+def test_a_prompt_ends_where_the_last_answer_begins() -> None:
+    asked = "<|im_start|>user\na?<|im_end|>\n<|im_start|>assistant\n"
+    assert prompt_of(chat("a?")) == prompt_of(chat("a?", "not the verifier's")) == asked
+    assert prompt_of(chat("a?", "yes", "b?", "no")) == (
+        "<|im_start|>user\na?<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
+        "<|im_start|>user\nb?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    turns = [{"from": "system", "value": "be brief"}, {"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]
+    assert prompt_of(json.dumps({"conversations": turns})) == f"<|im_start|>system\nbe brief<|im_end|>\n{asked}"
+    tokenizer = byte_tokenizer(None)
+    line = json.dumps({"prompt_ids": [3, 4], "answer_ids": [5]})
+    assert Encoder(tokenizer, 10, 9).prompt(line).tolist() == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("line", "template", "reason"),
+    [
+        ("[]", CHATML, "got a list, wanted an object"),
+        ('{"prompt_ids": []}', CHATML, "the prompt has 0 tokens, wanted 1 to 28"),
+        (chat("x" * 40), CHATML, "tokens, wanted 1 to 28"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', CHATML, "there is nothing to answer"),
+        (chat("a?"), None, "no chat template"),
+        ('{"prompt_ids": [3, 999]}', CHATML, "got the token 999"),
+    ],
+)
+def test_a_line_without_a_prompt(line: str, template: str | None, reason: str) -> None:
+    with pytest.raises(BadLine, match=reason):
+        prompt_of(line, template, 30)

@@ -58,7 +58,7 @@ class Bench:
     def deliver(self, send: Send) -> bool:
         job = self.fleet.claim(send.server, send.key, send.attempt)
         if job is not None:
-            self.fleet.delivered(job, send.attempt, self.now)
+            self.fleet.delivered(job, send.attempt, job.tokens, self.now)
         return job is not None
 
     def answer(self, send: Send, fault: Fault | None = None, reason: str = "") -> None:

@@ -125,7 +125,7 @@ class World:
         if machine.mode == "corrupt":
             self.fleet.rejected(send.server, send.key, send.attempt, Fault.DOUBT, "checksum", self.now)
             return
-        self.fleet.delivered(job, send.attempt, self.now)
+        self.fleet.delivered(job, send.attempt, job.tokens, self.now)
         self.ends[send.key] += 1
         self.delivered.add(send.key)
         if self.draw.random() < 0.05:  # and once more

@@ -60,20 +60,35 @@ class Cache:
         """Whether there is a file of the sample, good or bad."""
         return self.path(sample).exists()
 
+    def token_ids(self, sample: int, most: int) -> bytes:
+        """Token ids of a sample's file, at most `most` of them, int32 little-endian; not checked against its checksum.
+
+        Raises:
+            BadFile: there is no such file, or it is none of the cache's, or longer.
+        """
+        file = self._open(sample)
+        try:
+            return cache_file.read_token_ids(file, most)
+        finally:
+            os.close(file)
+
     def read(self, sample: int, token_ids: bytes, layout: Layout, slot: memoryview) -> None:
         """Reads a sample's states into `slot`, see `cache_file.read_states`.
 
         Raises:
             BadFile: there is no such file, or it is not what is wanted.
         """
-        try:
-            file = os.open(self.path(sample), os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise BadFile(f"it cannot be opened: {error.strerror}") from error
+        file = self._open(sample)
         try:
             cache_file.read_states(file, token_ids, layout, self._layer_ids, slot)
         finally:
             os.close(file)
+
+    def _open(self, sample: int) -> int:
+        try:
+            return os.open(self.path(sample), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise BadFile(f"it cannot be opened: {error.strerror}") from error
 
     def write(self, sample: int, token_ids: bytes, layout: Layout, states: Buffer) -> int:
         """Writes a sample's file; gives its size in bytes.

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from dflash_scale.stream import wire
@@ -80,6 +81,24 @@ def write_all(file: int, parts: Sequence[Buffer]) -> None:
             left[0] = left[0][written:]
 
 
+def read_token_ids(file: int, most: int) -> bytes:
+    """The file's token ids, int32 little-endian. Raises BadFile: it is damaged, or has more than `most`."""
+    try:
+        stored = _stored(file)
+        if stored.tokens > most:
+            raise BadFile(f"it has {stored.tokens} tokens, wanted at most {most}")
+        return _token_ids(file, stored).astype("<i4").tobytes()
+    except OSError as error:
+        raise BadFile(f"it cannot be read: {error.strerror}") from error
+
+
+def _token_ids(file: int, stored: Stored) -> npt.NDArray[np.int64]:
+    """(tokens,) int64, as they are stored."""
+    ids = bytearray(stored.tokens * TOKEN_BYTES)
+    _read(file, memoryview(ids), stored.tokens_at)
+    return np.frombuffer(ids, "<i8")
+
+
 def read_states(file: int, token_ids: bytes, layout: Layout, layer_ids: tuple[int, ...], slot: memoryview) -> None:
     """Reads the states of a sample in the wanted layout.
 
@@ -96,9 +115,7 @@ def read_states(file: int, token_ids: bytes, layout: Layout, layer_ids: tuple[in
     try:
         stored = _stored(file)
         layers = _layers(stored, token_ids, layout, layer_ids)
-        ids = bytearray(stored.tokens * TOKEN_BYTES)
-        _read(file, memoryview(ids), stored.tokens_at)
-        if np.frombuffer(ids, "<i8").tobytes() != np.frombuffer(token_ids, "<i4").astype("<i8").tobytes():
+        if not np.array_equal(_token_ids(file, stored), np.frombuffer(token_ids, "<i4")):
             raise BadFile("its token ids are not those of the sample")
         digest = _read_blocks(file, stored, layers, token_ids, slot)
     except OSError as error:

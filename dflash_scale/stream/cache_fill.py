@@ -1,4 +1,4 @@
-"""Takes every sample of a data set to the cache: where `dflash-scale generate` lets the receiver's loop deliver.
+"""Takes every sample to the cache: where `generate` and `answer` let the receiver's loop deliver.
 
 A sample is present (its file was there and is good), written or quarantined, exactly one of the three. Files that are
 there are read in the loop, one a turn; what servers send goes to the writing thread as it came, without a copy.
@@ -13,13 +13,13 @@ from typing import Any, Final
 
 import numpy as np
 
-from dflash_scale.packer import Samples
 from dflash_scale.stream.cache import Cache
 from dflash_scale.stream.cache_file import BadFile
 from dflash_scale.stream.jobs import Key
 from dflash_scale.stream.keeper import Keeper, Sample
+from dflash_scale.stream.questions import Questions
 from dflash_scale.stream.window import Want
-from dflash_scale.stream.wire import Layout
+from dflash_scale.stream.wire import TOKEN_ID_BYTES, Layout
 
 QUARANTINED_FILE: Final = "quarantined.jsonl"
 MOST_IN_HAND: Final = 4096  # samples that are asked for at once
@@ -33,21 +33,23 @@ class CacheFill:
     """The receiver's output, into files.
 
     Args:
-        samples: the data set.
+        questions: the samples.
         cache: the folder.
         layout: what every file holds.
         most_bytes: of states that are asked for, or here and not yet written.
     """
 
-    def __init__(self, samples: Samples, cache: Cache, layout: Layout, most_bytes: int) -> None:
-        self._samples, self._cache, self._layout, self._most_bytes = samples, cache, layout, most_bytes
+    def __init__(self, questions: Questions, cache: Cache, layout: Layout, most_bytes: int) -> None:
+        self._questions, self._cache, self._layout, self._most_bytes = questions, cache, layout, most_bytes
+        self._lengths = questions.lengths
         self.attached, self.backlog = True, False
         self.counts: Counter[str] = Counter()  # present, written, written_bytes, quarantined
         self._next = 0
         self._in_hand: dict[int, Want] = {}
         self._bytes_in_hand = 0
+        self._being_written: dict[int, int] = {}  # sample -> bytes of states
         self._slot: memoryview | None = None
-        self._scratch = memoryview(bytearray(int(samples.lengths.max()) * layout.bytes_per_token))
+        self._scratch = memoryview(bytearray(int(self._lengths.max()) * layout.bytes_per_token))
         self._reports: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
         self._keeper = Keeper(cache, most_bytes, report=lambda *report: self._reports.put(report))
         # Those of an earlier run are asked for again.
@@ -55,7 +57,7 @@ class CacheFill:
 
     @property
     def complete(self) -> bool:
-        return self._next == len(self._samples.lengths) and not self._in_hand
+        return self._next == len(self._lengths) and not self._in_hand
 
     @property
     def blocked_on(self) -> str:
@@ -64,7 +66,7 @@ class CacheFill:
     def status(self) -> dict[str, Any]:
         """The books: samples = present + written + quarantined, once it is complete."""
         names = ("present", "written", "written_bytes", "quarantined")
-        return {"samples": len(self._samples.lengths), **{name: self.counts[name] for name in names}}
+        return {"samples": len(self._lengths), **{name: self.counts[name] for name in names}}
 
     def take(self) -> list[Want]:
         """Samples to ask for, after a look at one file that is there.
@@ -75,8 +77,8 @@ class CacheFill:
         self._book_written()
         taken: list[Want] = []
         self.backlog = False
-        while self._next < len(self._samples.lengths) and len(self._in_hand) < MOST_IN_HAND:
-            want = Want((0, self._next), int(self._samples.lengths[self._next]), self._layout)
+        while self._next < len(self._lengths) and len(self._in_hand) < MOST_IN_HAND:
+            want = Want((0, self._next), int(self._lengths[self._next]), self._layout)
             if self._in_hand and self._bytes_in_hand + want.nbytes > self._most_bytes:
                 break
             there = self._cache.has(self._next)
@@ -93,14 +95,14 @@ class CacheFill:
         return taken
 
     def _is_good(self, want: Want) -> bool:
+        sample = want.key[1]
         try:
-            self._cache.read(want.key[1], self._token_ids(want.key), self._layout, self._scratch[: want.nbytes])
+            token_ids = self._cache.token_ids(sample, want.tokens)
+            nbytes = len(token_ids) // TOKEN_ID_BYTES * self._layout.bytes_per_token
+            self._cache.read(sample, token_ids, self._layout, self._scratch[:nbytes])
         except BadFile:
             return False
-        return True
-
-    def _token_ids(self, key: Key) -> bytes:
-        return self._samples.tokens(key[1]).astype("<i4").tobytes()
+        return not self._questions.problem(sample, token_ids)
 
     def want(self, key: Key) -> Want:
         return self._in_hand[key[1]]
@@ -112,9 +114,11 @@ class CacheFill:
     def abandon(self, key: Key) -> None:
         self._slot = None
 
-    def commit(self, key: Key) -> None:
+    def commit(self, key: Key, token_ids: bytes) -> None:
         assert self._slot is not None, "reserved before"
-        self._keeper.put(Sample(key[1], self._token_ids(key), self._layout, self._slot))
+        states = self._slot[: len(token_ids) // TOKEN_ID_BYTES * self._layout.bytes_per_token]
+        self._being_written[key[1]] = len(states)
+        self._keeper.put(Sample(key[1], token_ids, self._layout, states))
         self._slot = None
 
     def quarantine(self, key: Key, reason: str) -> None:
@@ -132,7 +136,7 @@ class CacheFill:
             sample, problem = self._reports.get()
             if problem:
                 raise CacheUnwritable(f"{self._cache.path(sample)} could not be written: {problem}")
-            self.counts["written_bytes"] += self._in_hand[sample].nbytes
+            self.counts["written_bytes"] += self._being_written.pop(sample)
             self._done(sample, "written")
 
     def _done(self, sample: int, what: str) -> None:

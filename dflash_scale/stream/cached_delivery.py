@@ -108,12 +108,13 @@ class CachedDelivery(Delivery):
         slot = super().reserve(want.key)
         if slot is None:  # the rank has left
             return
+        token_ids = self._samples.tokens(want.key[1]).astype("<i4").tobytes()
         try:
-            self._cache.read(want.key[1], self._token_ids(want.key), want.layout, slot)
+            self._cache.read(want.key[1], token_ids, want.layout, slot)
         except BadFile:
             self.abandon(want.key)
             raise
-        super().commit(want.key)
+        super().commit(want.key, token_ids)
         self._cache_counts["hits"] += 1
         self._lacking_in_a_row = 0
 
@@ -134,18 +135,15 @@ class CachedDelivery(Delivery):
         self.quarantine(want.key, f"{path}: {problem}")
         return []
 
-    def _token_ids(self, key: Key) -> bytes:
-        return self._samples.tokens(key[1]).astype("<i4").tobytes()
-
     # What servers sent.
 
     def reserve(self, key: Key) -> memoryview | None:
         self._slot = super().reserve(key)
         return self._slot
 
-    def commit(self, key: Key) -> None:
+    def commit(self, key: Key, token_ids: bytes) -> None:
         want, slot = self.want(key), self._slot
-        super().commit(key)
+        super().commit(key, token_ids)
         # The slot still holds the sample: nobody but this thread writes to the ring.
         if self._keeper is not None and slot is not None and self._keeper.room(len(slot)):
-            self._keeper.put(Sample(key[1], self._token_ids(key), want.layout, bytes(slot)))
+            self._keeper.put(Sample(key[1], token_ids, want.layout, bytes(slot)))

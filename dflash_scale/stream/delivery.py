@@ -90,7 +90,7 @@ class Delivery:
         """What was written to the slot is void; the sample is still wanted."""
         self._wanted[key][1].ring.abandon()
 
-    def commit(self, key: Key) -> None:
+    def commit(self, key: Key, token_ids: bytes) -> None:
         """The slot holds the sample."""
         want, window = self._wanted.pop(key)
         window.ring.commit(sample=key[1], epoch=key[0], status=COMMITTED, tokens=want.tokens)

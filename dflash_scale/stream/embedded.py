@@ -105,8 +105,9 @@ class TappedVerifier:
         seed: int | None = None,
     ) -> tuple[torch.Tensor, list[int]]:
         """(T,) prompt ids -> hidden states (T, L, H) after `layer_ids`, none if there are none, and up to max_tokens
-        token ids. T are the prompt's tokens or, with `answer_too`, those and the answer's; the last was never fed, and
-        zeros stand for its hidden states. temperature 0 is greedy; above, the same seed gives the same answer, and None another one each time."""
+        token ids. With `answer_too` the T tokens are the prompt's and the answer's; the last was never fed, and zeros
+        stand for its hidden states. temperature 0 is greedy; above, the same seed gives the same answer, and None
+        another one each time."""
         for kept in self._taps.values():
             kept.clear()
         generator = torch.Generator()

@@ -127,17 +127,17 @@ class Fleet:
 
     # What happened.
 
-    def delivered(self, job: Job, attempt: int, now: float) -> None:
-        """The data of a claimed job is committed."""
+    def delivered(self, job: Job, attempt: int, tokens: int, now: float) -> None:
+        """The data of a claimed job is committed; of an answer, it has fewer tokens than credit was held for."""
         index = job.servers[attempt]
         server = self.servers[index]
         server.samples += 1
-        server.tokens += job.tokens
-        server.bytes += job.nbytes
+        server.tokens += tokens
+        server.bytes += job.nbytes * tokens // job.tokens
         server.failed_keys.clear()
         server.unconfirmed.clear()
         server.strikes, server.paused_until = 0, -math.inf
-        server.pace.delivered.append((now, job.tokens))
+        server.pace.delivered.append((now, tokens))
         found = self._attempts.forget(index, job.key, attempt)
         if found is not None:
             server.pace.data_s.append(now - found.sent)

@@ -16,7 +16,6 @@ from typing import Any, Final, Protocol
 import zmq
 
 from dflash_scale.config_stream import StreamSection
-from dflash_scale.packer import Samples
 from dflash_scale.quarantine import QuarantineFile
 from dflash_scale.stream import payload, wire
 from dflash_scale.stream.calls import Calls, Event, HealthAnswered
@@ -25,6 +24,7 @@ from dflash_scale.stream.fleet import Fleet
 from dflash_scale.stream.greetings import Comparison, Greeting, Identity, ServerMismatch
 from dflash_scale.stream.jobs import Action, Cut, Fault, Job, Key, Limits, Lost, Probe, Quarantined, Send
 from dflash_scale.stream.links import Links
+from dflash_scale.stream.questions import Questions
 from dflash_scale.stream.window import Want
 from dflash_scale.stream.wire import Ticket, WireError
 
@@ -63,7 +63,7 @@ class Destination(Protocol):
     def want(self, key: Key) -> Want: ...
     def reserve(self, key: Key) -> memoryview | None: ...
     def abandon(self, key: Key) -> None: ...
-    def commit(self, key: Key) -> None: ...
+    def commit(self, key: Key, token_ids: bytes) -> None: ...
     def quarantine(self, key: Key, reason: str) -> None: ...
     def status(self) -> dict[str, Any]: ...
 
@@ -93,7 +93,7 @@ class Intake:
         limits: bounds of the fleet.
         identity: who receives, and what.
         delivery: where the samples go.
-        samples: the data set; its token ids are sent, and compared with what comes back.
+        questions: what is sent for a sample, and what may come back.
         quarantine: where samples are named that no server could answer; None: `delivery` does that itself.
     """
 
@@ -103,10 +103,10 @@ class Intake:
         limits: Limits,
         identity: Identity,
         delivery: Destination,
-        samples: Samples,
+        questions: Questions,
         quarantine: QuarantineFile | None,
     ) -> None:
-        self._identity, self.delivery, self._samples, self._quarantine = identity, delivery, samples, quarantine
+        self._identity, self.delivery, self._questions, self._quarantine = identity, delivery, questions, quarantine
         self.fleet = Fleet([], limits, time.monotonic())
         self._endpoints = endpoints
         self._addresses: list[tuple[str, str]] = []  # (http, zmq) of every server of the fleet
@@ -114,7 +114,7 @@ class Intake:
         self.blocked_on = "servers"
         self.blocked_s: defaultdict[str, float] = defaultdict(float)
         self._clock = time.monotonic()
-        self._max_tokens = int(samples.lengths.max())
+        self._max_tokens = int(questions.lengths.max())
         self._greetings: dict[int, Greeting] = {}
         self._server_ids: dict[int, str] = {}
         self._models: dict[int, str] = {}
@@ -238,14 +238,18 @@ class Intake:
         epoch, sample = send.key
         layout = self.delivery.want(send.key).layout
         receiver = self._links.receiver(send.server)
-        ticket = Ticket(self._identity.run_id, receiver, epoch, sample, send.attempt, layout.layer_ids, layout.dtype)
-        body = {
-            "model": self._models[send.server],
-            "prompt": self._samples.tokens(sample).tolist(),
-            "max_tokens": 1,
-            "temperature": 0,
-            "kv_transfer_params": {"dflash": ticket.to_params()},
-        }
+        ticket = Ticket(
+            self._identity.run_id,
+            receiver,
+            epoch,
+            sample,
+            send.attempt,
+            layout.layer_ids,
+            layout.dtype,
+            self._questions.answers,
+        )
+        params = {"dflash": ticket.to_params()}
+        body = {"model": self._models[send.server], **self._questions.body(sample), "kv_transfer_params": params}
         self._calls.post(send, body)
 
     def _happened(self, event: Event) -> None:
@@ -334,30 +338,31 @@ class Intake:
         want = self.delivery.want(job.key)
         if header.layout != want.layout:
             return "wrong layout", f"{header.layout} came, {want.layout} was asked for"
-        if header.tokens != job.tokens:
-            return "wrong tokens", f"{header.tokens} tokens came, {job.tokens} were asked for"
         if not socket.getsockopt(zmq.RCVMORE):
             return "malformed", "the token ids are missing"
         token_ids = socket.recv()
-        if token_ids != self._samples.tokens(job.key[1]).astype("<i4").tobytes():
-            return "wrong tokens", "the token ids are not those of the sample"
+        if problem := self._questions.problem(job.key[1], token_ids):
+            return "wrong tokens", problem
+        if len(token_ids) != header.token_bytes:
+            return "malformed", f"{header.token_bytes} bytes of token ids were announced, {len(token_ids)} came"
         if not socket.getsockopt(zmq.RCVMORE):
             return "malformed", "the hidden states are missing"
         slot = self.delivery.reserve(job.key)
         if slot is None:  # the rank has left: nobody wants it any more
-            self.fleet.delivered(job, header.ticket.attempt, time.monotonic())
+            self.fleet.delivered(job, header.ticket.attempt, header.tokens, time.monotonic())
             return None
+        slot = slot[: header.hidden_bytes]
         received = socket.recv_into(slot)
-        if socket.getsockopt(zmq.RCVMORE) or received != job.nbytes:
+        if socket.getsockopt(zmq.RCVMORE) or received != len(slot):
             self.delivery.abandon(job.key)
-            return "malformed", f"{job.nbytes} bytes in one frame were announced, {received} or more frames came"
+            return "malformed", f"{len(slot)} bytes in one frame were announced, {received} or more frames came"
         try:
             payload.check_payload(header, token_ids, slot)
         except WireError as error:
             self.delivery.abandon(job.key)
             return "corrupt", str(error)
-        self.delivery.commit(job.key)
-        self.fleet.delivered(job, header.ticket.attempt, time.monotonic())
+        self.delivery.commit(job.key, token_ids)
+        self.fleet.delivered(job, header.ticket.attempt, header.tokens, time.monotonic())
         return None
 
 

@@ -275,6 +275,7 @@ def make_intake(spec: ReceiverSpec, config: Config, rings: Sequence[Ring]) -> An
     from dflash_scale.stream.greetings import Identity
     from dflash_scale.stream.intake import Intake, limits_of
     from dflash_scale.stream.keys import receiver_keys
+    from dflash_scale.stream.questions import SampleQuestions
     from dflash_scale.stream.window import Window
 
     prepared = load_prepared(config.data.path)
@@ -300,7 +301,8 @@ def make_intake(spec: ReceiverSpec, config: Config, rings: Sequence[Ring]) -> An
     )
     delivery = make_delivery(config.stream, windows, samples, spec.layouts.validation)
     quarantine = QuarantineFile(Path(config.train.output_dir) / FILE_NAME, prepared.fingerprint)
-    return Intake(Endpoints(config.stream), limits_of(config.stream), identity, delivery, samples, quarantine)
+    questions = SampleQuestions(samples)
+    return Intake(Endpoints(config.stream), limits_of(config.stream), identity, delivery, questions, quarantine)
 
 
 def main() -> int:

@@ -1,0 +1,249 @@
+"""`dflash-scale answer`: the verifier's own answers to prompts, and the hidden states of both, from one request each.
+
+    dflash-scale answer prompts.jsonl --config configs/zero2_dflash.json --out data/qwen3-8b --states states/qwen3-8b
+
+It writes a prepared data set and a cache whose files are numbered as its samples, ready for `stream.mode` "offline".
+The loss mask covers the answers. Which side of the split a sample falls on depends on its prompt and the seed alone.
+
+It can be stopped, or killed, at any time, and started again with the same arguments. While it asks, the files are
+numbered by the prompts and lie in STATES/.answering; when all prompts are answered or given up, it writes the data set
+there, then the numbers that the files will have, then renames the files, and the data set last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from dflash_scale.config import Config, load_config
+from dflash_scale.conversations import BadLine, Encoded
+from dflash_scale.generate import cache_origin, check_stream, fill_cache
+from dflash_scale.prepared_writer import PreparedWriter, check_fraction
+from dflash_scale.prompts import find_files, lines_of, load_prepared, make_encoder, tokenizer_hash
+from dflash_scale.stream.cache import Cache, CacheOrigin, claim, open_cache, read_manifest
+from dflash_scale.stream.cache_fill import QUARANTINED_FILE
+from dflash_scale.stream.questions import PromptQuestions, Sampling
+
+WORK: Final = ".answering"  # in the folder of the states: renaming works within one file system only
+NUMBERS: Final = "numbers.json"  # prompt -> sample; once it is there, nothing is asked any more
+DATA: Final = "data"
+UNANSWERED: Final = "unanswered.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What is to be answered, how, and where it goes."""
+
+    sources: Sequence[str]
+    out: Path
+    states: Path
+    sampling: Sampling
+    validation_fraction: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One line of the sources: its prompt, (n,) int32, or why it has none."""
+
+    file: str
+    line: int
+    prompt: npt.NDArray[np.int32] | str
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command `answer`. Returns 0 when data set and cache are there, 143 when a signal ended it early, 1 when
+    servers or disk did."""
+    parser = argparse.ArgumentParser(prog="dflash-scale answer", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("sources", nargs="+", help="JSONL files, or folders of them; answers in them are left out")
+    parser.add_argument("--config", required=True, type=Path, help="JSON file of the run: verifier and servers")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value")
+    parser.add_argument("--out", help="folder of the data set; without it, data.path")
+    parser.add_argument("--states", help="folder of the hidden states; without it, stream.cache")
+    parser.add_argument("--answer-tokens", type=int, default=1024, help="longest answer")
+    parser.add_argument("--max-tokens", type=int, default=3072, help="longest sample, prompt and answer")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of the answers; 0 is greedy")
+    parser.add_argument("--validation-fraction", type=float, default=0.01, help="share of prompts held out")
+    parser.add_argument("--seed", type=int, default=0, help="of the split")
+    args = parser.parse_args(arguments)
+    config = load_config(args.config, args.set)
+    states = args.states or config.stream.cache
+    if states is None:
+        raise ValueError("got no folder for the hidden states; give --states DIR, or stream.cache in the configuration")
+    if args.answer_tokens < 2 or args.max_tokens < 3 or not 0 <= args.temperature < float("inf"):
+        raise ValueError(
+            f"got --answer-tokens {args.answer_tokens}, --max-tokens {args.max_tokens} and --temperature "
+            f"{args.temperature}, wanted at least 2, at least 3 and a number from 0"
+        )
+    check_fraction(args.validation_fraction)
+    check_stream(config)
+    sampling = Sampling(args.answer_tokens, args.max_tokens, args.temperature)
+    out = Path(args.out or config.data.path)
+    return answer(config, Order(args.sources, out, Path(states), sampling, args.validation_fraction, args.seed))
+
+
+def answer(config: Config, order: Order) -> int:
+    """Asks, numbers and places. Raises ValueError for what does not fit together."""
+    work = order.states / WORK
+    if not work.exists() and (order.out.exists() or (order.states.exists() and any(order.states.iterdir()))):
+        there = order.out if order.out.exists() else order.states
+        raise ValueError(f"{there} exists, wanted a new folder; remove it, or name another")
+    files = find_files(order.sources)
+    encoder = make_encoder(config.verifier.model, order.sampling.max_tokens)
+    asked = []
+    for file, line, text in lines_of(files):
+        try:
+            asked.append(Asked(file, line, encoder.prompt(text)))
+        except BadLine as error:
+            asked.append(Asked(file, line, str(error)))
+    prompts = [each.prompt for each in asked if not isinstance(each.prompt, str)]
+    if not prompts:
+        first = f": {asked[0].file}:{asked[0].line}: {asked[0].prompt}" if asked else ""
+        raise ValueError(f"{', '.join(map(str, files))}: no line has a prompt{first}")
+    origin = cache_origin(config, _fingerprint(order, prompts))
+    found = read_manifest(work)
+    if found is not None and found.data_fingerprint != origin.data_fingerprint:
+        raise ValueError(
+            f"{work} holds an unfinished start with other prompts or options; start with those to finish it, or remove "
+            f"{order.states}"
+        )
+    questions = PromptQuestions(prompts, order.sampling)
+    if not (work / NUMBERS).exists():
+        filled = fill_cache(config, questions, work, origin)
+        if not filled.complete:
+            done, problem = filled.books["present"] + filled.books["written"], filled.problem or "stopped"
+            print(
+                f"dflash-scale answer: {problem}\n{done:,} of {len(prompts):,} prompts are answered; start it again to "
+                "go on",
+                file=sys.stderr,
+            )
+            return filled.status
+        _number(config, order, asked, questions, open_cache(work, origin.layout))
+    _place(order, origin)
+    _say(order)
+    return 0
+
+
+def _fingerprint(order: Order, prompts: Sequence[npt.NDArray[np.int32]]) -> str:
+    """Of everything that the answers and their split depend on besides the verifier."""
+    given = [asdict(order.sampling), order.validation_fraction, order.seed]
+    digest = hashlib.blake2b(json.dumps(given).encode(), digest_size=8)
+    for prompt in prompts:
+        digest.update(len(prompt).to_bytes(8, "little") + prompt.astype("<i4").tobytes())
+    return digest.hexdigest()
+
+
+def _number(config: Config, order: Order, asked: Sequence[Asked], questions: PromptQuestions, cache: Cache) -> None:
+    """Writes the data set, and which sample each file becomes."""
+    from transformers import AutoTokenizer
+
+    data, reasons = cache.folder / DATA, _reasons(cache.folder)
+    shutil.rmtree(data, ignore_errors=True)  # of a start that ended here
+    data.mkdir()
+    writer = PreparedWriter(data, order.validation_fraction, order.seed)
+    places: dict[int, tuple[str, int]] = {}
+    unanswered = []
+    number = -1
+    for each in asked:
+        if isinstance(each.prompt, str):
+            writer.add((each.file, each.line, each.prompt))
+            continue
+        number += 1
+        if number in reasons:
+            unanswered.append({"file": each.file, "line": each.line, "reason": reasons[number]})
+            writer.add((each.file, each.line, f"no server answered: {reasons[number]}"))
+            continue
+        tokens = np.frombuffer(cache.token_ids(number, int(questions.lengths[number])), "<i4").astype(np.int32)
+        mask = np.arange(len(tokens)) >= len(each.prompt)
+        sample = Encoded(tokens, mask, truncated=len(tokens) == int(questions.lengths[number]))
+        if (place := writer.add((each.file, each.line, sample), by=each.prompt)) is not None:
+            places[number] = place
+    model = config.verifier.model
+    manifest = writer.finish(
+        {
+            "model": model,
+            "tokenizer": tokenizer_hash(AutoTokenizer.from_pretrained(model)),
+            "sources": [str(path) for path in find_files(order.sources)],
+            "validation_fraction": order.validation_fraction,
+            "seed": order.seed,
+            **asdict(order.sampling),
+        }
+    )
+    first = {"train": 0, "validation": manifest["counts"]["train"]}
+    numbers = {prompt: first[split] + place for prompt, (split, place) in places.items()}
+    _write(cache.folder / UNANSWERED, "".join(json.dumps(line) + "\n" for line in unanswered))
+    _write(cache.folder / NUMBERS, json.dumps(numbers))
+
+
+def _reasons(work: Path) -> dict[int, str]:
+    """prompt -> why it has no answer."""
+    lines = [json.loads(line) for line in (work / QUARANTINED_FILE).read_text(encoding="utf-8").splitlines()]
+    return {line["sample"]: line["reason"] for line in lines}
+
+
+def _place(order: Order, origin: CacheOrigin) -> None:
+    """Puts files and data set where they belong. Every step may be the second of its kind after a kill."""
+    work = order.states / WORK
+    numbers: dict[str, int] = json.loads((work / NUMBERS).read_text(encoding="utf-8"))
+    fingerprint = load_prepared(work / DATA).fingerprint
+    claim(order.states, replace(origin, data_fingerprint=fingerprint), writable=True)
+    source, target = Cache(work, ()), Cache(order.states, ())
+    for prompt, sample in numbers.items():
+        if source.has(int(prompt)):
+            os.rename(source.path(int(prompt)), target.path(sample))
+    shutil.copyfile(work / UNANSWERED, order.states / UNANSWERED)
+    if not order.out.exists():
+        _move(work / DATA, order.out)
+    done = order.states / f"{WORK}.done"
+    os.rename(work, done)  # at once: half of it would look like the beginning
+    shutil.rmtree(done)
+
+
+def _move(data: Path, out: Path) -> None:
+    """A whole folder, or none, at `out`; `data` stays."""
+    aside = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        shutil.copytree(data, aside, copy_function=_link)
+        os.rename(aside, out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP):
+            raise
+        shutil.copy2(source, target)  # another file system, or one without hard links
+
+
+def _write(path: Path, text: str) -> None:
+    aside = path.with_name(f"{path.name}.aside")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _say(order: Order) -> None:
+    manifest: dict[str, Any] = load_prepared(order.out).manifest
+    counts, tokens = manifest["counts"], manifest["tokens"]
+    nbytes = Cache(order.states, ()).size()[1]
+    print(
+        f"{order.out}: {counts['train']:,} samples to train on ({tokens['train']:,} tokens), {counts['validation']:,} "
+        f"held out; of {counts['lines']:,} lines {counts['bad']:,} bad or not answered, {counts['untrainable']:,} with "
+        f"answers too short, {counts['truncated']:,} cut\n{order.states}: their hidden states, {nbytes / 1e9:.2f} GB; "
+        f"train on both with --set data.path={order.out} --set stream.mode=offline --set stream.cache={order.states}"
+    )
