@@ -157,12 +157,12 @@ def test_it_goes_on_where_it_was(inputs: Inputs, answered: Path, tmp_path: Path,
     process, work = inputs.start(tmp_path, requests_per_server=1), tmp_path / "states" / ".answering"
     wait_for(lambda: len(list(work.glob("hs_*"))) >= 10 or process.poll() is not None, 120, "ten files")
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == (-9 if number is signal.SIGKILL else 143), errors
     assert not (tmp_path / "data").exists()
     kept = {path.name: path.stat().st_mtime_ns for path in work.glob("hs_*")}
     other = inputs.start(tmp_path, "--temperature", "0.5")
-    _, errors = other.communicate(timeout=60)
+    _, errors = other.communicate(timeout=120)
     assert other.returncode == 2 and "unfinished start with other prompts or options" in errors
     assert {path.name: path.stat().st_mtime_ns for path in work.glob("hs_*")} == kept
     process = inputs.start(tmp_path)

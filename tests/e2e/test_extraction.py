@@ -22,10 +22,13 @@ import psutil
 import pytest
 import torch
 import zmq
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from dflash_scale.model_files import origin_of
+from dflash_scale.packer import Samples
+from dflash_scale.prompts import load_prepared
 from dflash_scale.stream import payload, sockets, wire
 from dflash_scale.stream.embedded import TappedVerifier
 from dflash_scale.stream.encoding import decode
@@ -254,6 +257,38 @@ def test_prompt_and_answer_of_one_request(server: Server, receiver: "zmq.Socket[
     assert [len(answer) for answer in answers] == [asked[sample]["max_tokens"] for sample in asked]
     seen = dict(receive(receiver, server, verifier) for _ in asked)
     assert seen == {sample: [*prompt(3 + 11 * sample, sample), *answers[sample]] for sample in asked}
+
+
+def test_the_command_answer(server: Server, tmp_path: Path) -> None:
+    """Sampled answers of a real vLLM over a wire with keys: each goes on from its prompt, and its states are one
+    forward's over its tokens."""
+    prompts = [prompt(1 + 9 * number, number) for number in range(20)]
+    source, config = tmp_path / "prompts.jsonl", tmp_path / "run.json"
+    source.write_text("\n".join(json.dumps({"prompt_ids": ids}) for ids in prompts))
+    verifier = {"model": str(server.model), "layer_ids": list(TAPS), "dtype": "float32"}
+    stream = {"servers": [{"http": server.http, "zmq": server.zmq}], "keys": str(server.keys)}
+    config.write_text(json.dumps({"verifier": verifier, "data": {"path": str(tmp_path / "data")}, "stream": stream}))
+    command = [sys.executable, "-m", "dflash_scale.cli", "answer", str(source), "--config", str(config)]
+    command += ["--states", str(tmp_path / "states"), "--answer-tokens", "30", "--max-tokens", "180"]
+    command += ["--temperature", "0.9", "--validation-fraction", "0.4"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    prepared = load_prepared(tmp_path / "data")
+    counts, samples = prepared.manifest["counts"], Samples(prepared.train, prepared.validation)
+    assert counts["train"] + counts["validation"] + counts["untrainable"] == len(prompts)
+    assert counts["validation"] > 0 and counts["truncated"] > len(prompts) // 2  # ends are rare in a random verifier
+    tapped = TappedVerifier(str(server.model), TAPS, "float32")
+    for number in range(len(samples.lengths)):
+        tokens = samples.tokens(number).tolist()
+        file = load_file(tmp_path / "states" / f"hs_{number}.safetensors")
+        assert file["token_ids"].tolist() == tokens
+        assert any(ids == tokens[: len(ids)] and len(tokens) - len(ids) <= 30 for ids in prompts)
+        got = file["hidden_states"]
+        want, _ = tapped.run(tokens[:-1], 1, True, tapped.layout.layer_ids)
+        assert ((got[:-1] - want).norm(dim=-1) / want.norm(dim=-1)).max() < 1e-3
+        assert not got[-1].any()
 
 
 def test_a_slow_receiver_slows_the_server_down_and_loses_nothing(
