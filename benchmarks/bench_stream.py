@@ -7,6 +7,8 @@ tcp      sender processes (the real HTTP face and Publisher, hidden states made 
          ring into a buffer
 ipc      the same through Unix sockets
 keys     the same through TCP, encrypted with CURVE
+fp8      the same through TCP in the short form: each sender converts every sample, and it is converted back here, into
+         the buffer. Bytes count as the verifier has them, twice what travels. A server with a GPU converts there
 files    writer processes save the same payloads as safetensors in /dev/shm and rename them; they are loaded here,
          copied into the same buffer and deleted; at most as many files exist as the stream has samples in flight.
          It has no request, no checksum and no polling delay in it
@@ -25,9 +27,10 @@ import platform
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -37,6 +40,7 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+import torch
 import xxhash
 import zmq
 from safetensors import safe_open
@@ -48,6 +52,7 @@ from dflash_scale.quarantine import QuarantineFile
 from dflash_scale.stream.delivery import Delivery
 from dflash_scale.stream.embedded_http import CompletionServer, Reply, Request
 from dflash_scale.stream.embedded_http import Limits as RequestLimits
+from dflash_scale.stream.encoding import decode, encode
 from dflash_scale.stream.endpoints import Endpoints
 from dflash_scale.stream.greetings import Identity
 from dflash_scale.stream.intake import Intake
@@ -59,13 +64,13 @@ from dflash_scale.stream.publisher import Publisher
 from dflash_scale.stream.questions import SampleQuestions
 from dflash_scale.stream.ring import PeerDied, Ring, own_ring_name, record_span
 from dflash_scale.stream.window import Window
-from dflash_scale.stream.wire import Layout, Origin
+from dflash_scale.stream.wire import FP8, Layout, Origin
 
 LAYOUT: Final = Layout((2, 9, 17, 25, 33, 36), 4096, "bfloat16")  # an 8B verifier: 48 KiB per token
 RUN: Final = f"bench{os.getpid()}"
 WARM: Final = 8  # records before the clock starts: first touches, first connections
 IN_FLIGHT: Final = 12  # samples, both ways
-WAYS: Final = ("tcp", "ipc", "keys")  # of the stream
+WAYS: Final = ("tcp", "ipc", "keys", "fp8")  # of the stream
 LEAST_OF_FILES: Final = {"tcp": 1.5, "ipc": 2.0}  # the targets, on two cores
 
 Bytes = npt.NDArray[np.uint8]
@@ -79,10 +84,20 @@ class Size:
     tokens: int
     samples: int
     senders: int
+    dtype: str = LAYOUT.dtype  # that travels
+
+    @property
+    def layout(self) -> Layout:
+        return LAYOUT.only(LAYOUT.layer_ids, self.dtype)
 
     @property
     def nbytes(self) -> int:
+        """Of a sample as the verifier has it."""
         return self.tokens * LAYOUT.bytes_per_token
+
+    @property
+    def sent_bytes(self) -> int:
+        return self.tokens * self.layout.bytes_per_token
 
 
 class OneLength:
@@ -100,17 +115,23 @@ class OneLength:
 
 
 def payload(size: Size) -> Bytes:
-    return np.random.default_rng(0).integers(0, 256, size.nbytes, np.uint8)
+    """(bytes,) a sample as the verifier has it."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.empty(size.nbytes // 2, dtype=torch.bfloat16).normal_(generator=generator)
+    return states.view(torch.uint8).numpy()
 
 
 def send(size: Size, address: str, keys: Path | None, pipe: Connection) -> None:
     """A server without a model."""
-    states = payload(size).data
+    torch.set_num_threads(1)
+    states = payload(size)
+    tensor = torch.from_numpy(states).view(torch.bfloat16).view(size.tokens, len(LAYOUT.layer_ids), -1)
     publisher = Publisher(address, LAYOUT, "bench", keys=server_keys(keys) if keys is not None else None)
 
     def submit(request: Request) -> "Future[Reply]":
         assert request.ticket is not None
-        publisher.send(request.ticket, np.asarray(request.token_ids, "<i4").tobytes(), states)
+        raw = states if size.dtype == LAYOUT.dtype else encode(tensor, size.dtype).numpy().reshape(-1)
+        publisher.send(request.ticket, np.asarray(request.token_ids, "<i4").tobytes(), raw.data)
         done: Future[Reply] = Future()
         done.set_result(Reply([0], "length"))
         return done
@@ -125,12 +146,12 @@ def send(size: Size, address: str, keys: Path | None, pipe: Connection) -> None:
 def receive(size: Size, servers: list[tuple[str, str]], keys: Path | None, pipe: Connection) -> None:
     """The receiver process without its command line."""
     keep_freed_memory()
-    ring = Ring.create(own_ring_name(RUN, 0), IN_FLIGHT * record_span(size.nbytes))
+    ring = Ring.create(own_ring_name(RUN, 0), IN_FLIGHT * record_span(size.sent_bytes))
     pipe.send(ring.name)
     samples = Samples(OneLength(size, size.samples), OneLength(size, 0))
     rows = iter([Row("train", 0, 1 + i, 0, (Place(i, 0, size.tokens),)) for i in range(size.samples)])
-    window = Window(ring, rows, samples.lengths, RowLayouts(LAYOUT, LAYOUT), lookahead=IN_FLIGHT)
-    credit = IN_FLIGHT * size.nbytes
+    window = Window(ring, rows, samples.lengths, RowLayouts(size.layout, size.layout), lookahead=IN_FLIGHT)
+    credit = IN_FLIGHT * size.sent_bytes
     limits = Limits(credit, credit, 16, 30.0, 3, 1.0, 30.0)
     pair = receiver_keys(keys) if keys is not None else None
     identity = Identity(RUN, f"{RUN}:0", LAYOUT, Origin(), pair)
@@ -151,6 +172,8 @@ def rate(size: Size, started: float) -> float:
 
 def bench_stream(size: Size, way: str, buffer: Bytes) -> float:
     """Bytes per second from the senders' memory into `buffer`."""
+    if way == "fp8":
+        size = replace(size, dtype=FP8)
     with tempfile.TemporaryDirectory(prefix="dflash-bench-") as folder:
         keys = Path(folder) / "keys" if way == "keys" else None
         if keys is not None:
@@ -177,7 +200,7 @@ def transfer(size: Size, addresses: list[str], keys: Path | None, buffer: Bytes)
             record = ring.next_record(timeout=30)
             if record is None:
                 raise PeerDied(f"nothing came for 30 s after {seen} samples")
-            np.copyto(buffer, np.frombuffer(record.payload, np.uint8))
+            take(size, record.payload, buffer)
             ring.release()
             seen += 1
             ring.reader_mark = seen
@@ -192,6 +215,18 @@ def transfer(size: Size, addresses: list[str], keys: Path | None, buffer: Bytes)
     for process in processes:
         process.join()
     return result
+
+
+def take(size: Size, record: memoryview, buffer: Bytes) -> None:
+    """A record's hidden states into `buffer`, as the verifier had them."""
+    raw = np.frombuffer(record, np.uint8)
+    if size.dtype == LAYOUT.dtype:
+        np.copyto(buffer, raw)
+    else:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor is it written to
+            rows = torch.from_numpy(raw).view(size.tokens, -1)
+        torch.from_numpy(buffer).view(torch.bfloat16).copy_(decode(rows, size.layout).flatten())
 
 
 def write_files(size: Size, folder: str, first: int, room: Any, names: Any) -> None:
@@ -308,7 +343,9 @@ def main() -> None:
             "kernel": platform.release(),
             "python": platform.python_version(),
             "libzmq": zmq.zmq_version(),
-            "versions": {name: version(name) for name in ("pyzmq", "numpy", "safetensors", "xxhash", "msgpack")},
+            "versions": {
+                name: version(name) for name in ("pyzmq", "numpy", "torch", "safetensors", "xxhash", "msgpack")
+            },
             "cases": cases,
         }
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
