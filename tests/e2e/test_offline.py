@@ -203,3 +203,19 @@ def test_the_cache_of_another_run_is_refused_before_anything_starts(
     assert run.wait() != 0
     assert f"stream.cache: {states} is another run's: it has layers [1, 2, 4], this run wants [1, 3, 4]" in run.log
     assert not (tmp_path / "out" / "stream").exists()
+
+
+def test_books_that_do_not_balance_are_the_runs_status(inputs: Inputs, states: Path, tmp_path: Path) -> None:
+    """A line of the ledger is damaged after the run, and its last step is trained again."""
+    run = inputs.run(tmp_path, mode="offline", cache=str(states), servers=[])
+    run.config["train"] |= {"epochs": 1, "checkpoint_every": 1, "keep_checkpoints": 99}
+    train(run)
+    ledger = run.folder / "out" / "ledger" / "rank-0.jsonl"
+    lines = [json.loads(line) for line in ledger.read_text().splitlines()]
+    lines[0]["samples"].pop()
+    ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run.folder / "out" / "checkpoints" / "latest").write_text(f"step-{lines[-1]['step'] - 1:06}")
+    run.launch("--resume", ranks=1)
+    assert run.wait() == 3, run.log[-3000:]
+    assert "the books do not balance: 1 missing, 0 too often" in run.log
+    assert json.loads((run.folder / "out" / "totals.json").read_text())["unbalanced"] == 1
