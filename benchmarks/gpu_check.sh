@@ -118,6 +118,11 @@ main() {
         step properties 60 "$python" -m pytest -q -p no:cacheprovider tests/gpu \
             -k "(definition and not flex) or compiled or auto"
         step loss 45 "$python" -m pytest -q -p no:cacheprovider tests/gpu/test_gpu_loss.py
+        if "$python" -c 'import numpy; from dflash_scale import _ring' 2>/dev/null; then
+            step rows 40 "$python" -m pytest -q -p no:cacheprovider tests/gpu/test_gpu_rows.py
+        else
+            note rows "not run: numpy is missing, or dflash_scale._ring is not built for this Python" 0
+        fi
     else
         note properties "not run: pytest or hypothesis is not installed" 0
     fi

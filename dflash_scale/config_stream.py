@@ -67,7 +67,8 @@ class StreamSection(Section):
     server_credit_bytes: Positive = Field(default=2 * GIB, description="Bytes in flight from one server, at most.")
     requests_per_server: Positive = Field(default=64, description="Requests open at one server, at most.")
     lookahead_rows: Positive = Field(
-        default=4, description="Rows per rank that may be fetched ahead of the one in training."
+        default=4,
+        description="Rows per rank that may be fetched ahead of the one in training; each has a buffer on the device.",
     )
     request_timeout_s: float = Field(
         default=120.0, gt=0, description="Seconds until an unanswered request counts as failed."

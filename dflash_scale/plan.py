@@ -23,7 +23,7 @@ from dflash_scale.packer import Place, RowSchedule, Samples, schedule_spec
 from dflash_scale.prompts import Prepared, load_prepared
 from dflash_scale.softmax_loss import SLICE_NUMBERS
 from dflash_scale.stream.layouts import RowLayouts
-from dflash_scale.stream.wire import FP8, Layout
+from dflash_scale.stream.wire import FP8
 from dflash_scale.verifier import VerifierShape, mask_token_id, verifier_shape
 from dflash_scale.vocabulary import DraftVocabulary, run_vocabulary
 
@@ -44,7 +44,7 @@ class Memory:
     activations: int
     attention: int
     loss: int
-    row: int
+    rows: int
 
     @property
     def total(self) -> int:
@@ -108,7 +108,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
         data=data,
         schedule=schedule,
         memory=gpu_memory(
-            config, spec, layouts.train, Sizes(world_size, trainable, frozen, pruned or shape.vocab_size, anchors)
+            config, spec, layouts, Sizes(world_size, trainable, frozen, pruned or shape.vocab_size, anchors)
         ),
     )
 
@@ -165,13 +165,11 @@ class Sizes:
     anchors: int
 
 
-def gpu_memory(config: Config, spec: DrafterSpec, layout: Layout, sizes: Sizes) -> Memory:
+def gpu_memory(config: Config, spec: DrafterSpec, layouts: RowLayouts, sizes: Sizes) -> Memory:
     """What one GPU holds. ZeRO divides the optimizer from stage 1, gradients from 2, parameters from 3."""
     stage, world, number = config.zero_stage, sizes.world_size, 2 if config.train.precision == "bf16" else 4
     master = 4 if number == 2 else 0  # with fp32 the parameters are their own master copy
     slots = sizes.anchors * spec.block_size
-    # What came in fp8 is there once more in bfloat16.
-    unpacked = 2 * len(layout.layer_ids) * layout.hidden_size if layout.dtype == FP8 else 0
     return Memory(
         parameters=number * sizes.trainable // (world if stage >= 3 else 1),
         gradients=4 * sizes.trainable // (world if stage >= 2 else 1),
@@ -180,8 +178,20 @@ def gpu_memory(config: Config, spec: DrafterSpec, layout: Layout, sizes: Sizes) 
         activations=activation_bytes(spec, slots, config.data.row_tokens, number),
         attention=attention_bytes(config, spec, slots),
         loss=loss_bytes(config, spec, slots, sizes.vocabulary),
-        row=config.data.row_tokens * (layout.bytes_per_token + unpacked),
+        rows=rows_bytes(config, layouts),
     )
+
+
+def row_buffers(config: Config) -> int:
+    """Rows that a rank has memory for on its device."""
+    return config.stream.lookahead_rows + ROW_BUFFERS_BESIDES_LOOKAHEAD
+
+
+def rows_bytes(config: Config, layouts: RowLayouts) -> int:
+    """The row buffers, each as large as a validation row; of hidden states in fp8, one training row in bfloat16 too."""
+    train = layouts.train
+    unpacked = 2 * len(train.layer_ids) * train.hidden_size if train.dtype == FP8 else 0
+    return config.data.row_tokens * (row_buffers(config) * layouts.validation.bytes_per_token + unpacked)
 
 
 def activation_bytes(spec: DrafterSpec, slots: int, tokens: int, number: int) -> int:
@@ -325,14 +335,12 @@ def _stream(plan: Plan) -> Lines:
     ranks = min(plan.world_size, GPUS_PER_NODE)
     row = config.data.row_tokens * validation
     more = f"; {validation:,} in validation, with the last residual" if validation > per_token else ""
-    buffers = config.stream.lookahead_rows + ROW_BUFFERS_BESIDES_LOOKAHEAD
     return [
         ("mode", config.stream.mode + (f", cache {config.stream.cache}" if config.stream.cache else "")),
         ("hidden states", f"{per_token:,} bytes per token, {layouts.train.dtype}{more}"),
         ("one row", f"{config.data.row_tokens} tokens, {size(row)} at most"),
         ("ring of a rank", size(config.stream.ring_bytes)),
-        ("shared memory per node", f"{size(ranks * config.stream.ring_bytes)} ({ranks} rings)"),
-        ("pinned memory per node", f"{size(ranks * buffers * row)} ({ranks} ranks × {buffers} row buffers)"),
+        ("shared memory per node", f"{size(ranks * config.stream.ring_bytes)} ({ranks} rings, page-locked)"),
         (
             "credit",
             f"{size(config.stream.credit_bytes)} in flight to a receiver, {size(config.stream.server_credit_bytes)} "
@@ -387,6 +395,6 @@ def _memory(plan: Plan) -> Lines:
             "loss",
             f"{size(memory.loss)} for chunks of {chunk_slots(plan.config, vocabulary)} slots",
         ),
-        ("one row's hidden states", size(memory.row)),
+        (f"hidden states of {row_buffers(plan.config)} rows", size(memory.rows)),
         ("sum", size(memory.total)),
     ]

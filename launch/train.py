@@ -116,10 +116,12 @@ def set_up(
     """
     from dflash_scale.assembler import AssemblerSpec, RowAssembler
     from dflash_scale.checkpoint import Checkpoints, Position
+    from dflash_scale.cuda_copier import CudaCopier
     from dflash_scale.drafter import Drafter, drafter_spec
     from dflash_scale.model_files import origin_of
     from dflash_scale.packer import AnchorSpec, RowSchedule, Samples, schedule_spec
     from dflash_scale.quarantine import read_exclusion
+    from dflash_scale.row_memory import Copier, HostCopier
     from dflash_scale.stream.cache import CacheOrigin, claim
     from dflash_scale.stream.keys import receiver_keys
     from dflash_scale.stream.receiver import Stream
@@ -188,14 +190,17 @@ def set_up(
 
     # Hidden states: one receiver process per node fills this rank's ring, a thread fills rows from the ring.
     stream = Stream.start(config, layouts, first_step=position.step + 1, run_id=shared_run_id(control))
-    room = AssemblerSpec(layouts, config.data.row_tokens, config.stream.lookahead_rows, anchors, device)
-    assembler = RowAssembler(stream.ring, schedule.rows(rank, position.step + 1), samples, room)
+    copier: Copier = CudaCopier(stream.ring, device) if device.type == "cuda" else HostCopier()
+    room = AssemblerSpec(layouts, config.data.row_tokens, config.stream.lookahead_rows, anchors)
+    assembler = RowAssembler(stream.ring, schedule.rows(rank, position.step + 1), samples, room, copier)
     rest = (engine, iter(assembler), assembler.wait, checkpoints, control, position, output, vocabulary, stream.servers)
     parts = Parts(config, spec, head, samples, schedule, anchors, *rest)
 
     def close() -> None:
-        assembler.close()
-        stream.close()
+        try:
+            assembler.close()
+        finally:
+            stream.close()
 
     return Trainer(parts), close
 

@@ -1,25 +1,34 @@
-"""Row assembly from a real ring: any order of arrival, quarantined samples, a dead or confused writer."""
+"""Row assembly from a real ring: any order of arrival, quarantined samples, a dead or confused writer.
+
+All with each way of copying that this machine has, and with a stand-in for a GPU whose copies end late.
+"""
 
 import os
 import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 import torch
 
 from dflash_scale.assembler import AssemblerSpec, RowAssembler, without
+from dflash_scale.cuda_copier import CudaCopier
 from dflash_scale.packer import AnchorSpec, Row, RowSchedule, Samples, ScheduleSpec, plan_row
+from dflash_scale.row_memory import Copier, HostCopier
 from dflash_scale.stream.layouts import RowLayouts
 from dflash_scale.stream.ring import COMMITTED, QUARANTINED, PeerDied, Ring, own_ring_name
 from dflash_scale.stream.wire import Layout
+from tests.late_copier import AtRandom, LateCopier
 
 LAYOUTS = RowLayouts(Layout((1, 3), 8, "float32"), Layout((1, 3, 4), 8, "float32"))
 ANCHORS = AnchorSpec(block_size=4, per_document=3, seed=1)
 LOOKAHEAD = 3
+COPIERS: dict[str, Callable[[Ring], Copier]] = {"host": lambda ring: HostCopier(), "late": lambda ring: AtRandom(1)}
+if torch.cuda.is_available():
+    COPIERS["cuda"] = lambda ring: CudaCopier(ring, torch.device("cuda", torch.cuda.current_device()))
 
 
 class Tokens:
@@ -40,33 +49,49 @@ def states_of(sample: int, tokens: int, layout: Layout) -> torch.Tensor:
 
 @pytest.fixture
 def writer() -> Iterator[Ring]:
-    ring = Ring.create(own_ring_name("assembler", 0), 1 << 20)
+    """Four of the longest samples at most, so that what is released too early is soon overwritten."""
+    ring = Ring.create(own_ring_name("assembler", 0), 1 << 13)
     yield ring
     ring.unlink()
     ring.close()
 
 
-def make(writer: Ring) -> tuple[Samples, list[Row], RowAssembler]:
+@pytest.fixture(params=COPIERS)
+def copier_of(request: pytest.FixtureRequest) -> Callable[[Ring], Copier]:
+    return COPIERS[request.param]
+
+
+Made = tuple[Samples, list[Row], RowAssembler]
+
+
+def prepared() -> tuple[Samples, list[Row]]:
     lengths = [int(n) for n in np.random.default_rng(0).integers(5, 20, 30)]
     samples = Samples(Tokens(lengths), Tokens(lengths[:5]))
     spec = ScheduleSpec(40, rows_per_step=2, world_size=1, seed=0, epochs=1, max_steps=None, validate_every=3)
     rows = list(RowSchedule(samples, spec).rows(0))
     assert {row.kind for row in rows[: 3 * LOOKAHEAD]} == {"train", "validation"}
-    room = AssemblerSpec(LAYOUTS, 40, LOOKAHEAD, ANCHORS, torch.device("cpu"))
-    return samples, rows, RowAssembler(Ring.open(writer.name), iter(rows), samples, room)
+    return samples, rows
+
+
+@pytest.fixture
+def made(writer: Ring, copier_of: Callable[[Ring], Copier]) -> Made:
+    samples, rows = prepared()
+    reader = Ring.open(writer.name)
+    room = AssemblerSpec(LAYOUTS, 40, LOOKAHEAD, ANCHORS)
+    return samples, rows, RowAssembler(reader, iter(rows), samples, room, copier_of(reader))
 
 
 def put(ring: Ring, samples: Samples, row: Row, sample: int, status: int = COMMITTED) -> None:
     tokens = int(samples.lengths[sample])
     payload = states_of(sample, tokens, LAYOUTS.of(row)).numpy().tobytes() if status == COMMITTED else b""
-    slot = ring.reserve(len(payload))
-    assert slot is not None
+    while (slot := ring.reserve(len(payload))) is None:
+        time.sleep(0.001)
     slot[:] = payload
     ring.commit(sample=sample, epoch=row.epoch, status=status, tokens=tokens)
 
 
-def test_rows_come_in_order_whatever_the_order_of_arrival(writer: Ring) -> None:
-    samples, rows, assembler = make(writer)
+def test_rows_come_in_order_whatever_the_order_of_arrival(writer: Ring, made: Made) -> None:
+    samples, rows, assembler = made
     shuffle = random.Random(3)
     batches = iter(assembler)
     for first in range(0, len(rows), LOOKAHEAD):
@@ -83,13 +108,14 @@ def test_rows_come_in_order_whatever_the_order_of_arrival(writer: Ring) -> None:
             assert batch.quarantined == ()
             for place in row.places:
                 here = batch.states[place.start : place.start + place.length]
-                assert torch.equal(here, states_of(place.sample, place.length, LAYOUTS.of(row)))
+                assert torch.equal(here.cpu(), states_of(place.sample, place.length, LAYOUTS.of(row)))
     assert next(batches, None) is None
+    assert writer.free_bytes == writer.capacity, "all was released before the end was said"
     assembler.close()
 
 
-def test_a_quarantined_sample_leaves_the_row_and_no_stale_states(writer: Ring) -> None:
-    samples, rows, assembler = make(writer)
+def test_a_quarantined_sample_leaves_the_row_and_no_stale_states(writer: Ring, made: Made) -> None:
+    samples, rows, assembler = made
     lost = rows[0].places[1]
     for place in rows[0].places:
         put(writer, samples, rows[0], place.sample, QUARANTINED if place is lost else COMMITTED)
@@ -106,6 +132,27 @@ def test_a_quarantined_sample_leaves_the_row_and_no_stale_states(writer: Ring) -
     assembler.close()
 
 
+def test_what_lies_behind_a_late_copy_is_copied_too_and_the_end_waits_for_all(writer: Ring) -> None:
+    samples, rows = prepared()
+    reader, copier = Ring.open(writer.name), LateCopier()
+    assembler = RowAssembler(reader, iter(rows), samples, AssemblerSpec(LAYOUTS, 40, LOOKAHEAD, ANCHORS), copier)
+    for place in rows[0].places:
+        put(writer, samples, rows[0], place.sample)
+    first = next(iter(assembler))  # waits for its copies, as the device would
+    assert not copier.uses, "given back while it is in training"
+    for place in rows[1].places:
+        put(writer, samples, rows[1], place.sample)
+    while len(copier.begun) < len(rows[1].places):
+        time.sleep(0.001)
+    assert len(rows[1].places) > 1
+    assert writer.released <= len(rows[0].places)
+    assembler.close()
+    assert copier.closed_with == [0], "closed once, with no copy under way"
+    assert writer.free_bytes == writer.capacity
+    whole = [states_of(place.sample, place.length, LAYOUTS.of(rows[0])) for place in rows[0].places]
+    assert torch.equal(first.states, torch.cat(whole))
+
+
 def test_without_nothing_is_the_plan_itself() -> None:
     samples = Samples(Tokens([9, 7]), Tokens([]))
     spec = ScheduleSpec(20, rows_per_step=1, world_size=1, seed=0, epochs=1, max_steps=None, validate_every=0)
@@ -113,15 +160,15 @@ def test_without_nothing_is_the_plan_itself() -> None:
     assert without(plan, []).anchors.tolist() == plan.anchors.tolist()
 
 
-def test_a_sample_that_no_row_wants_is_an_error_in_the_training_thread(writer: Ring) -> None:
-    samples, rows, assembler = make(writer)
+def test_a_sample_that_no_row_wants_is_an_error_in_the_training_thread(writer: Ring, made: Made) -> None:
+    samples, rows, assembler = made
     put(writer, samples, rows[-1], rows[-1].places[0].sample)
     with pytest.raises(RuntimeError, match="which no open row wants"):
         next(iter(assembler))
     assembler.close()
 
 
-def test_a_dead_receiver_is_an_error_in_the_training_thread() -> None:
+def test_a_dead_receiver_is_an_error_in_the_training_thread(copier_of: Callable[[Ring], Copier]) -> None:
     code = (
         "import sys; from dflash_scale.stream.ring import Ring, own_ring_name\n"
         "ring = Ring.create(own_ring_name('dead', 0), 1 << 20); print(ring.name, flush=True); sys.stdin.read()"
@@ -133,7 +180,7 @@ def test_a_dead_receiver_is_an_error_in_the_training_thread() -> None:
     spec = ScheduleSpec(20, rows_per_step=1, world_size=1, seed=0, epochs=1, max_steps=None, validate_every=0)
     rows = RowSchedule(samples, spec).rows(0)
     reader = Ring.open(name)
-    assembler = RowAssembler(reader, rows, samples, AssemblerSpec(LAYOUTS, 20, 2, ANCHORS, torch.device("cpu")))
+    assembler = RowAssembler(reader, rows, samples, AssemblerSpec(LAYOUTS, 20, 2, ANCHORS), copier_of(reader))
     process.kill()
     process.wait()
     with pytest.raises(PeerDied, match=f"pid {process.pid}"):

@@ -209,7 +209,7 @@ def test_what_is_kept_is_not_what_the_ring_holds_later(
                 slot[:] = states(token_ids, want.layout)
                 sent[want.key[1]] = want.layout, bytes(slot)
                 delivery.commit(want.key, token_ids)
-                assert reader.peek() is not None
+                assert reader.read() is not None
                 reader.release()
         turned.set()
         delivery.close()

@@ -103,7 +103,8 @@ def test_the_transport_is_the_layouts_dtype(transport: str, dtype: str, want: st
     assert (plan.layouts.train.dtype, plan.layouts.validation.dtype) == (want, want)
     if want == "float8_e4m3fn":
         assert plan.layouts.train.bytes_per_token == 5 * (4096 + 4)
-        assert plan.memory.row == 8192 * 5 * (4096 + 4 + 2 * 4096), "as it came, and in bfloat16"
+        unpacked = 5 * 2 * 4096
+        assert plan.memory.rows == 8192 * (6 * 6 * (4096 + 4) + unpacked), "as they came, and one in bfloat16"
 
 
 def test_float16_is_not_sent_as_bf16() -> None:
@@ -125,8 +126,8 @@ def test_the_printout_says_all_of_it() -> None:
         "mode                     online\n",
         "[2, 10, 18, 26, 34], and 36 for the verifier's logits",
         "40,960 bytes per token, bfloat16; 49,152 in validation, with the last residual",
-        "shared memory per node   8.6 GB (8 rings)",
-        "pinned memory per node   19.3 GB (8 ranks × 6 row buffers)",
+        "shared memory per node   8.6 GB (8 rings, page-locked)",
+        "hidden states of 6 rows  2.4 GB\n",
         "trainable parameters     1,048,626,432",
         "optimizer step           8 rows = 8 ranks × 1 micro-steps",
         "tokens per step          65,536 at most",
@@ -153,7 +154,7 @@ def test_the_loss_holds_a_chunk_and_the_verifiers_where_it_is_wanted() -> None:
 def test_two_nodes_have_two_receivers() -> None:
     text = print_plan(qwen3_8b(train={"rows_per_step": 16}), 16)
     assert "receivers                2, one per node" in text
-    assert "8.6 GB (8 rings)" in text
+    assert "8.6 GB (8 rings, page-locked)" in text
 
 
 def test_a_world_that_does_not_divide_the_rows_is_refused() -> None:

@@ -51,7 +51,7 @@ def put(ring: Ring, sample: int, payload: bytes) -> bool:
 
 
 def take(ring: Ring) -> tuple[int, bytes] | None:
-    record = ring.peek()
+    record = ring.read()
     if record is None:
         return None
     found = record.sample, bytes(record.payload)
@@ -61,9 +61,9 @@ def take(ring: Ring) -> tuple[int, bytes] | None:
 
 def test_a_record_comes_out_as_it_went_in(pair: tuple[Ring, Ring]) -> None:
     writer, reader = pair
-    assert reader.peek() is None
+    assert reader.read() is None
     assert put(writer, 7, b"hidden states")
-    record = reader.peek()
+    record = reader.read()
     assert record is not None
     assert (record.sample, record.epoch, record.status, record.tokens) == (7, 3, COMMITTED, 13)
     assert bytes(record.payload) == b"hidden states"
@@ -72,7 +72,7 @@ def test_a_record_comes_out_as_it_went_in(pair: tuple[Ring, Ring]) -> None:
     assert (writer.committed, writer.released) == (1, 0)
     reader.release()
     assert (reader.committed, reader.released) == (1, 1)
-    assert reader.peek() is None
+    assert reader.read() is None
     assert writer.free_bytes == writer.capacity
 
 
@@ -81,9 +81,9 @@ def test_nothing_is_visible_before_the_commit(pair: tuple[Ring, Ring]) -> None:
     slot = writer.reserve(100)
     assert slot is not None
     slot[:] = b"x" * 100
-    assert reader.peek() is None
+    assert reader.read() is None
     writer.abandon()
-    assert reader.peek() is None
+    assert reader.read() is None
     assert writer.free_bytes == writer.capacity
     assert put(writer, 1, b"next")
     assert take(reader) == (1, b"next")
@@ -93,7 +93,7 @@ def test_an_empty_record_carries_its_status(pair: tuple[Ring, Ring]) -> None:
     writer, reader = pair
     assert writer.reserve(0) is not None
     writer.commit(sample=5, epoch=1, status=QUARANTINED, tokens=0)
-    record = reader.peek()
+    record = reader.read()
     assert record is not None
     assert (record.sample, record.status, len(record.payload)) == (5, QUARANTINED, 0)
     reader.release()
@@ -107,6 +107,51 @@ def test_a_full_ring_gives_none_until_the_reader_releases(pair: tuple[Ring, Ring
     assert take(reader) == (0, payload)
     assert put(writer, 4, payload)
     assert [take(reader) for _ in range(5)] == [(i, payload) for i in (1, 2, 3, 4)] + [None]
+
+
+def test_a_reader_holds_several_records_and_releases_the_oldest(pair: tuple[Ring, Ring]) -> None:
+    writer, reader = pair
+    payloads = [bytes([sample]) * 960 for sample in range(5)]  # 1024 with its header: four fill the ring exactly
+    assert [put(writer, sample, payload) for sample, payload in enumerate(payloads)] == [True] * 4 + [False]
+    held = [reader.read() for _ in range(5)]
+    assert [record and record.sample for record in held] == [0, 1, 2, 3, None]
+    assert (writer.free_bytes, writer.released) == (0, 0)
+    for released in range(1, 4):
+        reader.release()
+        assert (writer.free_bytes, writer.released) == (1024 * released, released)
+    while put(writer, 4, payloads[4]):
+        pass
+    assert held[3] is not None and bytes(held[3].payload) == payloads[3], "what is held is not overwritten"
+    assert [reader.read() is not None for _ in range(4)] == [True] * 3 + [False]
+    for _ in range(4):
+        reader.release()
+    assert writer.free_bytes == writer.capacity
+    with pytest.raises(ValueError, match="without a record"):
+        reader.release()
+
+
+def test_all_payloads_lie_in_the_records_memory(pair: tuple[Ring, Ring]) -> None:
+    writer, reader = pair
+    memory = reader.records()
+    assert (len(memory), memory.readonly) == (writer.capacity, False)
+    assert np.frombuffer(memory, np.uint8).ctypes.data % 4096 == 0, "pages are locked whole"
+    for sample in range(20):
+        payload = random.Random(sample).randbytes(700)
+        assert put(writer, sample, payload)
+        record = reader.read()
+        assert record is not None
+        assert bytes(memory[record.offset : record.offset + 700]) == payload
+        reader.release()
+    with pytest.raises(ValueError, match="for the reader"):
+        writer.records()
+    assert put(writer, 20, b"mapped as long as the view is held")
+    record = reader.read()
+    assert record is not None
+    offset = record.offset
+    del record
+    reader.close()
+    writer.close()
+    assert bytes(memory[offset : offset + 6]) == b"mapped"
 
 
 @pytest.mark.parametrize("abandon_share", [0.0, 0.3])
@@ -123,7 +168,7 @@ def test_wrap_around_keeps_order_and_bytes(pair: tuple[Ring, Ring], abandon_shar
         waiting.append((sample, payload))
     while waiting:
         assert take(reader) == waiting.pop(0)
-    assert reader.peek() is None
+    assert reader.read() is None
 
 
 def test_spans_within_capacity_minus_the_largest_record_always_fit(pair: tuple[Ring, Ring]) -> None:
@@ -150,8 +195,8 @@ def test_misuse_is_an_error_that_names_the_ring(pair: tuple[Ring, Ring]) -> None
     with pytest.raises(ValueError, match="for the writer"):
         reader.reserve(1)
     with pytest.raises(ValueError, match="for the reader"):
-        writer.peek()
-    with pytest.raises(ValueError, match="without a peek"):
+        writer.read()
+    with pytest.raises(ValueError, match="without a record"):
         reader.release()
     with pytest.raises(ValueError, match="never fits into half of"):
         writer.reserve(2048 - 63)
@@ -166,13 +211,13 @@ def test_views_outlive_the_ring() -> None:
     reader = Ring.open(writer.name)
     writer.unlink()
     put(writer, 1, b"still here")
-    record = reader.peek()
+    record = reader.read()
     assert record is not None
     reader.close()
     writer.close()
     assert bytes(record.payload) == b"still here"
     with pytest.raises(ValueError, match="closed"):
-        reader.peek()
+        reader.read()
 
 
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # and nobody writes
@@ -183,7 +228,7 @@ def test_a_tensor_over_a_record_is_the_ring_itself(pair: tuple[Ring, Ring]) -> N
     assert slot is not None
     slot[:] = states.view(torch.uint8).flatten().numpy()
     writer.commit(sample=0, epoch=0, status=COMMITTED, tokens=5)
-    record = reader.peek()
+    record = reader.read()
     assert record is not None
     view = torch.frombuffer(record.payload, dtype=torch.bfloat16).view(5, 3, 4)
     assert view.data_ptr() == np.frombuffer(record.payload, np.uint8).ctypes.data
@@ -307,7 +352,7 @@ def test_the_next_reader_goes_on_where_a_killed_one_stopped() -> None:
         assert put(writer, sample, bytes([sample]))
     code = (
         "import sys; from dflash_scale.stream.ring import Ring\n"
-        "ring = Ring.open(sys.argv[1]); ring.peek(); ring.release(); ring.peek(); print(flush=True); sys.stdin.read()"
+        "ring = Ring.open(sys.argv[1]); ring.read(); ring.release(); ring.read(); print(flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", code, writer.name]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -51,6 +51,7 @@ def test_every_order_of_two_processes_and_a_death_at_every_step(tmp_path: Path) 
     least = {
         "from nothing": 400,
         "full and wrapping": 1000,
+        "reading ahead": 1000,
         "made while another cleans": 50,
         "two readers for one place": 25,
     }

@@ -75,7 +75,7 @@ for lap in range(3):
         fits.commit(sample=0, epoch=0, status=0, tokens=0)
     if lap == 0:
         reader = Ring.open(fits.name)
-    while reader.peek() is not None:
+    while reader.read() is not None:
         reader.release()
 print("every page was there")
 """

@@ -35,11 +35,12 @@ py::object reserve(Ring& ring, std::size_t bytes) {
   return span ? view(py::cast(WritableSpan{*span})) : py::none();
 }
 
-py::object peek(Ring& ring) {
-  auto record = ring.peek();
+py::object read_record(Ring& ring) {
+  auto record = ring.read();
   if (!record) return py::none();
   const Meta& m = record->meta;
-  return py::make_tuple(m.sample, m.epoch, m.status, m.tokens, view(py::cast(ReadOnlySpan{record->payload})));
+  return py::make_tuple(m.sample, m.epoch, m.status, m.tokens, view(py::cast(ReadOnlySpan{record->payload})),
+                        record->offset);
 }
 
 void translate(std::exception_ptr error) {
@@ -74,8 +75,9 @@ PYBIND11_MODULE(_ring, m) {
           py::arg("sample"), py::arg("epoch"), py::arg("status"), py::arg("tokens"))
       .def("abandon", &Ring::abandon)
       .def("beat", &Ring::beat)
-      .def("peek", &peek)
+      .def("read", &read_record)
       .def("release", &Ring::release)
+      .def("records", [](const Ring& ring) { return view(py::cast(WritableSpan{ring.records()})); })
       .def("close", &Ring::close)
       .def("unlink", &Ring::unlink)
       .def("peer_attached", &Ring::peer_attached)

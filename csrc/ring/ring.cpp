@@ -96,7 +96,9 @@ std::unique_ptr<Ring> Ring::open(const std::string& name) {
   const std::size_t capacity = checked_capacity(*reinterpret_cast<const HeaderPage*>(header.data()), bytes, path);
   auto mapping = std::make_shared<Mapping>(fd.get(), bytes);
   take_readers_place(reinterpret_cast<HeaderPage*>(mapping->data())->reader, path);
-  return std::unique_ptr<Ring>(new Ring(path, Descriptor(), std::move(mapping), capacity));
+  std::unique_ptr<Ring> ring(new Ring(path, Descriptor(), std::move(mapping), capacity));
+  ring->next_ = ring->page().reader.tail.load(std::memory_order_relaxed);  // from here on only this side stores it
+  return ring;
 }
 
 HeaderPage& Ring::page() const {
@@ -165,44 +167,50 @@ void Ring::beat() {
 
 // The writer is a process of the same user, but a stray store must end in an error here, not in a wild read: a copy is
 // checked, and only the copy is used.
-RecordHeader Ring::checked_header(std::uint64_t tail, std::uint64_t head) const {
-  const std::size_t room = std::min<std::uint64_t>(head - tail, capacity_ - tail % capacity_);
+RecordHeader Ring::checked_header(std::uint64_t count, std::uint64_t head) const {
+  const std::size_t room = std::min<std::uint64_t>(head - count, capacity_ - count % capacity_);
   RecordHeader header{};
-  if (room >= kLine) copy_header(header, header_at(tail));
+  if (room >= kLine) copy_header(header, header_at(count));
   const bool kind = header.kind == RecordKind::kRecord || header.kind == RecordKind::kSkip;
   if (!kind || header.span < kLine || header.span % kLine != 0 || header.span > room ||
       header.bytes > header.span - kLine) {
-    throw std::runtime_error("ring " + name_ + " is damaged at byte " + std::to_string(tail) +
+    throw std::runtime_error("ring " + name_ + " is damaged at byte " + std::to_string(count) +
                              ": something else wrote into it");
   }
   return header;
 }
 
-std::optional<Record> Ring::peek() {
-  expect(false, "peek");
-  auto& reader = page().reader;
-  std::uint64_t tail = reader.tail.load(std::memory_order_relaxed);  // only this side stores it
+std::optional<Record> Ring::read() {
+  expect(false, "read");
   const std::uint64_t head = page().writer.head.load(std::memory_order_acquire);
-  while (tail != head) {
-    const RecordHeader header = checked_header(tail, head);
-    if (header.kind == RecordKind::kRecord) {
-      held_ = header.span;
-      return Record{Meta{header.sample, header.epoch, header.status, header.tokens},
-                    Span{mapping_, at(tail) + kLine, header.bytes}};
-    }
-    tail += header.span;
-    reader.tail.store(tail, std::memory_order_release);
+  if (next_ == head) return std::nullopt;
+  std::uint64_t count = next_;
+  RecordHeader header = checked_header(count, head);
+  while (header.kind == RecordKind::kSkip) {  // published, and to be released, as one with the record behind it
+    count += header.span;
+    header = checked_header(count, head);
   }
-  return std::nullopt;
+  next_ = count + header.span;
+  held_.push_back(next_);
+  const Span payload{mapping_, at(count) + kLine, header.bytes};
+  return Record{Meta{header.sample, header.epoch, header.status, header.tokens}, payload,
+                static_cast<std::size_t>(count % capacity_) + kLine};
 }
 
+// Release order: whatever was read from the record, also by a device that this side has waited for, was read before
+// the writer gets its bytes.
 void Ring::release() {
   expect(false, "release");
-  if (held_ == 0) throw std::invalid_argument("ring " + name_ + ": release() without a peek() that gave a record");
+  if (held_.empty()) throw std::invalid_argument("ring " + name_ + ": release() without a record that read() gave");
   auto& reader = page().reader;
-  reader.tail.store(reader.tail.load(std::memory_order_relaxed) + held_, std::memory_order_release);
+  reader.tail.store(held_.front(), std::memory_order_release);
   reader.released.fetch_add(1, std::memory_order_release);
-  held_ = 0;
+  held_.pop_front();
+}
+
+Span Ring::records() const {
+  expect(false, "records");
+  return Span{mapping_, mapping_->data() + kPage, capacity_};
 }
 
 void Ring::set_reader_mark(std::uint64_t mark) {
@@ -236,7 +244,7 @@ void Ring::close() {
   const std::uint64_t own = process.load(std::memory_order_relaxed);
   if (process_pid(own) == ::getpid()) process.store(own | kLeft, std::memory_order_release);
   reservation_.reset();
-  held_ = 0;
+  held_.clear();
   mapping_.reset();  // views that are still held keep the bytes mapped
   lock_ = Descriptor();
 }

@@ -26,7 +26,11 @@
 //
 // and of a published record, seen by the reader:
 //
-//   published --peek()--> held (head was read with acquire order: the bytes are there) --release()--> free: tail moves
+//   published --read()--> held (head was read with acquire order: the bytes are there) --release()--> free: tail moves
+//
+// The reader may read ahead of what it releases: any number of records are held, in the order in which they were read,
+// and release() gives back the oldest. Where read() goes on is the reader's own knowledge and not in the segment, so
+// the next reader begins with the first record that was not released.
 //
 // A writer that dies between reserve() and commit() leaves nothing behind: `head` did not move. Each side can tell that
 // the other is gone by its pid and start time (a pid alone is used again), to which close() adds a bit. A record may
@@ -35,6 +39,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <optional>
 #include <string>
@@ -110,6 +115,7 @@ struct Span {
 struct Record {
   Meta meta;
   Span payload;
+  std::size_t offset;  // of the payload in records()
 };
 
 class Ring {
@@ -128,10 +134,11 @@ class Ring {
   void abandon();
   void beat();
 
-  // Reader. One held record at a time; peek() gives the same one until release().
-  std::optional<Record> peek();
+  // Reader. Any number of held records; release() is for the oldest, after the last access to its payload.
+  std::optional<Record> read();  // the record behind the last one read
   void release();
   void set_reader_mark(std::uint64_t mark);
+  Span records() const;  // all that payloads lie in, for a reader that locks these pages
 
   std::uint64_t reader_mark() const;
   std::uint64_t writer_beat() const;
@@ -159,7 +166,7 @@ class Ring {
   HeaderPage& page() const;
   std::byte* at(std::uint64_t count) const;
   RecordHeader& header_at(std::uint64_t count) const;
-  RecordHeader checked_header(std::uint64_t tail, std::uint64_t head) const;
+  RecordHeader checked_header(std::uint64_t count, std::uint64_t head) const;
   void expect(bool writer, const char* call) const;
   std::uint64_t peer() const;
 
@@ -169,7 +176,8 @@ class Ring {
   std::size_t capacity_;
   bool is_writer_;
   std::optional<Reservation> reservation_;
-  std::size_t held_ = 0;  // span of the record that peek() gave out
+  std::uint64_t next_ = 0;          // of the reader: count of the first byte that it has not read
+  std::deque<std::uint64_t> held_;  // counts of the ends of the records that were read and not released
 };
 
 // Bytes of the ring that a record of `payload` bytes takes: what a caller subtracts from capacity().

@@ -5,7 +5,8 @@ so that nothing stays in /dev/shm however the processes end; `reclaim()` covers 
 Ordering: records come out in the order of their commits. Loss: none while both live; a record that was reserved but not
 committed never existed. Back-pressure: `reserve()` gives None when the ring is full. Who may die: either side; the
 other sees it through `peer_alive()` (pid and start time), and a reader still gets all that was committed before. A
-reader's place is free once it has closed or died; the next one begins with the first record that was not released.
+reader may hold any number of records and releases them in the order in which it read them. Its place is free once it
+has closed or died; the next one begins with the first record that was not released.
 
 An object may be used by one thread at a time.
 """
@@ -32,13 +33,14 @@ class PeerDied(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One sample as it lies in the ring; `payload` (bytes, read-only) is valid until `release()`."""
+    """One sample as it lies in the ring; `payload` (bytes, read-only) is valid until the record is released."""
 
     sample: int
     epoch: int
     status: int  # COMMITTED or QUARANTINED
     tokens: int
     payload: memoryview
+    offset: int  # bytes, of the payload in `Ring.records()`
 
 
 def ring_name(run_id: str, owner_pid: int, local_rank: int) -> str:
@@ -135,26 +137,33 @@ class Ring:
 
     # The reader's side.
 
-    def peek(self) -> Record | None:
-        """The oldest record, or None. The same one until `release()`."""
-        found = self._native.peek()
+    def read(self) -> Record | None:
+        """The record behind the last one read, or None."""
+        found = self._native.read()
         return None if found is None else Record(*found)
 
     def release(self) -> None:
-        """Gives the bytes of the record that `peek()` returned back to the writer."""
+        """Gives the bytes of the oldest record that was read back to the writer; nothing may still be reading them."""
         self._native.release()
 
+    def records(self) -> memoryview:
+        """The memory that all payloads lie in, mapped for as long as the view is held.
+
+        Page-aligned, and writable because CUDA locks only such pages everywhere; a reader writes nothing there.
+        """
+        return self._native.records()
+
     def next_record(self, timeout: float) -> Record | None:
-        """Waits up to `timeout` seconds for a record; None when none came.
+        """`read`, but waits up to `timeout` seconds for a record; None when none came.
 
         Raises:
             PeerDied: the writer is gone and all that it committed has been read.
         """
         deadline = time.monotonic() + timeout
         wait = SHORTEST_WAIT_S
-        while (record := self.peek()) is None:
+        while (record := self.read()) is None:
             if not self.peer_alive():
-                record = self.peek()  # it may have committed just before it went
+                record = self.read()  # it may have committed just before it went
                 if record is not None:
                     return record
                 raise PeerDied(

@@ -12,6 +12,7 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -73,16 +74,21 @@ void check_content(const Record& found, int record) {
   }
 }
 
-// As Ring.next_record() in Python waits: false when the writer is gone and nothing is left.
-bool take(Control& control, Ring& ring) {
+// As Ring.next_record() in Python waits: none when the writer is gone and nothing is left.
+std::optional<Record> next_record(Control& control, Ring& ring) {
   std::optional<Record> found;
   ask(control, [&] {
-    found = ring.peek();
+    found = ring.read();
     if (found) return true;
     if (ring.peer_alive()) return false;
-    found = ring.peek();
+    found = ring.read();
     return true;
   });
+  return found;
+}
+
+bool take(Control& control, Ring& ring) {
+  const auto found = next_record(control, ring);
   if (!found) return false;
   check_content(*found, control.released);
   ring.release();
@@ -112,13 +118,11 @@ bool named(const Control& control) {
 
 // Reads what a dead reader left, from the record after the last release that took effect.
 void read_the_rest(Control& control, Ring& ring) {
-  if (auto found = ring.peek(); found && control.released < control.published) {
-    // A reader that died inside of release() may have moved `tail` before it could know.
-    if (found->meta.sample == static_cast<std::uint64_t>(control.released) + 1) ++control.released;
-  } else if (!found && control.released + 1 == control.published) {
-    ++control.released;
-  }
-  while (auto found = ring.peek()) {
+  auto found = ring.read();
+  // A reader that died inside of release() may have moved `tail` before it could know.
+  const int first = found ? static_cast<int>(found->meta.sample) : control.published;
+  if (first == control.released + 1) control.released = first;
+  for (; found; found = ring.read()) {
     check_content(*found, control.released++);
     ring.release();
   }
@@ -167,7 +171,7 @@ void first_reader(Control& control) {
   if (!ring) return;  // the writer died before its ring was ready
   while (take(control, *ring)) {
   }
-  require(!ring->peer_alive() && !ring->peek(), "the end of the stream was not the end");
+  require(!ring->peer_alive() && !ring->read(), "the end of the stream was not the end");
   ring->close();
 }
 
@@ -187,6 +191,31 @@ void wrapping_reader(Control& control) {
   require(take(control, *ring), "record 0 is not there");
   begin_steps();
   while (take(control, *ring)) {
+  }
+  ring->close();
+}
+
+// The same ring, whose reader holds all records that there are, and releases the oldest when it finds no other: what it
+// holds stays as it is while the writer goes on.
+void ahead_reader(Control& control) {
+  const auto ring = Ring::open(control.name);
+  require(take(control, *ring), "record 0 is not there");
+  begin_steps();
+  std::deque<Record> held;
+  const auto release_oldest = [&] {
+    check_content(held.front(), control.released);
+    ring->release();
+    held.pop_front();
+    ++control.released;
+  };
+  for (;;) {
+    if (const auto found = held.empty() ? next_record(control, *ring) : ring->read()) {
+      held.push_back(*found);
+    } else if (!held.empty()) {
+      release_oldest();
+    } else {
+      break;
+    }
   }
   ring->close();
 }
@@ -254,6 +283,7 @@ int main() {
   const explorer::Scenario scenarios[] = {
       {"from nothing", {first_writer, first_reader}, [](Control& c) { all_was_read(c, 2); }, look},
       {"full and wrapping", {wrapping_writer, wrapping_reader}, [](Control& c) { all_was_read(c, 4); }, look},
+      {"reading ahead", {wrapping_writer, ahead_reader}, [](Control& c) { all_was_read(c, 4); }, look},
       {"made while another cleans", {maker, cleaner}, made_ring_stands, after_making},
       {"two readers for one place", {maker_and_successor, successor}, one_has_the_place, after_succession},
   };
