@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -65,10 +65,17 @@ def prompt(length: int, seed: int, vocabulary: int) -> list[int]:
     return torch.randint(2, vocabulary, (length,), generator=generator).tolist()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_ports(count: int) -> int:
+    """The first of `count` TCP ports side by side on loopback that were free a moment ago."""
+    while True:
+        with ExitStack() as held:
+            first = int(held.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1])
+            try:
+                for port in range(first + 1, first + count):
+                    held.enter_context(socket.create_server(("127.0.0.1", port)))
+            except (OSError, OverflowError):  # taken, or above 65535
+                continue
+            return first
 
 
 class ServerFailed(RuntimeError):
@@ -80,6 +87,7 @@ class VllmServer:
     model: str
     http: str
     zmq: str
+    log: Path
     pid: int = 0
 
     def cpu_seconds(self) -> float:
@@ -111,11 +119,15 @@ class VllmServer:
 def vllm_server(
     model: Path, taps: Sequence[int], python: str, *extra: str, environment: Mapping[str, str] | None = None
 ) -> Iterator[VllmServer]:
-    """A server that answers /health; raises ServerFailed if it does not come up. extra: vLLM's own flags."""
-    server = VllmServer(str(model), f"http://127.0.0.1:{free_port()}", f"tcp://127.0.0.1:{free_port()}")
-    command = [sys.executable, str(SCRIPT), str(model), "--port", server.http.rpartition(":")[2], "--zmq", server.zmq]
+    """A server that answers /health; raises ServerFailed if it does not come up. extra: vLLM's own flags.
+
+    Its zmq has room for the address of a second engine.
+    """
+    port = free_ports(3)
+    log = model.parent / f"{model.name}-{port}.log"
+    server = VllmServer(str(model), f"http://127.0.0.1:{port}", f"tcp://127.0.0.1:{port + 1}", log)
+    command = [sys.executable, str(SCRIPT), str(model), "--port", str(port), "--zmq", server.zmq]
     command += ["--layer-ids", ",".join(map(str, taps)), "--python", python, "--", "--dtype", "float32", *extra]
-    log = model.parent / f"{model.name}-{server.http.rpartition(':')[2]}.log"
     surroundings = {**os.environ, "HF_HUB_OFFLINE": "1", **(environment or {})}
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=surroundings, start_new_session=True)

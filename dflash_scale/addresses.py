@@ -62,6 +62,22 @@ def check_bind(name: str, address: str, *, open_to_others: bool) -> None:
         )
 
 
+def engine_address(name: str, address: str, rank: int) -> str:
+    """Where the engine of data-parallel rank `rank` offers what its server offers at the ZeroMQ `address`.
+
+    Raises ValueError, starting with `name`, for a port that the system chooses, and where there is no such port.
+    """
+    if _is_ipc(address):
+        return f"{address}.{rank}"
+    host, port = split_address(name, address, "tcp")
+    if not 0 < port <= 65535 - rank:
+        raise ValueError(
+            f"{name}: got {address!r}, wanted a port from 1 to {65535 - rank} because each engine of a data-parallel "
+            "server binds a port of its own, this one plus its rank"
+        )
+    return f"tcp://[{host}]:{port + rank}" if ":" in host else f"tcp://{host}:{port + rank}"
+
+
 def check_bind_http(name: str, host: str, *, insecure: bool) -> None:
     """Raises ValueError, starting with `name`, unless a server may answer HTTP at `host`, which keys do not cover."""
     if not insecure and not is_loopback(host.strip("[]")):

@@ -18,6 +18,17 @@ class Server(Section):
     zmq: str = Field(
         description="Address that the server's connector binds, tcp://HOST:PORT or, on one machine, ipc://PATH."
     )
+    data_parallel_rank: int | None = Field(
+        default=None,
+        ge=0,
+        description="Which engine of a vLLM server with --data-parallel-size it is: requests say so, and zmq is the "
+        "address of that engine. null = the server has one engine.",
+    )
+
+    @property
+    def name(self) -> str:
+        """What logs and the status file call it."""
+        return self.http if self.data_parallel_rank is None else f"{self.http} engine {self.data_parallel_rank}"
 
 
 class StreamSection(Section):
@@ -54,8 +65,8 @@ class StreamSection(Section):
     endpoints_file: str | None = Field(
         default=None,
         min_length=1,
-        description="JSON file with a list of more servers, {http, zmq} each. It is watched: servers join and leave "
-        "while the run goes on, and stream.servers may be [].",
+        description="JSON file with a list of more servers, as in stream.servers. It is watched: servers join and "
+        "leave while the run goes on, and stream.servers may be [].",
     )
     insecure: bool = Field(
         default=False, description="Allow servers that are not on loopback, over HTTP and, without keys, ZeroMQ."
@@ -122,8 +133,16 @@ class StreamSection(Section):
             check_server(f"{name}[{i}].http", server.http, "http", open_to_others=self.insecure)
             keyed = self.insecure or self.keys is not None
             check_server(f"{name}[{i}].zmq", server.zmq, "tcp", open_to_others=keyed)
-        for field in ("http", "zmq"):
+        for field in ("name", "zmq"):
             given = [getattr(server, field) for server in servers]
             twice = sorted({address for address in given if given.count(address) > 1})
             if twice:
-                raise ValueError(f"{name}: got {twice[0]} twice as {field}, wanted each address once; drop one entry")
+                what = "http" if field == "name" else field
+                raise ValueError(f"{name}: got {twice[0]} twice as {what}, wanted each address once; drop one entry")
+        whole = {server.http for server in servers if server.data_parallel_rank is None}
+        for server in servers:
+            if server.data_parallel_rank is not None and server.http in whole:
+                raise ValueError(
+                    f"{name}: got {server.http} with data_parallel_rank {server.data_parallel_rank} and without one, "
+                    "wanted one in every entry of a server with several engines; set it, or drop one entry"
+                )

@@ -279,7 +279,7 @@ def _processes(plan: Plan) -> Lines:
         ("training ranks", f"{plan.world_size}, one per GPU, up to {GPUS_PER_NODE} per node"),
         ("receivers", f"{nodes}, one per node"),
         *(
-            (f"server {index}", f"{server.http}, hidden states from {server.zmq}")
+            (f"server {index}", f"{server.name}, hidden states from {server.zmq}")
             for index, server in enumerate(plan.config.stream.servers)
             if plan.config.stream.mode != "offline"
         ),

@@ -12,6 +12,7 @@ vLLM runs under --python, which needs those three as well, and finds this projec
 import argparse
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -25,7 +26,7 @@ REPO = Path(__file__).resolve().parent.parent
 if str(REPO) not in sys.path:  # started as a script
     sys.path.insert(0, str(REPO))
 
-from dflash_scale.addresses import check_bind, check_bind_http  # noqa: E402
+from dflash_scale.addresses import check_bind, check_bind_http, engine_address  # noqa: E402
 from dflash_scale.model_files import model_folder  # noqa: E402
 from dflash_scale.stream.keys import server_keys  # noqa: E402
 from dflash_scale.taps import default_layer_ids  # noqa: E402
@@ -43,6 +44,7 @@ OURS = {
     "--port": "give it before the --",
     "--host": "give it before the --",
 }
+DATA_PARALLEL_SIZE = ("--data-parallel-size", "-dp")
 # A CPU server beside training ranks: one thread, bound to no core (vLLM's automatic binding takes the same cores for
 # every server and keeps two cores free, which leaves none on a machine with two), and the worker inside the engine's
 # process: two processes that talk through shared memory spin for a second after every message, and two such servers
@@ -110,6 +112,7 @@ def _extraction_flags(serving: Serving) -> list[str]:
     if serving.zmq is None:
         raise ValueError("--zmq is missing: the address at which the hidden states are offered.")
     check_bind("--zmq", serving.zmq, open_to_others=serving.insecure or serving.keys is not None)
+    _check_parallelism(serving.extra)
     config = _read_config(_model_folder(serving.model))
     layers = config.get("num_hidden_layers") or config.get("text_config", {}).get("num_hidden_layers")
     if type(layers) is not int or layers < 1:
@@ -141,6 +144,10 @@ def _extraction_flags(serving: Serving) -> list[str]:
 def _connector_config(serving: Serving) -> dict[str, Any]:
     """What the connector is told. The keys are read here once, so that a bad folder is known before vLLM starts."""
     config: dict[str, Any] = {"zmq": serving.zmq, "insecure": serving.insecure}
+    engines = _engines(serving.extra)
+    if engines > 1:
+        engine_address("--zmq", serving.zmq or "", engines - 1)
+        config["engines"] = engines
     if serving.pool_bytes is not None:
         if serving.pool_bytes < 1:
             raise ValueError(f"--pool-bytes must be above 0, got {serving.pool_bytes}.")
@@ -157,12 +164,31 @@ def _check_extra(extra: Sequence[str]) -> None:
             raise ValueError(f"{flag} cannot be given to vLLM here: {why}.")
     if _has_flag(extra, "--enable-prefix-caching"):
         raise ValueError("--enable-prefix-caching cannot work: a cached prefix has no hidden states to send.")
-    for flags in (("--pipeline-parallel-size", "-pp"), ("--data-parallel-size", "-dp")):
-        if _flag_value(extra, *flags) not in (None, "1"):
+
+
+def _check_parallelism(extra: Sequence[str]) -> None:
+    if _flag_value(extra, "--pipeline-parallel-size", "-pp") not in (None, "1"):
+        raise ValueError(
+            "--pipeline-parallel-size cannot work: one worker must see all layers; use --tensor-parallel-size."
+        )
+    for name, _ in map(_flag_parts, extra):
+        of_engines = name.startswith("--data-parallel-") or re.fullmatch("-dp[a-z]", name) is not None
+        of_machines = name in ("--nnodes", "-n") and _engines(extra) > 1
+        if of_machines or (of_engines and name not in DATA_PARALLEL_SIZE):
             raise ValueError(
-                f"{flags[0]} cannot work: one worker must see all layers and own the address; use "
-                "--tensor-parallel-size, or start one server per replica."
+                f"{name} is not supported: engines on several machines or behind several HTTP ports have not been seen "
+                "to work; use --data-parallel-size alone, and one server per machine."
             )
+
+
+def _engines(extra: Sequence[str]) -> int:
+    """How many engines vLLM will run behind the one HTTP port."""
+    value = _flag_value(extra, *DATA_PARALLEL_SIZE)
+    if value is None:
+        return 1
+    if not value.isdecimal() or int(value) < 1:
+        raise ValueError(f"--data-parallel-size must be a number from 1 on, got {value!r}.")
+    return int(value)
 
 
 def _flag_parts(argument: str) -> tuple[str, str | None]:

@@ -92,7 +92,8 @@ def greeting(word: str) -> wire.Message:
         return wire.Incompatible((wire.VERSION + 1, wire.VERSION + 1))
     layout = {"wrong-layout": OTHER_LAYOUT, "wrong-size": replace(LAYOUT, hidden_size=32)}.get(word, LAYOUT)
     origin = wire.Origin(verifier="0" * 16) if word == "other-verifier" else wire.Origin()
-    return wire.HelloReply(layout, "fake", secrets.token_hex(8), origin)
+    rank = 1 if word == "second-engine" else None
+    return wire.HelloReply(layout, "fake", secrets.token_hex(8), origin, rank)
 
 
 class FakeVerifier:
@@ -101,6 +102,8 @@ class FakeVerifier:
     ) -> None:
         self.script, self.seen, self.lock = script, Counter[int](), threading.Lock()
         self.reply, self.keys, self.mute = reply, keys, mute
+        rank = getattr(reply, "data_parallel_rank", None)
+        self.rank = None if rank is None else str(rank)  # what requests have to say
         self.outgoing: queue.SimpleQueue[Frames] = queue.SimpleQueue()
         self.zmq_port = zmq_port
         threading.Thread(target=self.serve_wire, daemon=True).start()
@@ -116,7 +119,8 @@ class FakeVerifier:
                 self.reply(200, b"")
 
             def do_POST(self) -> None:
-                status = fake.complete(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                status = fake.complete(body) if self.headers["X-data-parallel-rank"] == fake.rank else 400
                 self.reply(status, b'{"choices": []}')
 
             def reply(self, status: int, body: bytes) -> None:
@@ -177,7 +181,8 @@ def main() -> None:
     parser.add_argument("--http", type=int, required=True)
     parser.add_argument("--zmq", type=int, required=True)
     parser.add_argument("--script", type=json.loads, default={})
-    parser.add_argument("--greeting", choices=["wrong-layout", "wrong-size", "other-verifier", "other-version"])
+    words = ["wrong-layout", "wrong-size", "other-verifier", "other-version", "second-engine"]
+    parser.add_argument("--greeting", choices=words)
     parser.add_argument("--keys", type=Path)
     parser.add_argument("--mute", action="store_true", help="answer everything, and never send hidden states")
     args = parser.parse_args()

@@ -39,6 +39,7 @@ class FakeServer:
     http: int = field(default_factory=free_port)
     zmq: int = field(default_factory=free_port)
     public_zmq: int | None = None  # where a proxy listens for it
+    data_parallel_rank: int | None = None
     process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> "FakeServer":
@@ -55,6 +56,11 @@ class FakeServer:
     @property
     def addresses(self) -> dict[str, str]:
         return {"http": f"http://127.0.0.1:{self.http}", "zmq": f"tcp://127.0.0.1:{self.public_zmq or self.zmq}"}
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """Of stream.servers."""
+        return {**self.addresses, "data_parallel_rank": self.data_parallel_rank}
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +83,7 @@ class Run:
         self.servers, self.folder = servers, folder
         self.receiver: Receiver | None = None
         section = {
-            "servers": [server.addresses for server in servers],
+            "servers": [server.entry for server in servers],
             "ring_bytes": 8 * LONGEST * LAYOUT.bytes_per_token,
             "credit_bytes": 1 << 20,
             "server_credit_bytes": 1 << 19,

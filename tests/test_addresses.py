@@ -2,7 +2,14 @@
 
 import pytest
 
-from dflash_scale.addresses import check_bind, check_bind_http, check_server, is_loopback, split_address
+from dflash_scale.addresses import (
+    check_bind,
+    check_bind_http,
+    check_server,
+    engine_address,
+    is_loopback,
+    split_address,
+)
 
 
 def test_loopback_is_decided_without_a_lookup() -> None:
@@ -46,6 +53,26 @@ def test_what_others_reach_needs_keys_or_a_word(address: str) -> None:
     with pytest.raises(ValueError, match=r"give --keys DIR .*or --insecure"):
         check_bind("--zmq", address, open_to_others=False)
     check_bind("--zmq", address, open_to_others=True)
+
+
+@pytest.mark.parametrize(
+    ("address", "want"),
+    [
+        ("tcp://127.0.0.1:5601", "tcp://127.0.0.1:5603"),
+        ("tcp://[::1]:65533", "tcp://[::1]:65535"),
+        ("tcp://*:1", "tcp://*:3"),
+        ("ipc:///tmp/states", "ipc:///tmp/states.2"),
+    ],
+)
+def test_each_engine_has_an_address_of_its_own(address: str, want: str) -> None:
+    assert engine_address("--zmq", address, 2) == want
+    check_bind("--zmq", want, open_to_others=True)
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:*", "tcp://127.0.0.1:0", "tcp://127.0.0.1:65534"])
+def test_ports_that_leave_none_for_the_engines(address: str) -> None:
+    with pytest.raises(ValueError, match=r"^--zmq: got .*, wanted a port from 1 to 65533 because each engine"):
+        engine_address("--zmq", address, 2)
 
 
 def test_http() -> None:

@@ -23,7 +23,7 @@ class Script:
         self.listener = socket.create_server((host, 0), family=family)
         shown = f"[{host}]" if ":" in host else host
         self.address = f"http://{shown}:{self.listener.getsockname()[1]}"
-        self.requests = 0
+        self.requests: list[bytes] = []
         threading.Thread(target=self.serve, args=(connections,), daemon=True).start()
 
     def serve(self, connections: tuple[list[bytes], ...]) -> None:
@@ -33,7 +33,7 @@ class Script:
                 received = b""
                 while not received.endswith((b"}", b"\r\n\r\n")) or (b"POST" in received and b"{" not in received):
                     received += connection.recv(65536)
-                self.requests += 1
+                self.requests.append(received)
                 connection.sendall(answer)
             connection.close()
         self.listener.close()
@@ -62,11 +62,22 @@ def test_a_connection_is_kept_and_a_closed_one_is_not_a_dead_server(events: queu
     script = Script([OK, OK], [OK])
     calls = calls_to(script.address, 20, events)
     assert [post(calls, events, attempt).fault for attempt in range(3)] == [None] * 3
-    assert script.requests == 3
+    assert len(script.requests) == 3
     refused = post(calls, events, 3)
     assert refused.fault is Fault.SERVER
     assert "connection" in refused.reason
     calls.close()
+
+
+def test_an_engine_is_named_in_a_header(events: queue.SimpleQueue[Event]) -> None:
+    for rank, header in ((None, None), (0, b"X-data-parallel-rank: 0"), (3, b"X-data-parallel-rank: 3")):
+        script = Script([OK])
+        calls = Calls(1, 20, events.put)
+        calls.add(script.address, rank)
+        assert post(calls, events, 0).fault is None
+        lines = script.requests[0].splitlines()
+        assert [line for line in lines if line.lower().startswith(b"x-data")] == ([] if header is None else [header])
+        calls.close()
 
 
 def test_a_server_on_ipv6(events: queue.SimpleQueue[Event]) -> None:

@@ -200,6 +200,25 @@ def test_one_address_twice_is_refused() -> None:
     assert "got http://127.0.0.1:1 twice as http" in error_of({"stream": {"servers": [server, server]}})
 
 
+def test_engines_of_a_server_share_its_http_address_under_different_ranks() -> None:
+    def servers(*ranks: int | None) -> dict[str, Any]:
+        entries = [
+            {"http": "http://127.0.0.1:1", "zmq": f"tcp://127.0.0.1:{2 + i}", "data_parallel_rank": rank}
+            for i, rank in enumerate(ranks)
+        ]
+        return {"stream": {"servers": entries}}
+
+    parsed = parse_config({**MINIMAL, **servers(0, 1)}).stream.servers
+    assert [server.name for server in parsed] == ["http://127.0.0.1:1 engine 0", "http://127.0.0.1:1 engine 1"]
+    assert parse_config({**MINIMAL, **servers(None)}).stream.servers[0].name == "http://127.0.0.1:1"
+    assert "got http://127.0.0.1:1 engine 1 twice as http" in error_of(servers(0, 1, 1))
+    assert "with data_parallel_rank 1 and without one" in error_of(servers(None, 1))
+    assert "data_parallel_rank" in error_of(servers(-1))
+    twice = servers(0, 1)
+    twice["stream"]["servers"][1]["zmq"] = "tcp://127.0.0.1:2"
+    assert "got tcp://127.0.0.1:2 twice as zmq" in error_of(twice)
+
+
 def test_overrides_are_json_or_bare_words(tmp_path: Path) -> None:
     overrides = [
         "train.lr=3e-4",

@@ -61,7 +61,7 @@ def connector(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 def vllm_config(**changes: Any) -> Any:
     extra = changes.pop("extra", {"zmq": "tcp://127.0.0.1:*"})
     draft = SimpleNamespace(hf_config=SimpleNamespace(eagle_aux_hidden_state_layer_ids=[1, 3, 6]))
-    parallel = {"pipeline_parallel_size": 1, "data_parallel_size": 1, **changes.pop("parallel", {})}
+    parallel = {"pipeline_parallel_size": 1, "data_parallel_index": 0, **changes.pop("parallel", {})}
     return SimpleNamespace(
         kv_transfer_config=SimpleNamespace(kv_connector_extra_config=extra),
         parallel_config=SimpleNamespace(**parallel),
@@ -254,7 +254,11 @@ def test_other_tensor_parallel_ranks_send_nothing(connector: ModuleType, monkeyp
     ("changes", "reason"),
     [
         ({"parallel": {"pipeline_parallel_size": 2}}, "pipeline parallelism"),
-        ({"parallel": {"data_parallel_size": 2}}, "one server per replica"),
+        ({"parallel": {"data_parallel_index": 1}}, "rank 1, expected 1 in all: give --data-parallel-size"),
+        (
+            {"parallel": {"data_parallel_index": 2}, "extra": {"zmq": "tcp://127.0.0.1:1", "engines": 2}},
+            "rank 2, expected 2 in all",
+        ),
         ({"prefix_caching": True}, "no-enable-prefix-caching"),
         ({"extra": {}}, "needs zmq"),
         ({"extra": {"zmq": "tcp://127.0.0.1:*", "unsafe": 1}}, "needs zmq"),
@@ -299,6 +303,34 @@ def test_the_last_id_is_the_verifiers_last_layer(connector: ModuleType) -> None:
         build(connector, layers=8).register_kv_caches({"cache_only_layers.6": cache_tensor()})
 
 
+def test_each_engine_of_a_server_binds_its_own_address_and_says_its_rank(connector: ModuleType, tmp_path: Path) -> None:
+    workers = []
+    for rank in range(2):
+        extra = {"zmq": f"ipc://{tmp_path}/states", "engines": 2}
+        workers.append(build(connector, extra=extra, parallel={"data_parallel_index": rank}))
+        workers[-1].register_kv_caches({"cache_only_layers.6": cache_tensor()})
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    try:
+        for rank in range(2):
+            address = f"ipc://{tmp_path}/states.{rank}"
+            socket = sockets.connect_dealer(context, address, "rx", max_message_bytes=1 << 20)
+            socket.send(wire.encode(wire.Hello("run-1", "rx")))
+            assert socket.poll(10_000), f"no engine at {address}"
+            reply = wire.decode(socket.recv(), max_tokens=0)
+            assert isinstance(reply, wire.HelloReply)
+            assert reply.data_parallel_rank == rank
+    finally:
+        for worker in workers:
+            worker.shutdown()
+        context.destroy(linger=0)
+
+
+def test_engines_need_a_port_that_is_known(connector: ModuleType) -> None:
+    worker = build(connector, extra={"zmq": "tcp://127.0.0.1:*", "engines": 2}, parallel={"data_parallel_index": 1})
+    with pytest.raises(ValueError, match="wanted a port from 1 to 65534"):
+        worker.register_kv_caches({"cache_only_layers.6": cache_tensor()})
+
+
 def test_open_addresses_end_the_start(connector: ModuleType) -> None:
     with pytest.raises(ValueError, match="loopback"):
         build(connector, extra={"zmq": "tcp://*:5601"}).register_kv_caches({"cache_only_layers.6": cache_tensor()})
@@ -332,7 +364,7 @@ def test_imports_of_ours_are_few() -> None:
             imported |= {f"{node.module}.{alias.name}" for alias in node.names}
     ours = {name for name in imported if name.startswith("dflash_scale")}
     assert {name.removeprefix("dflash_scale.").removeprefix("stream.").split(".")[0] for name in ours} == {
-        *("model_files", "wire", "keys", "publisher", "copies", "host_pool")
+        *("addresses", "model_files", "wire", "keys", "publisher", "copies", "host_pool")
     }
     outside = {name.split(".")[0] for name in imported - ours}
     assert outside == {"logging", "dataclasses", "pathlib", "typing", "torch", "vllm"}

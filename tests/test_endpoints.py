@@ -16,8 +16,8 @@ def server(number: int) -> dict[str, str]:
     return {"http": f"http://127.0.0.1:{8000 + number}", "zmq": f"tcp://127.0.0.1:{5600 + number}"}
 
 
-def pair(number: int) -> tuple[str, str]:
-    return server(number)["http"], server(number)["zmq"]
+def named(number: int) -> Server:
+    return Server(**server(number))
 
 
 class Watch:
@@ -25,7 +25,7 @@ class Watch:
 
     def __init__(self, path: Path, **stream: Any) -> None:
         self.path, self.now = path, 0.0
-        section = StreamSection(servers=(Server(**server(0)),), endpoints_file=str(path), **stream)
+        section = StreamSection(servers=(named(0),), endpoints_file=str(path), **stream)
         self.endpoints = Endpoints(section)
 
     def write(self, content: object) -> None:
@@ -41,18 +41,18 @@ class Watch:
 def test_servers_come_and_go_with_the_file(tmp_path: Path) -> None:
     watch = Watch(tmp_path / "servers.json")
     assert not watch.look()
-    assert watch.endpoints.servers == [pair(0)]
+    assert watch.endpoints.servers == [named(0)]
     watch.write([server(1), server(2)])
     assert not watch.endpoints.look(watch.now + LOOK_EVERY_S / 2), "at most once a second"
     assert watch.look()
-    assert watch.endpoints.servers == [pair(0), pair(1), pair(2)]
+    assert watch.endpoints.servers == [named(0), named(1), named(2)]
     assert not watch.look(), "unchanged"
     watch.write([server(2)])
     assert watch.look()
-    assert watch.endpoints.servers == [pair(0), pair(2)]
+    assert watch.endpoints.servers == [named(0), named(2)]
     watch.write([])
     assert watch.look()
-    assert watch.endpoints.servers == [pair(0)], "those of the configuration stay"
+    assert watch.endpoints.servers == [named(0)], "those of the configuration stay"
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,7 @@ def test_servers_come_and_go_with_the_file(tmp_path: Path) -> None:
         ([server(1) | {"http": "http://10.0.0.1:8001"}], "wanted a loopback address"),
         ([server(1), server(1)], "got http://127.0.0.1:8001 twice"),
         ([server(0)], "got http://127.0.0.1:8000 twice"),
+        ([server(1) | {"http": server(0)["http"], "data_parallel_rank": 1}], "without one, wanted one in every entry"),
     ],
 )
 def test_a_bad_file_is_logged_once_and_the_last_list_stays(
@@ -79,9 +80,17 @@ def test_a_bad_file_is_logged_once_and_the_last_list_stays(
     assert record.levelname == "ERROR"
     assert re.search(says, record.getMessage())
     assert "the fleet stays at 2 servers" in record.getMessage()
-    assert watch.endpoints.servers == [pair(0), pair(3)]
+    assert watch.endpoints.servers == [named(0), named(3)]
     watch.write([server(4)])
     assert watch.look()
+
+
+def test_engines_of_one_server_join(tmp_path: Path) -> None:
+    watch = Watch(tmp_path / "servers.json")
+    engines = [server(rank) | {"http": server(9)["http"], "data_parallel_rank": rank} for rank in (1, 2)]
+    watch.write(engines)
+    assert watch.look()
+    assert watch.endpoints.servers == [named(0), *(Server.model_validate(engine) for engine in engines)]
 
 
 def test_a_file_that_vanishes_is_logged_once_and_may_come_back(
@@ -94,10 +103,10 @@ def test_a_file_that_vanishes_is_logged_once_and_may_come_back(
     for _ in range(3):
         assert not watch.look()
     assert len(caplog.records) == 1
-    assert watch.endpoints.servers == [pair(0), pair(1)]
+    assert watch.endpoints.servers == [named(0), named(1)]
     watch.write([server(2)])
     assert watch.look()
-    assert watch.endpoints.servers == [pair(0), pair(2)]
+    assert watch.endpoints.servers == [named(0), named(2)]
 
 
 def test_the_configuration_may_name_no_server_only_with_a_file() -> None:

@@ -152,6 +152,45 @@ def test_another_version_is_an_error_that_names_both(
     assert f"{said}receiver {wire.VERSION}; upgrade dflash_scale at the receiver" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("greeting", "rank", "said"),
+    [
+        ((), 0, "is the only engine of its server, the configuration has the engine with data_parallel_rank 0"),
+        (
+            ("--greeting", "second-engine"),
+            None,
+            "is the engine with data_parallel_rank 1, the configuration has the only engine of its server",
+        ),
+        (
+            ("--greeting", "second-engine"),
+            0,
+            "is the engine with data_parallel_rank 1, the configuration has the engine with data_parallel_rank 0",
+        ),
+    ],
+)
+def test_another_engine_is_an_error_that_names_both(
+    make_run: Callable[..., Run],
+    capfd: pytest.CaptureFixture[str],
+    greeting: tuple[str, ...],
+    rank: int | None,
+    said: str,
+) -> None:
+    run = make_run([FakeServer(arguments=greeting, data_parallel_rank=rank).start()])
+    assert run.spawn().process.wait(60) == 1
+    name = run.config.stream.servers[0].name
+    assert f"server {name}: at {run.servers[0].addresses['zmq']} {said}" in capfd.readouterr().err
+
+
+def test_an_engine_is_named_in_log_and_status(make_run: Callable[..., Run], capfd: pytest.CaptureFixture[str]) -> None:
+    run = make_run([FakeServer(arguments=("--greeting", "second-engine"), data_parallel_rank=1).start()])
+    drain(run, run.spawn())
+    assert run.receiver is not None
+    assert run.receiver.process.wait(60) == 0
+    name = f"{run.servers[0].addresses['http']} engine 1"
+    assert run.status()["servers"][0]["http"] == name
+    assert f"server {name} is healthy" in capfd.readouterr().err
+
+
 def test_another_verifier_is_an_error_that_names_both(
     make_run: Callable[..., Run], capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -128,7 +128,15 @@ def test_drafters_without_a_block_size(model: Path, tmp_path: Path, content: dic
         (["--pipeline-parallel-size", "2"], "see all layers"),
         (["--pipeline_parallel_size=2"], "see all layers"),
         (["-pp", "2"], "see all layers"),
-        (["--data-parallel-size", "2"], "see all layers"),
+        (["--data-parallel-size", "2", "--data-parallel-size-local", "1"], "several machines"),
+        (["--data_parallel_rank=1"], "several machines"),
+        (["-dp", "2", "-dpn", "1"], "several machines"),
+        (["--data-parallel-hybrid-lb"], "several machines"),
+        (["-dp", "2", "--nnodes", "2"], "several machines"),
+        (["--data-parallel-size", "two"], "must be a number from 1 on, got 'two'"),
+        (["--data-parallel-size", "0"], "must be a number from 1 on, got '0'"),
+        (["--data-parallel-size"], "must be a number from 1 on, got ''"),
+        (["--data-parallel-size", "59936"], "wanted a port from 1 to 5600"),
         (["--model", "other"], "first argument"),
         (["--port", "1"], "before the --"),
         (["--host=0.0.0.0"], "before the --"),
@@ -139,7 +147,19 @@ def test_flags_of_vllm_that_cannot_work(model: Path, extra: list[str], reason: s
         command(model, *extra)
 
 
+@pytest.mark.parametrize("extra", [("--data-parallel-size", "2"), ("--data_parallel_size=2",), ("-dp", "2")])
+def test_the_connector_is_told_how_many_engines_there_are(model: Path, extra: tuple[str, ...]) -> None:
+    line = command(model, *extra)
+    assert line[-len(extra) :] == list(extra)
+    config = value(line, "--kv-transfer-config")["kv_connector_extra_config"]
+    assert config == {"zmq": ZMQ, "insecure": False, "engines": 2}
+    with pytest.raises(ValueError, match="each engine of a data-parallel server binds a port of its own"):
+        command(model, *extra, zmq="tcp://127.0.0.1:*")
+
+
 def test_harmless_parallel_flags(model: Path) -> None:
+    config = value(command(model, "-dp", "1", "--nnodes", "2"), "--kv-transfer-config")["kv_connector_extra_config"]
+    assert config == {"zmq": ZMQ, "insecure": False}
     assert command(model, "-pp", "1", "--tensor-parallel-size", "2")[-4:] == ["-pp", "1", "--tensor-parallel-size", "2"]
 
 

@@ -46,7 +46,7 @@ origins = st.builds(Origin, digests, digests)
 messages = st.one_of(
     st.builds(Hello, names, names, versions),
     st.builds(Incompatible, versions),
-    st.builds(HelloReply, layouts, st.text(max_size=200), names, origins),
+    st.builds(HelloReply, layouts, st.text(max_size=200), names, origins, st.none() | integers),
     st.builds(Refusal, tickets, st.text(max_size=wire.MAX_REASON_CHARS), st.booleans()),
     st.builds(
         lambda ticket, tokens, layout, checksum: Header(
@@ -66,6 +66,7 @@ json_like = st.recursive(
 
 
 @given(messages)
+@settings(deadline=None)
 def test_round_trip(message: wire.Message) -> None:
     frame = wire.encode(message)
     assert len(frame) <= wire.MAX_HEADER_BYTES
@@ -73,14 +74,14 @@ def test_round_trip(message: wire.Message) -> None:
 
 
 @given(st.binary(max_size=5000))
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 def test_random_bytes_raise_only_wire_errors(raw: bytes) -> None:
     with pytest.raises(WireError):
         wire.decode(raw, max_tokens=1 << 20)
 
 
 @given(messages, st.data())
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 def test_damaged_messages_decode_or_raise_wire_errors(message: wire.Message, data: st.DataObject) -> None:
     raw = bytearray(wire.encode(message))
     for _ in range(data.draw(st.integers(1, 4))):
@@ -92,7 +93,7 @@ def test_damaged_messages_decode_or_raise_wire_errors(message: wire.Message, dat
 
 
 @given(messages, st.data())
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 def test_maps_with_wrong_values_raise_wire_errors(message: wire.Message, data: st.DataObject) -> None:
     body = msgpack.unpackb(wire.encode(message))
     inner = data.draw(st.sampled_from([body] + [v for v in body.values() if isinstance(v, dict)]))
@@ -107,6 +108,7 @@ def test_maps_with_wrong_values_raise_wire_errors(message: wire.Message, data: s
 
 
 @given(json_like)
+@settings(deadline=None)
 def test_request_parameters_raise_only_wire_errors(params: Any) -> None:
     for candidate in (params, {"dflash": params}):
         with contextlib.suppress(WireError):

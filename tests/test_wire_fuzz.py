@@ -30,7 +30,7 @@ GOOD = [
         Hello("run-1", "rx"),
         Incompatible((3, 9)),
         HelloReply(LAYOUT, "model", "0123", Origin("0" * 16, "f" * 16)),
-        HelloReply(LARGEST, "m" * wire.MAX_MODEL_CHARS, "0123", Origin()),
+        HelloReply(LARGEST, "m" * wire.MAX_MODEL_CHARS, "0123", Origin(), wire.MAX_INT),
         Header(TICKET, 5, LAYOUT, len(IDS), len(STATES), payload.checksum(IDS, STATES)),
         Refusal(TICKET, "x" * wire.MAX_REASON_CHARS, True),
         Refusal(TICKET, "", False),

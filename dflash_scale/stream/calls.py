@@ -22,6 +22,7 @@ from dflash_scale.stream.jobs import Fault, Probe, Send
 
 MAX_ANSWER_BYTES: Final = 1 << 22  # of an HTTP answer; it holds one token and, at most, the prompt's ids
 SHOWN_CHARS: Final = 200
+RANK_HEADER: Final = "X-data-parallel-rank"  # to which of its engines vLLM gives a request
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +101,7 @@ class _Host:
     """One server: where it is, and who talks to it."""
 
     address: tuple[str, int]
+    headers: dict[str, str]
     calls: queue.SimpleQueue[_Call | None] = field(default_factory=queue.SimpleQueue)
     threads: int = 0
     busy: int = 0  # calls queued or under way
@@ -119,10 +121,13 @@ class Calls:
         self._hosts: list[_Host] = []
         self._lock = threading.Lock()
 
-    def add(self, address: str) -> None:
-        """One more server, at http://HOST:PORT."""
+    def add(self, address: str, data_parallel_rank: int | None = None) -> None:
+        """One more server, at http://HOST:PORT; with a rank, that engine of it."""
         parts = urlsplit(address)
-        self._hosts.append(_Host((parts.hostname or "", parts.port or 80)))
+        headers = {"Content-Type": "application/json"}
+        if data_parallel_rank is not None:
+            headers[RANK_HEADER] = str(data_parallel_rank)
+        self._hosts.append(_Host((parts.hostname or "", parts.port or 80), headers))
 
     def post(self, sent: Send, body: dict[str, Any]) -> None:
         """POST /v1/completions; one `Posted` follows, whatever happens."""
@@ -166,19 +171,19 @@ class Calls:
     def _work(self, host: _Host) -> None:
         connection = _Connection(host.address, self._timeout_s)
         while (call := host.calls.get()) is not None:
-            posted = self._post(connection, call)
+            posted = self._post(connection, host.headers, call)
             with self._lock:
                 host.busy -= 1
             self._report(posted)
         connection.close()
 
-    def _post(self, connection: _Connection, call: _Call) -> Posted:
+    def _post(self, connection: _Connection, headers: dict[str, str], call: _Call) -> Posted:
         body = json.dumps(call.body).encode()
         connection.begin()
         reused = connection.sock is not None
         while True:
             try:
-                connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+                connection.request("POST", "/v1/completions", body, headers)
                 response = connection.getresponse()
                 text = response.read(MAX_ANSWER_BYTES)
                 if response.length and len(text) < MAX_ANSWER_BYTES:

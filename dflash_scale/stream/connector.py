@@ -37,6 +37,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.platforms import current_platform
 
+from dflash_scale.addresses import engine_address
 from dflash_scale.model_files import origin_of
 from dflash_scale.stream import wire
 from dflash_scale.stream.copies import Copies, Finished
@@ -74,17 +75,20 @@ class _CacheLayer:
 
 
 class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
-    """See the module's docstring. kv_connector_extra_config: zmq (address to bind), insecure, keys, pool_bytes."""
+    """See the module's docstring. kv_connector_extra_config: zmq (address to bind), insecure, keys, pool_bytes, and
+    engines: how many engines share the server's HTTP port, each with an address of its own made from zmq."""
 
     def __init__(self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig") -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         extra = self._kv_transfer_config.kv_connector_extra_config
-        unknown = extra.keys() - {"zmq", "insecure", "keys", "pool_bytes"}
+        unknown = extra.keys() - {"zmq", "insecure", "keys", "pool_bytes", "engines"}
         if unknown or "zmq" not in extra:
             raise ValueError(
-                f"kv_connector_extra_config needs zmq and allows insecure, keys and pool_bytes, got {sorted(extra)}"
+                f"kv_connector_extra_config needs zmq and allows insecure, keys, pool_bytes and engines, got "
+                f"{sorted(extra)}"
             )
         self._extra: dict[str, Any] = extra
+        self._rank = _data_parallel_rank(vllm_config, int(extra.get("engines", 1)))
         _check_parallelism(vllm_config)
         self._layer_ids = _layer_ids(vllm_config)
         self._layer = _hidden_state_layer(kv_cache_config)
@@ -163,12 +167,14 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         on_cpu = cache.device.type == "cpu"
         pool_bytes = int(self._extra.get("pool_bytes", POOL_BYTES_CPU if on_cpu else POOL_BYTES_GPU))
         pool = HostPool(pool_bytes, pinned=not on_cpu)
+        zmq = self._extra["zmq"]
         publisher = Publisher(
-            self._extra["zmq"],
+            zmq if self._rank is None else engine_address("zmq", zmq, self._rank),
             layout,
             self._vllm_config.model_config.served_model_name or self._vllm_config.model_config.model,
             insecure=bool(self._extra.get("insecure", False)),
             origin=origin_of(self._vllm_config.model_config.model),
+            data_parallel_rank=self._rank,
             keys=server_keys(Path(self._extra["keys"])) if "keys" in self._extra else None,
         )
         self._copies = Copies(by_token, publisher, pool)
@@ -226,13 +232,19 @@ def _check_parallelism(config: "VllmConfig") -> None:
             "hidden states cannot be extracted with pipeline parallelism, because no worker sees all the layers: "
             f"got pipeline_parallel_size {parallel.pipeline_parallel_size}, use tensor parallelism."
         )
-    if parallel.data_parallel_size != 1:
-        raise ValueError(
-            f"got data_parallel_size {parallel.data_parallel_size}, but each replica needs an address of its own: "
-            "start one server per replica."
-        )
     if config.cache_config.enable_prefix_caching:
         raise ValueError("prefix caching leaves hidden states out: start vLLM with --no-enable-prefix-caching.")
+
+
+def _data_parallel_rank(config: "VllmConfig", engines: int) -> int | None:
+    """This engine's, None if it is the server's only one. vLLM tells an engine of a dense model its index alone."""
+    rank: int = config.parallel_config.data_parallel_index
+    if rank >= engines:
+        raise ValueError(
+            f"this is the engine with data-parallel rank {rank}, expected {engines} in all: give --data-parallel-size "
+            "to launch/serve_vllm.py, and not through the environment or a file."
+        )
+    return rank if engines > 1 else None
 
 
 def _hidden_state_layer(config: "KVCacheConfig") -> _CacheLayer:

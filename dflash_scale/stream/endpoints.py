@@ -1,8 +1,8 @@
 """The servers that a watched file names, so that they join and leave while a run goes on.
 
-The file holds a JSON list of {"http": "http://HOST:PORT", "zmq": "tcp://HOST:PORT"}. Write it aside and rename it: a
-file that is being written may be read half. What cannot be used is logged once per change, and the last good list
-stays.
+The file holds a JSON list of servers as in `stream.servers`, {"http": "http://HOST:PORT", "zmq": "tcp://HOST:PORT"}.
+Write it aside and rename it: a file that is being written may be read half. What cannot be used is logged once per
+change, and the last good list stays.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Endpoints:
         self._path = Path(stream.endpoints_file) if asks and stream.endpoints_file is not None else None
         self._stamp: tuple[int, int, int] | None = (0, 0, 0)  # of the file at the last look; None: there was none
         self._next_look = -math.inf
-        self.servers = [(server.http, server.zmq) for server in stream.servers if asks]
+        self.servers = list(stream.servers) if asks else []
 
     def look(self, now: float) -> bool:
-        """Whether `servers`, (http, zmq) addresses, is another list than at the last look. Cheap to call often."""
+        """Whether `servers` is another list than at the last look. Cheap to call often."""
         if self._path is None or now < self._next_look:
             return False
         self._next_look = now + LOOK_EVERY_S
@@ -56,7 +56,7 @@ class Endpoints:
             log.error("%s: %s; %s", self._path, error, self._kept())
         return self.servers != before
 
-    def _read(self, path: Path) -> list[tuple[str, str]]:
+    def _read(self, path: Path) -> list[Server]:
         try:
             named = _LIST.validate_json(path.read_bytes())
         except ValidationError as error:
@@ -65,9 +65,9 @@ class Endpoints:
             raise ValueError(
                 f'entry {where or "list"}: {first["msg"]}; wanted a list of {{"http": ..., "zmq": ...}}'
             ) from None
-        servers = (*self._stream.servers, *named)
+        servers = [*self._stream.servers, *named]
         self._stream.check_servers("servers of the configuration and of the file", servers)
-        return [(server.http, server.zmq) for server in servers]
+        return servers
 
     def _kept(self) -> str:
         return f"the fleet stays at {len(self.servers)} servers until the file is corrected"

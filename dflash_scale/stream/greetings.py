@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+from dflash_scale.config_stream import Server
 from dflash_scale.stream import wire
 from dflash_scale.stream.jobs import Probe
 from dflash_scale.stream.keys import ReceiverKeys
@@ -45,10 +46,20 @@ class Comparison:
         self._identity = identity
         self._uncompared: set[tuple[str, str]] = set()  # server and what of it, that was said already
 
-    def problem(self, address: str, reply: wire.HelloReply | wire.Incompatible) -> str:
-        """Why the server at `address` cannot serve this run; empty if it can."""
+    def problem(self, server: Server, reply: wire.HelloReply | wire.Incompatible) -> str:
+        """Why `server` cannot serve this run; empty if it can."""
+        address = server.name
         if isinstance(reply, wire.Incompatible):
             return f"server {address}: {reply}"
+        if reply.data_parallel_rank != server.data_parallel_rank:
+            there, here = (
+                "the only engine of its server" if rank is None else f"the engine with data_parallel_rank {rank}"
+                for rank in (reply.data_parallel_rank, server.data_parallel_rank)
+            )
+            return (
+                f"server {address}: at {server.zmq} is {there}, the configuration has {here}; name each engine of a "
+                "server in an entry of its own, with its zmq and its data_parallel_rank"
+            )
         got, wanted = reply.layout, self._identity.layout
         if not got.offers(wanted):
             return (

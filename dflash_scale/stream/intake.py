@@ -15,7 +15,7 @@ from typing import Any, Final, Protocol
 
 import zmq
 
-from dflash_scale.config_stream import StreamSection
+from dflash_scale.config_stream import Server, StreamSection
 from dflash_scale.quarantine import QuarantineFile
 from dflash_scale.stream import payload, wire
 from dflash_scale.stream.calls import Calls, Event, HealthAnswered
@@ -109,7 +109,7 @@ class Intake:
         self._identity, self.delivery, self._questions, self._quarantine = identity, delivery, questions, quarantine
         self.fleet = Fleet([], limits, time.monotonic())
         self._endpoints = endpoints
-        self._addresses: list[tuple[str, str]] = []  # (http, zmq) of every server of the fleet
+        self._servers: list[Server] = []  # as configured; of every server of the fleet
         self.dropped = Dropped()
         self.blocked_on = "servers"
         self.blocked_s: defaultdict[str, float] = defaultdict(float)
@@ -175,17 +175,17 @@ class Intake:
     def _join_and_leave(self) -> None:
         """Makes the fleet the servers of `endpoints`. One that comes back is a new one."""
         now, wanted = time.monotonic(), list(self._endpoints.servers)
-        for server, addresses in enumerate(self._addresses):
-            if self.fleet.servers[server].retired:
+        for index, server in enumerate(self._servers):
+            if self.fleet.servers[index].retired:
                 continue
-            if addresses in wanted:
-                wanted.remove(addresses)
+            if server in wanted:
+                wanted.remove(server)
             else:
-                self.fleet.retire(server, now)
-        for http, zmq_address in wanted:
-            self._addresses.append((http, zmq_address))
-            self._calls.add(http)
-            self.fleet.add_server(http, now)
+                self.fleet.retire(index, now)
+        for server in wanted:
+            self._servers.append(server)
+            self._calls.add(server.http, server.data_parallel_rank)
+            self.fleet.add_server(server.name, now)
 
     def _report(self, event: Event) -> None:
         """Called from the HTTP threads."""
@@ -227,7 +227,7 @@ class Intake:
         self._greetings[server] = Greeting(probe)
         socket = self._links.socket(server)
         if socket is None:
-            socket = self._links.connect(server, self._addresses[server][1])
+            socket = self._links.connect(server, self._servers[server].zmq)
         self._calls.health(probe, self.fleet.probe_timeout_s)
         try:
             socket.send(wire.encode(wire.Hello(self._identity.run_id, self._links.receiver(server))), zmq.NOBLOCK)
@@ -270,7 +270,7 @@ class Intake:
             return
         server, reply = greeting.probe.server, greeting.reply
         del self._greetings[server]
-        mismatch = self._comparison.problem(self.fleet.servers[server].address, reply)
+        mismatch = self._comparison.problem(self._servers[server], reply)
         if mismatch and not self.fleet.issued:
             raise ServerMismatch(mismatch)
         if isinstance(reply, wire.Incompatible):

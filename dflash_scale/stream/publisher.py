@@ -89,7 +89,7 @@ class Publisher:
     """Binds `address` and sends hidden states to whoever a ticket names, if that receiver is connected.
 
     address: tcp://127.0.0.1:PORT (port 0 or * picks one; see `endpoint`) or ipc://PATH.
-    layout, model, origin: what the hello reply says.
+    layout, model, origin, data_parallel_rank: what the hello reply says.
     keys: serve only receivers that hold one of these; without, whoever reaches the address.
     max_bytes: payload bytes held at most, queued or inside ZeroMQ; what belongs to a caller's pool is not counted.
     Raises ValueError for a bad address and zmq.ZMQError if it is taken.
@@ -102,6 +102,7 @@ class Publisher:
         model: str,
         *,
         origin: wire.Origin = UNKNOWN,
+        data_parallel_rank: int | None = None,
         insecure: bool = False,
         keys: ServerKeys | None = None,
         max_bytes: int = MAX_BYTES,
@@ -110,7 +111,8 @@ class Publisher:
         self.server_id = secrets.token_hex(8)
         self.max_bytes = max_bytes
         self.counters = Counters()
-        self._hello_reply = wire.encode(wire.HelloReply(layout, model, self.server_id, origin))
+        reply = wire.HelloReply(layout, model, self.server_id, origin, data_parallel_rank)
+        self._hello_reply = wire.encode(reply)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._doorkeeper = sockets.Doorkeeper(self._context, keys.receivers) if keys is not None else None
         try:

@@ -199,14 +199,20 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class HelloReply:
-    """server -> receiver: what the server will send. server_id changes whenever the server restarts."""
+    """server -> receiver: what the server will send. server_id changes whenever the server restarts.
+
+    data_parallel_rank: which engine of a vLLM server with several it is, None for the only one.
+    """
 
     layout: Layout
     model: str
     server_id: str
     origin: Origin
+    data_parallel_rank: int | None = None
 
     def __post_init__(self) -> None:
+        if self.data_parallel_rank is not None:
+            _check_int("data_parallel_rank", self.data_parallel_rank, 0, MAX_INT)
         _check_text("model", self.model, MAX_MODEL_CHARS)
         check_name("server_id", self.server_id)
 
