@@ -170,6 +170,12 @@ def _number(config: Config, order: Order, asked: Sequence[Asked], questions: Pro
         sample = Encoded(tokens, mask, truncated=len(tokens) == int(questions.lengths[number]))
         if (place := writer.add((each.file, each.line, sample), by=each.prompt)) is not None:
             places[number] = place
+    if not places:
+        first = f"; the first: {next(iter(reasons.values()))}" if reasons else ""
+        raise ValueError(
+            f"none of {number + 1} prompts has an answer to train on, {len(reasons)} got none at all{first}; "
+            "look at the servers and start again"
+        )
     model = config.verifier.model
     manifest = writer.finish(
         {

@@ -173,6 +173,19 @@ def test_it_goes_on_where_it_was(inputs: Inputs, answered: Path, tmp_path: Path,
     assert set(kept.values()) <= set(times), "answers that were there were asked for again"
 
 
+def test_without_any_answer_nothing_is_written(
+    inputs: Inputs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The prompt has more tokens than the verifier has positions."""
+    command = inputs.command(tmp_path, "--max-tokens", "600")
+    source = tmp_path / "long.jsonl"
+    source.write_text(json.dumps({"prompt_ids": [3] * 550}))
+    assert cli.main([command[0], str(source), *command[2:]]) == 2
+    said = capfd.readouterr().err
+    assert "none of 1 prompts has an answer to train on, 1 got none at all; the first: " in said and "HTTP 400" in said
+    assert not (tmp_path / "data").exists() and not list((tmp_path / "states").glob("hs_*"))
+
+
 def test_a_death_at_any_step_of_the_placing_is_mended_by_the_next_start(
     inputs: Inputs, answered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
