@@ -42,6 +42,7 @@ from benchmarks.vllm_server import (  # noqa: E402
     VllmServer,
     dealer,
     prompt,
+    reason,
     vllm_server,
     write_verifier,
 )
@@ -166,6 +167,8 @@ def check(model: Path, python: str, outcome: Outcome) -> None:
             outcome.answer = error < TOLERANCE
             if not (outcome.prompt and outcome.answer):
                 add(outcome, f"relative errors {[f'{e:.1e}' for e in [*errors, error]]}")
+    except urllib.error.HTTPError as error:
+        add(outcome, f"{error}; its log: {reason(server.log)}")
     except (ServerFailed, urllib.error.URLError, TimeoutError, ValueError, OSError) as error:
         add(outcome, str(error))
 

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("vllm.dflash_scale")  # below vLLM's own logger, so that its handlers show it
 
-TRIED: Final = "vLLM 0.26, 0.29 or 0.32"  # by benchmarks/vllm_compatibility.py
+TRIED: Final = "vLLM 0.25 to 0.32"  # by benchmarks/vllm_compatibility.py
 POOL_BYTES_GPU: Final = 4 << 30
 POOL_BYTES_CPU: Final = 1 << 30
 
