@@ -7,13 +7,15 @@ The loss mask covers the answers. Which side of the split a sample falls on depe
 
 It can be stopped, or killed, at any time, and started again with the same arguments. While it asks, the files are
 numbered by the prompts and lie in STATES/.answering; when all prompts are answered or given up, it writes the data set
-there, then the numbers that the files will have, then renames the files, and the data set last.
+there, then the numbers that the files will have, then renames the files, and the data set last. Options of the split
+that are other than those of the start that wrote the numbers come too late, and are not looked at.
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -39,6 +41,7 @@ from dflash_scale.stream.questions import PromptQuestions, Sampling
 WORK: Final = ".answering"  # in the folder of the states: renaming works within one file system only
 NUMBERS: Final = "numbers.json"  # prompt -> sample; once it is there, nothing is asked any more
 DATA: Final = "data"
+LOCK: Final = "lock"
 UNANSWERED: Final = "unanswered.jsonl"
 
 
@@ -97,6 +100,9 @@ def main(arguments: Sequence[str]) -> int:
 def answer(config: Config, order: Order) -> int:
     """Asks, numbers and places. Raises ValueError for what does not fit together."""
     work = order.states / WORK
+    out, states = order.out.resolve(), order.states.resolve()
+    if out == states or out in states.parents or states in out.parents:
+        raise ValueError(f"got {order.out} and {order.states}, wanted two folders beside each other; name another one")
     if not work.exists() and (order.out.exists() or (order.states.exists() and any(order.states.iterdir()))):
         there = order.out if order.out.exists() else order.states
         raise ValueError(f"{there} exists, wanted a new folder; remove it, or name another")
@@ -119,13 +125,27 @@ def answer(config: Config, order: Order) -> int:
             f"{work} holds an unfinished start with other prompts or options; start with those to finish it, or remove "
             f"{order.states}"
         )
-    questions = PromptQuestions(prompts, order.sampling)
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another start of this command works in {work}; wait for its end") from None
+        return _answer(config, order, asked, PromptQuestions(prompts, order.sampling), origin)
+
+
+def _answer(
+    config: Config, order: Order, asked: Sequence[Asked], questions: PromptQuestions, origin: CacheOrigin
+) -> int:
+    work, prompts = order.states / WORK, len(questions.lengths)
     if not (work / NUMBERS).exists():
+        if order.out.exists():
+            raise ValueError(f"{order.out} exists, wanted a new folder; remove it, or name another")
         filled = fill_cache(config, questions, work, origin)
         if not filled.complete:
             done, problem = filled.books["present"] + filled.books["written"], filled.problem or "stopped"
             print(
-                f"dflash-scale answer: {problem}\n{done:,} of {len(prompts):,} prompts are answered; start it again to "
+                f"dflash-scale answer: {problem}\n{done:,} of {prompts:,} prompts are answered; start it again to "
                 "go on",
                 file=sys.stderr,
             )
@@ -137,9 +157,8 @@ def answer(config: Config, order: Order) -> int:
 
 
 def _fingerprint(order: Order, prompts: Sequence[npt.NDArray[np.int32]]) -> str:
-    """Of everything that the answers and their split depend on besides the verifier."""
-    given = [asdict(order.sampling), order.validation_fraction, order.seed]
-    digest = hashlib.blake2b(json.dumps(given).encode(), digest_size=8)
+    """Of everything that the answers depend on besides the verifier."""
+    digest = hashlib.blake2b(json.dumps(asdict(order.sampling)).encode(), digest_size=8)
     for prompt in prompts:
         digest.update(len(prompt).to_bytes(8, "little") + prompt.astype("<i4").tobytes())
     return digest.hexdigest()
@@ -171,9 +190,9 @@ def _number(config: Config, order: Order, asked: Sequence[Asked], questions: Pro
         if (place := writer.add((each.file, each.line, sample), by=each.prompt)) is not None:
             places[number] = place
     if not places:
-        first = f"; the first: {next(iter(reasons.values()))}" if reasons else ""
+        why = f"; the first: {next(iter(reasons.values()))}" if reasons else ""
         raise ValueError(
-            f"none of {number + 1} prompts has an answer to train on, {len(reasons)} got none at all{first}; "
+            f"none of {number + 1} prompts has an answer to train on, {len(reasons)} got none at all{why}; "
             "look at the servers and start again"
         )
     model = config.verifier.model
@@ -204,6 +223,8 @@ def _place(order: Order, origin: CacheOrigin) -> None:
     work = order.states / WORK
     numbers: dict[str, int] = json.loads((work / NUMBERS).read_text(encoding="utf-8"))
     fingerprint = load_prepared(work / DATA).fingerprint
+    if order.out.exists() and load_prepared(order.out).fingerprint != fingerprint:
+        raise ValueError(f"{order.out} exists and is another data set than {work / DATA}; name a new folder")
     claim(order.states, replace(origin, data_fingerprint=fingerprint), writable=True)
     source, target = Cache(work, ()), Cache(order.states, ())
     for prompt, sample in numbers.items():

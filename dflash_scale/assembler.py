@@ -123,6 +123,7 @@ class RowAssembler:
 
     def _run(self) -> None:
         try:
+            self._memory.enter()
             self._fill_all()
             self._memory.release_copied(wait=True)
             self._ready.put(None)
@@ -132,10 +133,10 @@ class RowAssembler:
     def _fill_all(self) -> None:
         more = True
         while not self._stop.is_set():
+            self._hand_over_whole()  # first: each of them makes place for another one
             while more and len(self._open) < self._spec.lookahead and (buffer := self._memory.take()) is not None:
                 more = self._open_row(buffer)
-            while self._open and not self._open[0].missing:
-                self._ready.put(self._open.popleft())
+                self._hand_over_whole()  # a row without samples is whole at once
             if not self._open and not more:
                 return
             self._memory.release_copied()
@@ -145,6 +146,10 @@ class RowAssembler:
                     self._place(record)
             else:
                 self._stop.wait(POLL_S / 20)  # every buffer is ready or in use: the trainer is the slower half
+
+    def _hand_over_whole(self) -> None:
+        while self._open and not self._open[0].missing:
+            self._ready.put(self._open.popleft())
 
     def _open_row(self, buffer: RowBuffer) -> bool:
         row = next(self._rows, None)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -54,21 +53,20 @@ class CudaCopier:
         memory.record_stream(self.stream)
         return memory
 
+    def enter(self) -> None:
+        # Asked of an event, a thread without a device would make a context on GPU 0.
+        torch.cuda.set_device(self._device)
+
     def copy(self, target: Tensor, record: Record) -> Event:
         source = self._records[record.offset : record.offset + len(record.payload)]
-        with self._copying():
+        with torch.cuda.stream(self.stream):
             target.copy_(source, non_blocking=self.locked)
         return self._event(self.stream)
 
     def zero(self, target: Tensor) -> Event:
-        with self._copying():
+        with torch.cuda.stream(self.stream):
             target.zero_()
         return self._event(self.stream)
-
-    def _copying(self) -> AbstractContextManager[None]:
-        # For good, not for the copy alone: asked of an event, a thread without a device makes a context on GPU 0.
-        torch.cuda.set_device(self._device)
-        return torch.cuda.stream(self.stream)
 
     def follow(self, event: Event) -> None:
         event.wait(torch.cuda.current_stream(self._device))
@@ -82,12 +80,14 @@ class CudaCopier:
         Raises:
             RuntimeError: a copy failed, or CUDA does not unlock them.
         """
-        self.stream.synchronize()
-        if self.locked:
-            self.locked = False
-            status = int(torch.cuda.cudart().cudaHostUnregister(self._records.data_ptr()))
-            if status != 0:
-                raise torch.cuda.CudaError(status)
+        try:
+            self.stream.synchronize()
+        finally:
+            if self.locked:
+                self.locked = False
+                status = int(torch.cuda.cudart().cudaHostUnregister(self._records.data_ptr()))
+                if status != 0:
+                    raise torch.cuda.CudaError(status)
 
     @staticmethod
     def _event(stream: torch.cuda.Stream) -> Event:

@@ -107,18 +107,28 @@ def fill_cache(config: Config, questions: Questions, folder: Path, cache_origin:
     """Asks the servers for every sample that is not in the folder, until all are there, or a signal comes.
 
     Raises:
-        ValueError: the folder is not of this origin.
+        ValueError: the folder is not of this origin, or a sample is larger than the credit.
     """
-    claim(folder, cache_origin, writable=True)
     limits, layout = limits_of(config.stream), cache_origin.layout
+    longest = int(questions.lengths.max()) * layout.bytes_per_token
+    if limits.server_credit_bytes < longest:
+        raise ValueError(
+            f"stream.server_credit_bytes: got {limits.server_credit_bytes}, wanted at least {longest} bytes as the "
+            f"longest sample has {questions.lengths.max()} tokens of {layout.bytes_per_token} bytes; use --set "
+            f"stream.server_credit_bytes={longest}, or shorter samples"
+        )
+    claim(folder, cache_origin, writable=True)
     run_id = secrets.token_hex(6)
     keys = None if config.stream.keys is None else receiver_keys(Path(config.stream.keys))
     identity = Identity(run_id, f"{run_id}:generate:{os.getpid()}", layout, origin_of(config.verifier.model), keys)
     fill = CacheFill(questions, open_cache(folder, layout), layout, limits.credit_bytes)
-    intake = Intake(Endpoints(config.stream), limits, identity, fill, questions, None)
+    asking = config.stream.model_copy(update={"mode": "online"})  # whatever the run does with the folder
+    intake = Intake(Endpoints(asking), limits, identity, fill, questions, None)
     signals: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: signals.append(number))
+    before = {
+        number: signal.signal(number, lambda number, frame: signals.append(number))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
     progress = Progress(len(questions.lengths))
     problem = ""
     try:
@@ -133,6 +143,8 @@ def fill_cache(config: Config, questions: Questions, folder: Path, cache_origin:
             fill.close()
         except CacheUnwritable as error:
             problem = problem or str(error)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     progress.end()
     return Filled(fill.complete, fill.status(), problem)
 

@@ -43,6 +43,10 @@ class Copier(Protocol):
         """(nbytes,) uint8 on the device, for `copy` and `zero` to fill."""
         ...
 
+    def enter(self) -> None:
+        """To be called once by the thread that copies, before anything else of that thread."""
+        ...
+
     def copy(self, target: Tensor, record: Record) -> Event:
         """Begins to copy the payload to `target`, (bytes of the payload,) uint8; it is read until the event."""
         ...
@@ -83,6 +87,9 @@ class HostCopier:
     def empty(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8)
 
+    def enter(self) -> None:
+        return
+
     def copy(self, target: Tensor, record: Record) -> Event:
         target.numpy()[:] = np.frombuffer(record.payload, np.uint8)
         return Ended()
@@ -121,6 +128,10 @@ class RowMemory:
         self._ring, self._copier = ring, copier
         self._free = deque(RowBuffer(copier.empty(row_bytes)) for _ in range(rows))
         self._copying: deque[Event] = deque()  # one for each record that was read and is not released
+
+    def enter(self) -> None:
+        """To be called by the thread that fills, first of all."""
+        self._copier.enter()
 
     def take(self) -> RowBuffer | None:
         """A buffer to fill; None while each holds a row that is not trained yet, or that the device still works on."""
@@ -171,5 +182,7 @@ class RowMemory:
 
     def close(self) -> None:
         """Waits for the copies that are under way."""
-        self.release_copied(wait=True)
-        self._copier.close()
+        try:
+            self.release_copied(wait=True)
+        finally:
+            self._copier.close()

@@ -202,11 +202,13 @@ def _has_flag(extra: Sequence[str], *flags: str) -> bool:
 
 
 def _flag_value(extra: Sequence[str], *flags: str) -> str | None:
+    """The last one, as vLLM takes it."""
+    found = None
     for i, argument in enumerate(extra):
         name, value = _flag_parts(argument)
         if name in flags:
-            return value if value is not None else extra[i + 1] if i + 1 < len(extra) else ""
-    return None
+            found = value if value is not None else extra[i + 1] if i + 1 < len(extra) else ""
+    return found
 
 
 def _model_folder(model: str) -> Path:

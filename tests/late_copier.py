@@ -48,6 +48,9 @@ class LateCopier:
     def empty(self, nbytes: int) -> Tensor:
         return torch.full((nbytes,), 0xFF, dtype=torch.uint8)  # NaN, in all dtypes
 
+    def enter(self) -> None:
+        return
+
     def copy(self, target: Tensor, record: Record) -> LateEvent:
         return self._begin(lambda: target.copy_(torch.from_numpy(np.frombuffer(record.payload, np.uint8).copy())))
 

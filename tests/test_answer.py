@@ -1,5 +1,6 @@
 """The command `answer` up to its first request; whole runs: tests/e2e/test_answer.py."""
 
+import fcntl
 import json
 from pathlib import Path
 
@@ -49,6 +50,33 @@ def test_what_cannot_be_ordered(
     assert main(command(verifier, tmp_path, *more)) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "states").exists() and not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(("out", "states"), [("a", "a"), ("a", "a/states"), ("a/data", "a"), ("a/../b", "b/s")])
+def test_one_folder_in_the_other_is_refused(
+    verifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], out: str, states: str
+) -> None:
+    arguments = command(verifier, tmp_path, "--out", str(tmp_path / out), "--states", str(tmp_path / states))
+    assert main(arguments) == 2
+    assert "wanted two folders beside each other" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
+
+
+def test_two_starts_at_once_are_refused(verifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    work = tmp_path / "states" / ".answering"
+    work.mkdir(parents=True)
+    with (work / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(command(verifier, tmp_path, "--states", str(tmp_path / "states"))) == 2
+    assert f"another start of this command works in {work}" in capsys.readouterr().err
+
+
+def test_credit_for_the_longest_answer_is_checked_first(
+    verifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = command(verifier, tmp_path, "--states", str(tmp_path / "states"), server_credit_bytes=100_000)
+    assert main(arguments) == 2
+    assert "stream.server_credit_bytes: got 100000, wanted at least" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["data", "states"])

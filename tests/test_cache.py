@@ -116,6 +116,18 @@ def test_files_of_something_else_are_refused(cache: Cache, tensors: dict[str, to
         read(cache, 0, ids_of(), WHOLE)
 
 
+def test_token_ids_are_read_alone(cache: Cache) -> None:
+    cache.write(0, ids_of(), WHOLE, states_of(WHOLE))
+    assert cache.token_ids(0, 7) == ids_of()
+    with pytest.raises(BadFile, match="it has 7 tokens, wanted at most 6"):
+        cache.token_ids(0, 6)
+    with pytest.raises(BadFile, match="cannot be opened: No such file"):
+        cache.token_ids(1, 7)
+    cache.path(2).write_bytes(b"")
+    with pytest.raises(BadFile, match="would take 0 bytes"):
+        cache.token_ids(2, 7)
+
+
 def test_missing_layers_and_missing_files_are_named(cache: Cache) -> None:
     cache.write(0, ids_of(), TAPS, states_of(TAPS))
     with pytest.raises(BadFile, match=r"it has layers \[1, 2\] and lacks \[4\]"):
@@ -168,7 +180,8 @@ def test_a_described_file_is_good_as_such(cache: Cache) -> None:
         (described({**NARROW, "data_offsets": [0, 48]}), "do not fill its 56 bytes"),
         (described(NARROW) + b"more", "do not fill its 60 bytes"),
         (described(NARROW)[:-1], "do not fill its 55 bytes"),
-        (described({"dtype": "BF16", "shape": [1, 0, 8], "data_offsets": [8, 8]})[:-48], "it has 0 layers"),
+        (described({"dtype": "BF16", "shape": [1, 0, 8], "data_offsets": [8, 8]})[:-48], r"the shape \[1, 0, 8\]"),
+        (described({"dtype": "BF16", "shape": [0, 3, 8], "data_offsets": [0, 0]}), r"the shape \[0, 3, 8\]"),
         (described(NARROW, __metadata__={"layer_ids": "[2, 1, 4]"}), r"layer ids are \[2, 1, 4\]"),
         (described(NARROW, __metadata__={"layer_ids": "["}), "metadata cannot be read"),
         (described(NARROW, __metadata__={"xxh3": 7}), "metadata cannot be read"),

@@ -61,13 +61,17 @@ def test_the_data_sets_tokenizer_must_be_the_verifiers(
     assert not (tmp_path / "states").exists()
 
 
-def test_no_server_ends_it_with_its_books(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_no_server_ends_it_with_its_books(folder: Path, tmp_path: Path, mode: str) -> None:
+    """In mode offline too, for which the folder is made: the servers are asked, and named."""
     servers = [{"http": f"http://127.0.0.1:{free_port()}", "zmq": f"tcp://127.0.0.1:{free_port()}"}]
-    path = config(folder, tmp_path, servers=servers, probe_s=0.1)
+    more = {"mode": mode, "cache": str(tmp_path / "states")} if mode == "offline" else {}
+    path = config(folder, tmp_path, servers=servers, probe_s=0.1, **more)
     out = tmp_path / "states"
     said = run_cli("generate", "--config", path, "--out", str(out), "--set", "stream.no_server_timeout_s=0.3")
     assert said.returncode == 1
-    assert "no server has been healthy for 0.3 s" in said.stderr and "start it again to go on" in said.stderr
+    assert f"no server has been healthy for 0.3 s ({servers[0]['http']}" in said.stderr
+    assert "start it again to go on" in said.stderr
     assert "20 samples, 0 present, 0 written (0.00 GB), 0 quarantined" in said.stdout
     books = json.loads((out / "totals.json").read_text())
     assert books == {

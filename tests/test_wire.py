@@ -294,8 +294,8 @@ def test_a_receiver_of_another_version_is_told_both(context: "zmq.Context[zmq.So
 
 @pytest.mark.parametrize(
     ("theirs", "text"),
-    [((1, 1), "the server speaks version 1 of the wire, this receiver 2; upgrade dflash_scale at the server"),
-     ((3, 5), "the server speaks version 3 to 5 of the wire, this receiver 2; upgrade dflash_scale at the receiver")],
+    [((1, 1), "the server speaks version 1 of the wire, this receiver 3; upgrade dflash_scale at the server"),
+     ((4, 5), "the server speaks version 4 to 5 of the wire, this receiver 3; upgrade dflash_scale at the receiver")],
 )  # fmt: skip
 def test_incompatible_versions_say_who_is_older(theirs: tuple[int, int], text: str) -> None:
     assert wire.common_version(theirs) is None

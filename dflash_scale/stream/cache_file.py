@@ -188,6 +188,8 @@ def _stored(file: int) -> Stored:
     number = next((wire.DTYPE_BYTES[ours] for ours, name in DTYPES.items() if name == dtype), 0)
     if tokens_dtype != "I64" or not number:
         raise BadFile(f"{TOKENS} are {tokens_dtype!r:.20} and {STATES} {dtype!r:.20}, wanted I64 and {DTYPES}")
+    if not all(shape):
+        raise BadFile(f"{STATES} have the shape {shape}, wanted no dimension of 0")
     if tokens_shape[0] != shape[0]:
         raise BadFile(f"{TOKENS} and {STATES} have {tokens_shape[0]} and {shape[0]} tokens")
     sizes = (tokens_shape[0] * TOKEN_BYTES, shape[0] * shape[1] * shape[2] * number)

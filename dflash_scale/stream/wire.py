@@ -31,7 +31,7 @@ from typing import Any, Final
 
 import msgpack
 
-VERSION: Final = 2
+VERSION: Final = 3
 VERSIONS: Final = (VERSION, VERSION)  # the oldest and the newest that this program speaks
 MAX_HEADER_BYTES: Final = 4096
 MAX_REASON_CHARS: Final = 512

@@ -161,6 +161,11 @@ def test_it_goes_on_where_it_was(inputs: Inputs, answered: Path, tmp_path: Path,
     assert process.returncode == (-9 if number is signal.SIGKILL else 143), errors
     assert not (tmp_path / "data").exists()
     kept = {path.name: path.stat().st_mtime_ns for path in work.glob("hs_*")}
+    (tmp_path / "data").mkdir()
+    other = inputs.start(tmp_path)
+    _, errors = other.communicate(timeout=120)
+    assert other.returncode == 2 and f"{tmp_path / 'data'} exists, wanted a new folder" in errors
+    (tmp_path / "data").rmdir()
     other = inputs.start(tmp_path, "--temperature", "0.5")
     _, errors = other.communicate(timeout=120)
     assert other.returncode == 2 and "unfinished start with other prompts or options" in errors
