@@ -1,4 +1,4 @@
-"""The command `answer` up to its first request; whole runs: tests/e2e/test_answer.py."""
+"""The command `answer` up to its first request; whole runs: tests/e2e/test_own_answers.py."""
 
 import fcntl
 import json
