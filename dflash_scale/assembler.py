@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from dflash_scale.packer import AnchorSpec, Row, RowPlan, Samples, plan_row
-from dflash_scale.row_memory import Copier, RowBuffer, RowMemory
+from dflash_scale.row_memory import BESIDES_LOOKAHEAD, Copier, RowBuffer, RowMemory
 from dflash_scale.stream.encoding import decode
 from dflash_scale.stream.layouts import RowLayouts
 from dflash_scale.stream.ring import QUARANTINED, Record, Ring
@@ -87,7 +87,7 @@ class RowAssembler:
         self._open: deque[OpenRow] = deque()
         self._opened = 0
         row_bytes = spec.row_tokens * spec.layouts.validation.bytes_per_token  # a row of either kind
-        self._memory = RowMemory(ring, copier, rows=spec.lookahead + 2, row_bytes=row_bytes)
+        self._memory = RowMemory(ring, copier, rows=spec.lookahead + BESIDES_LOOKAHEAD, row_bytes=row_bytes)
         self._ready: queue.SimpleQueue[OpenRow | BaseException | None] = queue.SimpleQueue()
         self._next: list[OpenRow | BaseException | None] = []  # what `wait` has taken from it
         self._stop = threading.Event()

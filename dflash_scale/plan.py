@@ -21,6 +21,7 @@ from dflash_scale.hidden_states import run_layouts
 from dflash_scale.loss import CHUNK_BYTES, fitting_rows, loss_spec
 from dflash_scale.packer import Place, RowSchedule, Samples, schedule_spec
 from dflash_scale.prompts import Prepared, load_prepared
+from dflash_scale.row_memory import BESIDES_LOOKAHEAD
 from dflash_scale.softmax_loss import SLICE_NUMBERS
 from dflash_scale.stream.layouts import RowLayouts
 from dflash_scale.stream.wire import FP8
@@ -28,7 +29,6 @@ from dflash_scale.verifier import VerifierShape, mask_token_id, verifier_shape
 from dflash_scale.vocabulary import DraftVocabulary, run_vocabulary
 
 GPUS_PER_NODE = 8  # what "per node" means in the printout
-ROW_BUFFERS_BESIDES_LOOKAHEAD = 2  # one row ready, one in use (assembler.py)
 TORCH_SLICES = (5, 12)  # fp32 matrices of a slice that plain torch holds at once, without and with soft terms
 ASSUMED_DOCUMENT = 3072  # tokens, where there is no data set yet: the paper's length (arXiv 2602.06036)
 
@@ -184,7 +184,7 @@ def gpu_memory(config: Config, spec: DrafterSpec, layouts: RowLayouts, sizes: Si
 
 def row_buffers(config: Config) -> int:
     """Rows that a rank has memory for on its device."""
-    return config.stream.lookahead_rows + ROW_BUFFERS_BESIDES_LOOKAHEAD
+    return config.stream.lookahead_rows + BESIDES_LOOKAHEAD
 
 
 def rows_bytes(config: Config, layouts: RowLayouts) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import torch
@@ -106,6 +106,9 @@ class HostCopier:
 
     def close(self) -> None:
         return
+
+
+BESIDES_LOOKAHEAD: Final = 2  # buffers of rows: one is ready, one in use
 
 
 @dataclass(slots=True, eq=False)
