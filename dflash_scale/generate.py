@@ -68,8 +68,11 @@ def check_stream(config: Config) -> None:
         raise ValueError(
             'stream.transport: got "fp8", wanted "exact" or "bf16" because files of the cache hold no scales; set one'
         )
-    if not config.stream.servers:
-        raise ValueError("stream.servers: got none, wanted at least one {http, zmq}; name a server of the fleet")
+    if not config.stream.servers and config.stream.endpoints_file is None:
+        raise ValueError(
+            "stream.servers: got none, wanted at least one {http, zmq}; name a server of the fleet, or a "
+            "stream.endpoints_file"
+        )
 
 
 def generate(config: Config, folder: Path) -> int:

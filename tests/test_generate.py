@@ -61,6 +61,15 @@ def test_the_data_sets_tokenizer_must_be_the_verifiers(
     assert not (tmp_path / "states").exists()
 
 
+def test_a_watched_file_is_enough_of_a_fleet(folder: Path, tmp_path: Path) -> None:
+    server = {"http": f"http://127.0.0.1:{free_port()}", "zmq": f"tcp://127.0.0.1:{free_port()}"}
+    (tmp_path / "fleet.json").write_text(json.dumps([server]))
+    path = config(folder, tmp_path, servers=[], endpoints_file=str(tmp_path / "fleet.json"), no_server_timeout_s=0.3)
+    said = run_cli("generate", "--config", path, "--out", str(tmp_path / "states"))
+    assert said.returncode == 1
+    assert f"no server has been healthy for 0.3 s ({server['http']}" in said.stderr
+
+
 @pytest.mark.parametrize("mode", ["online", "offline"])
 def test_no_server_ends_it_with_its_books(folder: Path, tmp_path: Path, mode: str) -> None:
     """In mode offline too, for which the folder is made: the servers are asked, and named."""
