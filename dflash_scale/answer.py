@@ -5,7 +5,7 @@
 It writes a prepared data set and a cache whose files are numbered as its samples, ready for `stream.mode` "offline".
 The loss mask covers the answers. Which side of the split a sample falls on depends on its prompt and the seed alone.
 
-It can be stopped, or killed, at any time, and started again with the same arguments. While it asks, the files are
+It can be killed at any time, and started again with the same arguments. While it asks, the files are
 numbered by the prompts and lie in STATES/.answering; when all prompts are answered or given up, it writes the data set
 there, then the numbers that the files will have, then renames the files, and the data set last. Options of the split
 that are other than those of the start that wrote the numbers come too late, and are not looked at.

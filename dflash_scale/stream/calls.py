@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from dflash_scale.stream.jobs import Fault, Probe, Send
 
-MAX_ANSWER_BYTES: Final = 1 << 22  # of an HTTP answer; it holds one token and, at most, the prompt's ids
+MAX_ANSWER_BYTES: Final = 1 << 22  # of an HTTP answer; of what it says only the status is used
 SHOWN_CHARS: Final = 200
 RANK_HEADER: Final = "X-data-parallel-rank"  # to which of its engines vLLM gives a request
 
