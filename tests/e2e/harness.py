@@ -8,7 +8,8 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from dflash_scale.stream.ring import reclaim
 
 REPO = Path(__file__).resolve().parents[2]
 VOCAB, LAYERS, TAPS = 128, 4, (1, 2)
+TIMES = ("tokens_per_s", "samples_per_s", "wait_data", "seconds", "servers")
 
 
 def tiny_verifier(folder: Path) -> Path:
@@ -96,6 +98,21 @@ class Embedded:
         if self.process is not None and self.process.poll() is None:
             self.process.kill()
             self.process.wait()
+
+
+@contextmanager
+def embedded_fleet(verifier: Path) -> Iterator[list[Embedded]]:
+    """Two servers that answer; killed in the end."""
+    fleet = [Embedded(verifier) for _ in range(2)]
+    try:
+        for server in fleet:
+            server.start()
+        for server in fleet:
+            wait_for(server.healthy, 60, "an embedded server")
+        yield fleet
+    finally:
+        for server in fleet:
+            server.kill()
 
 
 @dataclass
@@ -207,3 +224,20 @@ def run_config(verifier: Path, data: Path, servers: list[Embedded], folder: Path
         },
         "deepspeed": {"zero_optimization": {"stage": 2}},
     }
+
+
+def losses(run: Run) -> list[dict[str, Any]]:
+    """All that was measured, without the times and how the servers did."""
+    lines = (run.folder / "out" / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
+
+
+def train(run: Run) -> list[dict[str, Any]]:
+    try:
+        run.launch(ranks=1)
+        assert run.wait() == 0, run.log[-6000:]
+    finally:
+        for process in run.processes():
+            process.kill()
+    run.assert_every_sample_once_an_epoch()
+    return losses(run)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import Embedded, Run, random_data, run_config, tiny_verifier, wait_for
+from harness import Embedded, Run, embedded_fleet, random_data, run_config, tiny_verifier, wait_for
 
 pytestmark = pytest.mark.e2e
 
@@ -23,16 +23,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def servers(inputs: tuple[Path, Path]) -> Iterator[list[Embedded]]:
-    fleet = [Embedded(inputs[0]) for _ in range(2)]
-    try:
-        for server in fleet:
-            server.start()
-        for server in fleet:
-            wait_for(server.healthy, 60, "an embedded server")
+    with embedded_fleet(inputs[0]) as fleet:
         yield fleet
-    finally:
-        for server in fleet:
-            server.kill()
 
 
 @pytest.fixture

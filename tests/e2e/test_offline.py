@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import REPO, TAPS, Embedded, Run, random_data, run_config, tiny_verifier, wait_for
+from harness import REPO, TAPS, Embedded, Run, embedded_fleet, random_data, run_config, tiny_verifier, train, wait_for
 from safetensors.torch import load_file
 
 from dflash_scale.packer import Samples
@@ -24,7 +24,6 @@ from dflash_scale.stream.cache_file import BadFile
 pytestmark = pytest.mark.e2e
 
 CONVERSATIONS = 80
-TIMES = ("tokens_per_s", "samples_per_s", "wait_data", "seconds", "servers")
 
 
 @dataclass
@@ -46,33 +45,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Inputs]:
     verifier = tiny_verifier(folder / "verifier")
     data = random_data(folder, verifier, CONVERSATIONS)
     prepared = load_prepared(data)
-    servers = [Embedded(verifier) for _ in range(2)]
-    try:
-        for server in servers:
-            server.start()
-        for server in servers:
-            wait_for(server.healthy, 60, "an embedded server")
+    with embedded_fleet(verifier) as servers:
         yield Inputs(verifier, data, servers, Samples(prepared.train, prepared.validation))
-    finally:
-        for server in servers:
-            server.kill()
-
-
-def losses(run: Run) -> list[dict[str, Any]]:
-    """All that was measured, without the times and how the servers did."""
-    lines = (run.folder / "out" / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
-
-
-def train(run: Run) -> list[dict[str, Any]]:
-    try:
-        run.launch(ranks=1)
-        assert run.wait() == 0, run.log[-6000:]
-    finally:
-        for process in run.processes():
-            process.kill()
-    run.assert_every_sample_once_an_epoch()
-    return losses(run)
 
 
 def start_generate(run: Run, out: Path) -> "subprocess.Popen[str]":

@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import REPO, TAPS, VOCAB, Embedded, Run, run_config, tiny_verifier, wait_for
+from harness import REPO, TAPS, VOCAB, Embedded, Run, embedded_fleet, run_config, tiny_verifier, train, wait_for
 from safetensors.torch import load_file
-from test_offline import train
 from transformers import AutoModelForCausalLM
 
 from dflash_scale import answer, cli
@@ -77,16 +76,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Inputs]:
     lines.insert(9, "{broken")
     source = folder / "prompts.jsonl"
     source.write_text("\n".join(lines))
-    servers = [Embedded(verifier) for _ in range(2)]
-    try:
-        for server in servers:
-            server.start()
-        for server in servers:
-            wait_for(server.healthy, 60, "an embedded server")
+    with embedded_fleet(verifier) as servers:
         yield Inputs(folder, verifier, source, servers)
-    finally:
-        for server in servers:
-            server.kill()
 
 
 @pytest.fixture(scope="module")
