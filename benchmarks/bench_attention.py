@@ -20,15 +20,11 @@ import argparse
 import ctypes
 import gc
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -51,6 +47,7 @@ from benchmarks.attention_problems import (  # noqa: E402
     implementations,
     mask_function,
 )
+from benchmarks.machine import stamp  # noqa: E402
 from dflash_scale.attention import Plan, build_plan  # noqa: E402
 
 WARM_UP = {"cuda": 3, "cpu": 1}
@@ -294,22 +291,6 @@ def targets(rows: list[dict[str, Any]], plans: dict[str, dict[str, float]], devi
     return found
 
 
-def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
-def commit() -> str:
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -323,11 +304,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="file for the results, rewritten after each case")
     args = parser.parse_args()
     result: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": device_name(device),
-        "load_average_before": os.getloadavg()[0],
-        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()},
-        "commit": commit(),
+        **stamp(device=device),
+        "threads": torch.get_num_threads(),
         "command": " ".join(sys.argv),
         "cases": [],
         "results": [],

@@ -13,10 +13,10 @@ import argparse
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
@@ -24,8 +24,13 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from dflash_scale.stream.cache import Cache
-from dflash_scale.stream.wire import Layout
+REPO = Path(__file__).resolve().parent.parent
+if str(REPO) not in sys.path:  # started as a script
+    sys.path.insert(0, str(REPO))
+
+from benchmarks.machine import stamp  # noqa: E402
+from dflash_scale.stream.cache import Cache  # noqa: E402
+from dflash_scale.stream.wire import Layout  # noqa: E402
 
 LAYOUT: Final = Layout((2, 9, 17, 25, 33, 36), 4096, "bfloat16")  # an 8B verifier: 48 KiB per token
 
@@ -76,7 +81,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="the best of each counts")
     parser.add_argument("--json", type=Path, help="file for the results")
     args = parser.parse_args()
-    load, rounds = os.getloadavg()[0], []
+    machine, rounds = stamp(("numpy", "safetensors", "xxhash")), []
     for _ in range(args.rounds):
         folder = tempfile.mkdtemp(prefix="dflash-bench-", dir=args.folder)
         try:
@@ -87,9 +92,7 @@ def main() -> None:
         print(f"{way:12}{max(found[way] for found in rounds) / 1e9:6.2f} GB/s")
     if args.json:
         result = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "cores": len(os.sched_getaffinity(0)),
-            "load_average_before": load,
+            **machine,
             "sample_bytes": args.tokens * LAYOUT.bytes_per_token,
             "samples": args.samples,
             "bytes_per_s": {way: [round(found[way]) for found in rounds] for way in rounds[0]},

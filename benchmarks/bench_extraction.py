@@ -17,15 +17,12 @@ share.
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,6 +32,7 @@ if str(REPO) not in sys.path:  # started as a script
 
 import zmq  # noqa: E402
 
+from benchmarks.machine import stamp  # noqa: E402
 from benchmarks.vllm_server import Sizes, VllmServer, dealer, prompt, vllm_server, write_verifier  # noqa: E402
 from dflash_scale.stream import wire  # noqa: E402
 
@@ -114,16 +112,16 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=4, help="requests open at once")
     parser.add_argument("--json", type=Path, help="write the result here as well")
     args = parser.parse_args()
-    load = os.getloadavg()[0]  # above 0, the figures are those of a machine that others use as well
+    machine = stamp(("pyzmq",))
     with tempfile.TemporaryDirectory(prefix="bench-extraction-") as folder:
         model = write_verifier(Path(folder) / "verifier", SIZES)
         flags = ("--max-model-len", str(SIZES.length), "--max-num-seqs", "8")
         with vllm_server(model, TAPS, args.vllm_python, *flags) as server:
             found = measure(server, args)
-    cores = len(os.sched_getaffinity(0))
     print(
         f"{args.rounds} rounds of {args.requests} prompts of {TOKENS} tokens, {args.concurrency} at once, "
-        f"{found['sample_bytes'] / 2**20:.1f} MiB each, {cores} cores, load {load:.1f} before"
+        f"{found['sample_bytes'] / 2**20:.1f} MiB each, "
+        f"{machine['cores']} cores, load {machine['load_average_before']} before"
     )
     sent, dropped = (found["rounds"][way] for way in WAYS)
     median = {way: {key: statistics.median(r[key] for r in found["rounds"][way]) for key in KEYS} for way in WAYS}
@@ -134,10 +132,7 @@ def main() -> None:
     print(f"{'quotient':10}" + "".join(f"{quotient[key]:10.3f}" for key in KEYS))
     if args.json:
         result = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "cores": cores,
-            "load_average": [load, os.getloadavg()[0]],
-            "python": platform.python_version(),
+            **machine,
             "verifier": {"hidden": SIZES.hidden, "layers": SIZES.layers, "taps": [*TAPS, SIZES.layers]},
             "prompt_tokens": TOKENS,
             "sample_bytes": found["sample_bytes"],

@@ -18,14 +18,11 @@ import argparse
 import contextlib
 import importlib.util
 import json
-import os
-import platform
 import resource
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -36,7 +33,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dflash_scale.loss import Job, LossSpec, VerifierStates, drafter_loss, kept_slots, trained_mask
+REPO = Path(__file__).resolve().parent.parent
+if str(REPO) not in sys.path:  # started as a script
+    sys.path.insert(0, str(REPO))
+
+from benchmarks.machine import stamp  # noqa: E402
+from dflash_scale.loss import (  # noqa: E402
+    Job,
+    LossSpec,
+    VerifierStates,
+    drafter_loss,
+    kept_slots,
+    trained_mask,
+)
 
 TERMS = {"ce": (1.0, 0.0, 0.0, 0.0), "kl": (0.0, 1.0, 0.0, 0.0)}
 MOST_EXTRA_BYTES, MOST_TIMES_GEMMS = 0.6e9, 1.15  # the targets, on a GPU and everywhere
@@ -247,15 +256,6 @@ def report(figures: dict[str, dict[str, Figure | None]], problem: Problem) -> li
     return lines + [f"{'met   ' if met else 'MISSED'}  {text}" for text, met in targets]
 
 
-def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return f"{line.split(':', 1)[1].strip()}, {len(os.sched_getaffinity(0))} cores"
-    return platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     found = "cuda" if torch.cuda.is_available() else "cpu"
@@ -266,28 +266,17 @@ def main() -> None:
     args = parser.parse_args()
     shape = (8192, 4096, 151936, "bfloat16") if args.device == "cuda" else (1024, 1024, 32768, "float32")
     problem = Problem(*shape, args.device, args.kernel, args.rounds)
-    load = os.getloadavg()[0]  # above 0, the figures are those of a machine that others use as well
     has_liger = args.device == "cuda" and importlib.util.find_spec("liger_kernel") is not None
+    machine = stamp(["liger_kernel"] if has_liger else [], args.device)
     names = [name for name in CANDIDATES if name != "liger" or has_liger]
     figures = {term: compare(problem, names, term) for term in TERMS}
-    print(
-        f"{problem.slots} slots x {problem.hidden} x {problem.vocabulary} {problem.dtype}, {device_name(args.device)}"
-    )
+    print(f"{problem.slots} slots x {problem.hidden} x {problem.vocabulary} {problem.dtype}, {machine['device']}")
     print("\n".join(report(figures, problem)))
     if args.json:
         rows = {
             term: {name: figure and asdict(figure) for name, figure in row.items()} for term, row in figures.items()
         }
-        result = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "device": device_name(args.device),
-            "load_average_before": load,
-            "python": platform.python_version(),
-            "versions": {name: version(name) for name in ["torch", *(["liger_kernel"] if has_liger else [])]},
-            "cuda": torch.version.cuda,
-            "problem": asdict(problem),
-            "figures": rows,
-        }
+        result = {**machine, "problem": asdict(problem), "figures": rows}
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 

@@ -12,6 +12,8 @@ fp8      the same through TCP in the short form: each sender converts every samp
 files    writer processes save the same payloads as safetensors in /dev/shm and rename them; they are loaded here,
          copied into the same buffer and deleted; at most as many files exist as the stream has samples in flight.
          It has no request, no checksum and no polling delay in it
+latency  of tcp: from the receiver's HTTP request for a sample to the record in the rank's hands, with one sample on its
+         way at a time (alone) and with as many as in the measurement of the rate (loaded: most of it is queueing)
 memcpy   one copy of a payload from memory to memory, in one thread: the upper bound of anything that copies once
 xxh3     the checksum alone, in one thread: the stream computes it twice, at both ends
 
@@ -23,16 +25,14 @@ All of it runs on one machine, so the processes share its cores; the number of c
 import argparse
 import json
 import os
-import platform
 import shutil
+import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from importlib.metadata import version
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -46,30 +46,36 @@ import zmq
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from dflash_scale.config_stream import Server, StreamSection
-from dflash_scale.packer import Place, Row, Samples
-from dflash_scale.quarantine import QuarantineFile
-from dflash_scale.stream.delivery import Delivery
-from dflash_scale.stream.embedded_http import CompletionServer, Reply, Request
-from dflash_scale.stream.embedded_http import Limits as RequestLimits
-from dflash_scale.stream.encoding import decode, encode
-from dflash_scale.stream.endpoints import Endpoints
-from dflash_scale.stream.greetings import Identity
-from dflash_scale.stream.intake import Intake
-from dflash_scale.stream.jobs import Limits
-from dflash_scale.stream.keys import make_keys, receiver_keys, server_keys
-from dflash_scale.stream.layouts import RowLayouts
-from dflash_scale.stream.links import keep_freed_memory
-from dflash_scale.stream.publisher import Publisher
-from dflash_scale.stream.questions import SampleQuestions
-from dflash_scale.stream.ring import PeerDied, Ring, own_ring_name, record_span
-from dflash_scale.stream.window import Window
-from dflash_scale.stream.wire import FP8, Layout, Origin
+REPO = Path(__file__).resolve().parent.parent
+if str(REPO) not in sys.path:  # started as a script
+    sys.path.insert(0, str(REPO))
+
+from benchmarks.machine import stamp  # noqa: E402
+from dflash_scale.config_stream import Server, StreamSection  # noqa: E402
+from dflash_scale.packer import Place, Row, Samples  # noqa: E402
+from dflash_scale.quarantine import QuarantineFile  # noqa: E402
+from dflash_scale.stream.delivery import Delivery  # noqa: E402
+from dflash_scale.stream.embedded_http import CompletionServer, Reply, Request  # noqa: E402
+from dflash_scale.stream.embedded_http import Limits as RequestLimits  # noqa: E402
+from dflash_scale.stream.encoding import decode, encode  # noqa: E402
+from dflash_scale.stream.endpoints import Endpoints  # noqa: E402
+from dflash_scale.stream.greetings import Identity  # noqa: E402
+from dflash_scale.stream.intake import Intake  # noqa: E402
+from dflash_scale.stream.jobs import Limits  # noqa: E402
+from dflash_scale.stream.keys import make_keys, receiver_keys, server_keys  # noqa: E402
+from dflash_scale.stream.layouts import RowLayouts  # noqa: E402
+from dflash_scale.stream.links import keep_freed_memory  # noqa: E402
+from dflash_scale.stream.publisher import Publisher  # noqa: E402
+from dflash_scale.stream.questions import SampleQuestions  # noqa: E402
+from dflash_scale.stream.ring import PeerDied, Ring, own_ring_name, record_span  # noqa: E402
+from dflash_scale.stream.window import Window  # noqa: E402
+from dflash_scale.stream.wire import FP8, Layout, Origin  # noqa: E402
 
 LAYOUT: Final = Layout((2, 9, 17, 25, 33, 36), 4096, "bfloat16")  # an 8B verifier: 48 KiB per token
 RUN: Final = f"bench{os.getpid()}"
 WARM: Final = 8  # records before the clock starts: first touches, first connections
 IN_FLIGHT: Final = 12  # samples, both ways
+ALONE: Final = 64  # samples, one at a time
 WAYS: Final = ("tcp", "ipc", "keys", "fp8")  # of the stream
 LEAST_OF_FILES: Final = {"tcp": 1.5, "ipc": 2.0}  # the targets, on two cores
 
@@ -85,6 +91,7 @@ class Size:
     samples: int
     senders: int
     dtype: str = LAYOUT.dtype  # that travels
+    in_flight: int = IN_FLIGHT  # samples
 
     @property
     def layout(self) -> Layout:
@@ -112,6 +119,26 @@ class OneLength:
 
     def loss_mask(self, index: int) -> npt.NDArray[np.bool_]:
         return np.ones(self._size.tokens, bool)
+
+
+class Asked(SampleQuestions):
+    """When the receiver asked for each sample, in seconds of the clock that all processes share."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__(Samples(OneLength(size, size.samples), OneLength(size, 0)))
+        self.at: dict[int, float] = {}
+
+    def body(self, sample: int) -> dict[str, Any]:
+        self.at[sample] = time.monotonic()
+        return super().body(sample)
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Of the samples after the first WARM."""
+
+    rate: float  # bytes per second
+    latencies: npt.NDArray[np.float64]  # seconds
 
 
 def payload(size: Size) -> Bytes:
@@ -146,21 +173,21 @@ def send(size: Size, address: str, keys: Path | None, pipe: Connection) -> None:
 def receive(size: Size, servers: list[tuple[str, str]], keys: Path | None, pipe: Connection) -> None:
     """The receiver process without its command line."""
     keep_freed_memory()
-    ring = Ring.create(own_ring_name(RUN, 0), IN_FLIGHT * record_span(size.sent_bytes))
+    ring = Ring.create(own_ring_name(RUN, 0), (1 + size.in_flight) * record_span(size.sent_bytes))
     pipe.send(ring.name)
-    samples = Samples(OneLength(size, size.samples), OneLength(size, 0))
+    questions = Asked(size)
     rows = iter([Row("train", 0, 1 + i, 0, (Place(i, 0, size.tokens),)) for i in range(size.samples)])
-    window = Window(ring, rows, samples.lengths, RowLayouts(size.layout, size.layout), lookahead=IN_FLIGHT)
-    credit = IN_FLIGHT * size.sent_bytes
+    window = Window(ring, rows, questions.lengths, RowLayouts(size.layout, size.layout), lookahead=size.in_flight)
+    credit = size.in_flight * size.sent_bytes
     limits = Limits(credit, credit, 16, 30.0, 3, 1.0, 30.0)
     pair = receiver_keys(keys) if keys is not None else None
     identity = Identity(RUN, f"{RUN}:0", LAYOUT, Origin(), pair)
     fleet = Endpoints(StreamSection(servers=tuple(Server(http=http, zmq=address) for http, address in servers)))
     quarantine = QuarantineFile(Path(RUN) / "absent", "")  # a sample that is quarantined fails the benchmark
-    intake = Intake(fleet, limits, identity, Delivery([window]), SampleQuestions(samples), quarantine)
+    intake = Intake(fleet, limits, identity, Delivery([window]), questions, quarantine)
     while not intake.delivery.complete:
         intake.step()
-    pipe.send(intake.status())
+    pipe.send((intake.status(), questions.at))
     pipe.recv()
     ring.close()
     intake.close()
@@ -170,8 +197,8 @@ def rate(size: Size, started: float) -> float:
     return (size.samples - WARM) * size.nbytes / (time.perf_counter() - started)
 
 
-def bench_stream(size: Size, way: str, buffer: Bytes) -> float:
-    """Bytes per second from the senders' memory into `buffer`."""
+def bench_stream(size: Size, way: str, buffer: Bytes) -> Transfer:
+    """From the senders' memory into `buffer`."""
     if way == "fp8":
         size = replace(size, dtype=FP8)
     with tempfile.TemporaryDirectory(prefix="dflash-bench-") as folder:
@@ -182,7 +209,7 @@ def bench_stream(size: Size, way: str, buffer: Bytes) -> float:
         return transfer(size, addresses, keys, buffer)
 
 
-def transfer(size: Size, addresses: list[str], keys: Path | None, buffer: Bytes) -> float:
+def transfer(size: Size, addresses: list[str], keys: Path | None, buffer: Bytes) -> Transfer:
     pipes = [spawn.Pipe() for _ in range(size.senders + 1)]
     processes = [
         spawn.Process(target=send, args=(size, address, keys, theirs))
@@ -194,12 +221,13 @@ def transfer(size: Size, addresses: list[str], keys: Path | None, buffer: Bytes)
     mine, theirs = pipes[-1]
     processes.append(spawn.Process(target=receive, args=(size, servers, keys, theirs)))
     processes[-1].start()
-    started, seen = 0.0, 0
+    started, seen, came = 0.0, 0, {}
     with Ring.open(mine.recv()) as ring:
         while seen < size.samples:
             record = ring.next_record(timeout=30)
             if record is None:
                 raise PeerDied(f"nothing came for 30 s after {seen} samples")
+            came[record.sample] = time.monotonic()
             take(size, record.payload, buffer)
             ring.release()
             seen += 1
@@ -207,14 +235,14 @@ def transfer(size: Size, addresses: list[str], keys: Path | None, buffer: Bytes)
             if seen == WARM:
                 started = time.perf_counter()
         result = rate(size, started)
-        status = mine.recv()
+        status, asked = mine.recv()
         assert status["committed"] == size.samples, status
         assert status["retried"] == 0, status
     for end, _ in pipes:
         end.send("stop")
     for process in processes:
         process.join()
-    return result
+    return Transfer(result, np.array([came[sample] - at for sample, at in asked.items() if sample >= WARM]))
 
 
 def take(size: Size, record: memoryview, buffer: Bytes) -> None:
@@ -279,38 +307,51 @@ def repeat(size: Size, work: Callable[[], object], seconds: float = 1.0) -> floa
     return rounds * size.nbytes / (time.perf_counter() - started)
 
 
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
+@dataclass(frozen=True)
+class Measured:
+    """Of one size: bytes per second of every way in every round, and the latency of tcp in milliseconds."""
+
+    rates: dict[str, list[float]]
+    latency: dict[str, dict[str, float]]
 
 
-def measure(size: Size, rounds: int) -> dict[str, list[float]]:
-    """Bytes per second of every way, each round; the ways take turns, so that a busy moment meets all of them."""
+def measure(size: Size, rounds: int) -> Measured:
+    """The ways take turns, so that a busy moment meets all of them."""
     source, buffer = payload(size), np.zeros(size.nbytes, np.uint8)
     rates: dict[str, list[float]] = {
         "memcpy": [repeat(size, lambda: np.copyto(buffer, source))],
         "xxh3": [repeat(size, lambda: xxhash.xxh3_64_intdigest(source.data))],
         **{way: [] for way in (*WAYS, "files")},
     }
+    loaded = []
     for _ in range(rounds):
         for way in WAYS:
-            rates[way].append(bench_stream(size, way, buffer))
+            transfer = bench_stream(size, way, buffer)
+            rates[way].append(transfer.rate)
+            if way == "tcp":
+                loaded.append(transfer.latencies)
         rates["files"].append(bench_files(size, buffer))
-    return rates
+    alone = bench_stream(replace(size, samples=ALONE, in_flight=1), "tcp", buffer)
+    return Measured(rates, {"alone": percentiles(alone.latencies), "loaded": percentiles(np.concatenate(loaded))})
 
 
-def show(size: Size, rates: dict[str, list[float]]) -> None:
-    best = {way: max(found) for way, found in rates.items()}
+def percentiles(seconds: npt.NDArray[np.float64]) -> dict[str, float]:
+    """In milliseconds."""
+    return {f"p{p}_ms": round(float(np.percentile(seconds, p)) * 1e3, 2) for p in (50, 99)}
+
+
+def show(size: Size, measured: Measured) -> None:
+    best = {way: max(found) for way, found in measured.rates.items()}
     print(f"\n{size.senders} senders, {size.samples} samples of {size.nbytes / 2**20:.1f} MiB")
     print(f"{'':8}{'GB/s':>8}{'of files':>10}{'of memcpy':>11}   target, of files; all rounds, GB/s")
     for way, value in best.items():
-        each = " ".join(f"{found / 1e9:.2f}" for found in rates[way])
+        each = " ".join(f"{found / 1e9:.2f}" for found in measured.rates[way])
         target = f"{LEAST_OF_FILES[way]:.1f}" if way in LEAST_OF_FILES else ""
         print(
             f"{way:8}{value / 1e9:8.2f}{value / best['files']:10.2f}{value / best['memcpy']:11.2f}   {target:4} {each}"
         )
+    for how, found in measured.latency.items():
+        print(f"latency of tcp, {how:6} " + ", ".join(f"{name} {value}" for name, value in found.items()))
 
 
 def main() -> None:
@@ -321,33 +362,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of all ways in turn; the best of each counts")
     parser.add_argument("--json", type=Path, help="file for the results")
     args = parser.parse_args()
-    load = os.getloadavg()[0]  # above 0, the figures are those of a machine that others use as well
-    cores = len(os.sched_getaffinity(0))
-    print(f"{cores} cores, {cpu_name()}")
+    machine = stamp(("pyzmq", "numpy", "safetensors", "xxhash", "msgpack"))
+    print(f"{machine['cores']} cores, {machine['device']}")
     cases = []
     for mib in args.sample_mib:
         tokens = max(1, round(mib * 2**20 / LAYOUT.bytes_per_token))
         samples = max(4 * WARM, round(args.gigabytes * 1e9 / (tokens * LAYOUT.bytes_per_token)))
         for senders in args.senders:
             size = Size(tokens, samples, senders)
-            rates = measure(size, args.rounds)
-            show(size, rates)
-            rounded = {way: [round(found) for found in each] for way, each in rates.items()}
-            cases.append({"sample_bytes": size.nbytes, "samples": samples, "senders": senders, "bytes_per_s": rounded})
+            measured = measure(size, args.rounds)
+            show(size, measured)
+            case = {"sample_bytes": size.nbytes, "samples": samples, "senders": senders}
+            rounded = {way: [round(found) for found in each] for way, each in measured.rates.items()}
+            cases.append({**case, "bytes_per_s": rounded, "tcp_latency": measured.latency})
     if args.json:
-        result = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "cpu": cpu_name(),
-            "cores": cores,
-            "load_average_before": load,
-            "kernel": platform.release(),
-            "python": platform.python_version(),
-            "libzmq": zmq.zmq_version(),
-            "versions": {
-                name: version(name) for name in ("pyzmq", "numpy", "torch", "safetensors", "xxhash", "msgpack")
-            },
-            "cases": cases,
-        }
+        result = {**machine, "libzmq": zmq.zmq_version(), "cases": cases}
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 

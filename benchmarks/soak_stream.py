@@ -24,7 +24,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,6 +33,7 @@ import psutil
 REPO: Final = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))  # for launch/, which is not installed
 
+from benchmarks.machine import stamp  # noqa: E402
 from dflash_scale.config import Config, parse_config  # noqa: E402
 from dflash_scale.packer import Row, RowSchedule, Samples, schedule_spec  # noqa: E402
 from dflash_scale.plan import run_layouts  # noqa: E402
@@ -193,6 +193,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="file for the results")
     args = parser.parse_args()
     python = os.environ.get("DFLASH_SCALE_VLLM_PYTHON", str(REPO / ".venv-vllm" / "bin" / "python"))
+    machine = stamp(("pyzmq", "transformers"))
     with tempfile.TemporaryDirectory(prefix="dflash-soak-") as folder:
         run = soak(Path(folder), args.minutes, python if args.vllm else None, args.seed)
     verdicts = list(run.verdicts())
@@ -201,7 +202,7 @@ def main() -> int:
         print(f"{name:24}{early:12.1f}{late:12.1f}  {'flat' if flat else 'GROWS'}")
     if args.json:
         result: dict[str, Any] = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            **machine,
             "minutes": args.minutes,
             "engine": "vllm" if args.vllm else "transformers",
             "receivers": dict(run.lives),

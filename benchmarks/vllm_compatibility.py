@@ -13,7 +13,6 @@ answer     so do those of a prompt and an answer of 12 tokens that the same requ
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -22,9 +21,7 @@ import urllib.error
 import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from email import message_from_bytes
-from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Final
 
@@ -36,6 +33,7 @@ REPO = Path(__file__).resolve().parent.parent
 if str(REPO) not in sys.path:  # started as a script
     sys.path.insert(0, str(REPO))
 
+from benchmarks.machine import stamp  # noqa: E402
 from benchmarks.vllm_server import (  # noqa: E402
     ServerFailed,
     Sizes,
@@ -201,6 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("versions", nargs="*", help="releases to try, all from 0.20 on if none is named")
     parser.add_argument("--json", type=Path, help="write the table here as well, after each release")
     args = parser.parse_args(arguments)
+    machine = stamp(("transformers",))
     outcomes: list[Outcome] = []
     print(f"{'vLLM':8} {'torch':12} {'starts':7} {'prompt':7} {'answer':7} note")
     for version in args.versions or releases():
@@ -208,10 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(line(outcomes[-1]), flush=True)
         if args.json:
             result = {
-                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                **machine,  # its versions are the reference's
                 "package": PACKAGE,
-                "python": platform.python_version(),
-                "reference": {name: installed(name) for name in ("torch", "transformers")},
                 "tolerance": TOLERANCE,
                 "releases": [asdict(outcome) for outcome in outcomes],
             }
