@@ -2,18 +2,23 @@
 
     http://HOST:PORT     tcp://HOST:PORT     ipc://PATH (ZeroMQ only)     an IPv6 host stands in brackets: [::1]
 
-Standard library only: used by the configuration, by the servers' launchers and inside the vLLM server.
+What is let through here, ZeroMQ and the sockets take too, so that no address ends a run later. Standard library only:
+used by the configuration, by the servers' launchers and inside the vLLM server.
 """
 
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 
 EXAMPLES = {"http": "http://127.0.0.1:8001", "tcp": "tcp://127.0.0.1:5601"}
+LONGEST_IPC_PATH = 107  # bytes, of a Unix socket
 
 _FORM = re.compile(
-    r"(?P<scheme>[a-z]+)://(?:\[(?P<six>[0-9A-Fa-f:.]+)\]|(?P<host>[^\s/:@?#\[\]]+)):(?P<port>[0-9]+|\*)/?"
+    r"(?P<scheme>[a-z]+)://(?:\[(?P<six>[0-9A-Fa-f:.]+)\]|(?P<host>\*|[\w-]{1,63}(?:\.[\w-]{1,63})*))"
+    r":(?P<port>[0-9]{1,5}|\*)(?P<slash>/?)",
+    re.ASCII,
 )
 
 
@@ -24,7 +29,8 @@ def split_address(name: str, address: str, scheme: str) -> tuple[str, int]:
     """
     found = _FORM.fullmatch(address)
     port = 0 if found is None or found["port"] == "*" else int(found["port"])
-    if found is None or found["scheme"] != scheme or port > 65535 or not _is_ipv6(found["six"] or "::"):
+    slash = found is not None and found["slash"] and scheme != "http"  # ZeroMQ takes none
+    if found is None or found["scheme"] != scheme or port > 65535 or slash or not _is_ipv6(found["six"] or "::"):
         raise ValueError(f"{name}: got {address!r}, wanted {scheme}://HOST:PORT; write it as in {EXAMPLES[scheme]}")
     return found["six"] or found["host"], port
 
@@ -34,7 +40,7 @@ def check_server(name: str, address: str, scheme: str, *, open_to_others: bool) 
 
     open_to_others: whether it may be on another machine.
     """
-    if scheme == "tcp" and _is_ipc(address):
+    if scheme == "tcp" and _is_ipc(name, address):
         return
     host, port = split_address(name, address, scheme)
     if not port:
@@ -45,6 +51,8 @@ def check_server(name: str, address: str, scheme: str, *, open_to_others: bool) 
             f"{name}: got {address!r}, wanted a loopback address because the stream is not encrypted; {keys}"
             "tunnel it to 127.0.0.1, or set stream.insecure to true on a network that you trust"
         )
+    if host == "*":
+        raise ValueError(f"{name}: got {address!r}, wanted the host of a server; write it as in {EXAMPLES[scheme]}")
 
 
 def check_bind(name: str, address: str, *, open_to_others: bool) -> None:
@@ -52,7 +60,7 @@ def check_bind(name: str, address: str, *, open_to_others: bool) -> None:
 
     open_to_others: whether other machines may reach it, because it asks for keys or the network is trusted.
     """
-    if _is_ipc(address):
+    if _is_ipc(name, address):
         return
     host, _ = split_address(name, address, "tcp")
     if not open_to_others and not is_loopback(host):
@@ -67,7 +75,7 @@ def engine_address(name: str, address: str, rank: int) -> str:
 
     Raises ValueError, starting with `name`, for a port that the system chooses, and where there is no such port.
     """
-    if _is_ipc(address):
+    if _is_ipc(name, address):
         return f"{address}.{rank}"
     host, port = split_address(name, address, "tcp")
     if not 0 < port <= 65535 - rank:
@@ -87,9 +95,19 @@ def check_bind_http(name: str, host: str, *, insecure: bool) -> None:
         )
 
 
-def _is_ipc(address: str) -> bool:
-    """Whether it is a Unix socket, which only processes of this machine reach."""
-    return address.startswith("ipc://") and len(address) > len("ipc://")
+def _is_ipc(name: str, address: str) -> bool:
+    """Whether it is a Unix socket, which only processes of this machine reach.
+
+    Raises ValueError, starting with `name`, for a path that is too long for one.
+    """
+    path = address.removeprefix("ipc://")
+    if path == address or not path:
+        return False
+    if (length := len(os.fsencode(path))) > LONGEST_IPC_PATH:
+        raise ValueError(
+            f"{name}: got {address!r}, a path of {length} bytes, wanted at most {LONGEST_IPC_PATH}; name a shorter one"
+        )
+    return True
 
 
 def _is_ipv6(host: str) -> bool:

@@ -1,6 +1,7 @@
 """Addresses: which forms are taken, and which need more than a loopback interface."""
 
 import pytest
+import zmq
 
 from dflash_scale.addresses import (
     check_bind,
@@ -36,6 +37,8 @@ def test_parts(address: str, want: tuple[str, int]) -> None:
     [
         "127.0.0.1:1", "tcp://127.0.0.1", "tcp://:1", "tcp://::1:1", "tcp://[::1]", "tcp://a b:1", "tcp://a:99999", "",
         "tcp://user@a:1", "tcp://a:1/v1", "udp://127.0.0.1:1", "inproc://x", "ipc://", "tcp://a:²", "tcp://[a]:1",
+        "tcp://127.0.0.1:1/", "tcp://gpu7,:1", "tcp://gpu!:1", "tcp://gpü:1", "tcp://a..b:1", f"tcp://{'a' * 64}:1",
+        "tcp://a\x7f:1", f"ipc:///{'x' * 107}",
     ],
 )  # fmt: skip
 def test_forms_that_are_none(address: str) -> None:
@@ -92,5 +95,15 @@ def test_receivers_connect_to_a_port() -> None:
         check_server("s", "tcp://gpu7:1", "tcp", open_to_others=False)
     check_server("s", "tcp://gpu7:1", "tcp", open_to_others=True)
     check_server("s", "ipc:///tmp/hidden-states", "tcp", open_to_others=False)
+    with pytest.raises(ValueError, match="wanted the host of a server"):
+        check_server("s", "tcp://*:1", "tcp", open_to_others=True)
     with pytest.raises(ValueError, match="wanted http"):
         check_server("s", "ipc:///tmp/hidden-states", "http", open_to_others=True)
+
+
+@pytest.mark.parametrize("address", [f"ipc:///{'x' * 106}", "tcp://[::1]:1", "tcp://127.0.0.1:65535"])
+def test_zeromq_takes_what_is_let_through(address: str) -> None:
+    check_server("s", address, "tcp", open_to_others=True)
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.connect(address)
