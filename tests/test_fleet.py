@@ -520,3 +520,47 @@ def test_whose_fault_an_answer_is() -> None:
     assert judge(429, b"")[0] is Fault.BUSY
     assert fault_of(ConnectionRefusedError()) is fault_of(ConnectionResetError()) is Fault.SERVER
     assert fault_of(TimeoutError()) is Fault.DOUBT
+
+
+def test_a_suspect_that_no_server_on_probation_takes_does_not_keep_the_others_from_it() -> None:
+    """Two samples kill both servers, and nothing else is wanted: each is tried alone at both, and quarantined."""
+    bench = Bench(2, replace(LIMITS, no_server_timeout_s=1000))
+    bench.add(1, 2)
+    ended: list[Quarantined] = []
+    for _ in range(100):
+        for action in bench.poll(10):
+            match action:
+                case Probe():
+                    bench.fleet.probe_done(action, "", bench.now)
+                case Send():
+                    bench.answer(action, Fault.SERVER, "connection reset")
+                case Quarantined():
+                    ended.append(action)
+    assert sorted(action.key[1] for action in ended) == [1, 2]
+
+
+def test_a_server_that_a_suspect_cuts_off_before_it_has_delivered_is_asked_only_over_a_new_connection() -> None:
+    bench = Bench(1)
+    bench.add(1)
+    for _ in range(LIMITS.attempts + 1):
+        (send,) = bench.sends()
+        bench.answer(send)
+        bench.fleet.disconnected(0, bench.now)
+        assert bench.cuts == []
+        bench.fleet.probe_done(bench.probe(), "", bench.now, Lost.CONNECTION)
+    assert bench.poll() == []
+    assert bench.cuts == [0], "it failed alone: the server is put aside, with the connection of the probe"
+    bench.fleet.probe_done(bench.probe(LIMITS.probe_s), "", bench.now)
+    assert len(bench.sends()) == 1
+
+
+def test_a_connection_that_breaks_while_a_server_is_removed_and_probed_loses_no_time() -> None:
+    bench = Bench(2)
+    bench.add(1)
+    (send,) = bench.sends()
+    bench.fleet.disconnected(send.server, bench.now)
+    assert bench.probe().server == send.server
+    bench.fleet.retire(send.server, bench.now)
+    bench.fleet.disconnected(send.server, bench.now)
+    (again,) = bench.sends()
+    assert (again.key, again.server) == (send.key, 1 - send.server)

@@ -27,7 +27,7 @@ LIMITS = Limits(
 )
 STEP_S = 0.1
 FAULTY = ("mute", "corrupt", "slow", "busy", "late")
-POISON = ("refused", "silent", "killer", "error")
+POISON = ("refused", "silent", "killer", "breaker", "error")
 
 
 @dataclass
@@ -61,7 +61,6 @@ class World:
         self.ends: Counter[Key] = Counter()
         self.delivered: set[Key] = set()
         self.quarantined: dict[Key, str] = {}
-        self.polite = True  # whether the operator spares a server that tries a suspect
 
     def at(self, later: float, what: Callable[[], None]) -> None:
         self.serial += 1
@@ -97,7 +96,10 @@ class World:
             self.kill(send.server, restart_s=self.draw.uniform(1, 8))
             return
         machine.asked.remove(send)
-        if kind == "refused":
+        if kind == "breaker":
+            self.fleet.http_done(send, None, "", self.now)
+            self.cut_off(send.server)
+        elif kind == "refused":
             self.fleet.http_done(send, Fault.SAMPLE, "HTTP 400", self.now)
         elif kind == "error":
             self.fleet.http_done(send, Fault.DOUBT, "HTTP 500", self.now)

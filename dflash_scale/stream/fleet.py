@@ -19,8 +19,8 @@ carries out the actions that `poll` returns. The rules, with those of `choice.py
   between, is put aside, and the failures since its last delivery are taken back. It is probed after `Limits.probe_s`,
   after twice that the next time and so on, and is then on probation until it delivers.
 - An attempt that was lost because its server died or was restarted, or because the connection broke, does not count. A
-  sample that was in flight at `Limits.attempts` such losses is tried alone; if that server dies, and another one (where
-  there is one), it is quarantined.
+  sample that was in flight at `Limits.attempts` such losses is tried alone; if that kills twice, or the only server, it
+  is quarantined.
 - A server that says that it is busy gets nothing for BUSY_S or until it delivers; that does not count.
 
                  probe answered                          connection lost, probe failed,
@@ -180,10 +180,10 @@ class Fleet:
     def disconnected(self, server: int, now: float) -> None:
         """The data connection to the server broke; it is given up as for `Cut`."""
         state = self.servers[server]
-        if state.probe_deadline < math.inf:  # the answer can no longer come
-            self.probe_done(Probe(server, state.probe_serial), "the data connection broke", now)
-        elif state.retired:
+        if state.retired:
             self._attempts.requeue(list(state.attempts.values()))
+        elif state.probe_deadline < math.inf:  # the answer can no longer come
+            self.probe_done(Probe(server, state.probe_serial), "the data connection broke", now)
         elif state.healthy and not state.in_doubt:
             state.in_doubt, state.next_probe = True, now
 
@@ -202,6 +202,8 @@ class Fleet:
             self._faults.died(probe.server, "it was restarted", now)
         elif server.healthy and lost is Lost.CONNECTION:
             self._faults.ask_again(probe.server, now)
+            if not server.healthy:  # it was put aside for that, and the new connection is given up as well
+                return
         server.in_doubt = False
         if not server.healthy:
             away = "" if server.reason == "not greeted yet" else f" again after {now - server.since:.1f} s"
@@ -261,7 +263,8 @@ class Fleet:
             return
         waiting = self._attempts.waiting
         choice = Round(self.servers, self.limits, waiting, now)
-        first = next((job for job in waiting if suspect(job, self.limits)), None)
+        # With the least trouble first: on probation a server takes no other, so that one could keep the rest from it.
+        first = min((job for job in waiting if suspect(job, self.limits)), key=lambda job: job.troubles, default=None)
         if first is not None and (server := choice.place_alone(first)) is not None:
             waiting.remove(first)
             self._attempts.send(first, server, now, alone=True)
