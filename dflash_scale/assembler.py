@@ -34,6 +34,11 @@ class RowBatch:
     states: Tensor
     quarantined: tuple[int, ...]
 
+    @property
+    def usable(self) -> list[int]:
+        """The row's samples that are not quarantined."""
+        return [place.sample for place in self.plan.row.places if place.sample not in self.quarantined]
+
 
 @dataclass(frozen=True, slots=True)
 class AssemblerSpec:

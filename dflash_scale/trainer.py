@@ -1,7 +1,7 @@
 """The training loop: DeepSpeed engine, loss normalised over the optimizer step, validation, checkpoints, one line.
 
 All ranks run the same schedule (`packer.RowSchedule`), so they agree on every step, validation and checkpoint without
-talking; what they do exchange per step is one small CPU all-reduce: the loss denominator Z and whether to stop.
+talking; what they do exchange are small CPU all-reduces: the loss denominator Z of each step, and whether to stop.
 """
 
 import json
@@ -207,13 +207,12 @@ class Trainer:
         self.stopping = True
 
     def _train_step(self, step: int) -> bool:
-        """One optimizer step; False, with nothing done, if any rank was asked to stop."""
+        """One optimizer step; False, as if it never began, if any rank was asked to stop before it or lacks data."""
         plans = [
             plan_row(row, self.parts.samples, self.anchor_spec)
             for row in self.parts.schedule.train_rows(self.rank, step)
         ]
         mine = sum(self._normaliser(plan) for plan in plans)
-        self._await_data()
         total, stops = agree([mine, float(self.stopping)], self.parts.control)
         if stops:
             return False
@@ -224,13 +223,14 @@ class Trainer:
         trained, quarantined = list[int](), list[int]()
         lr = engine.get_lr()[0]
         for plan in plans:
-            batch = self._next_batch(plan)
+            if (batch := self._next_batch(plan)) is None:
+                return False
             loss, sums = self._loss(batch, scale)
             engine.backward(loss)
             engine.step()
             packed = sums.packed()
             self.interval.sums = packed if self.interval.sums is None else self.interval.sums + packed
-            trained += self._count(batch, "trained")
+            trained += batch.usable
             quarantined += batch.quarantined
             self.interval.tokens += int((batch.plan.doc_ids >= 0).sum())
             self.interval.slots += int(batch.plan.trained.sum()) + batch.plan.outside
@@ -241,6 +241,8 @@ class Trainer:
                 f"this step has bad hidden states (this rank's: {trained}). Look at the servers' dtype, then --resume"
             )
         self.step = step
+        self.counts["trained"] += len(trained)
+        self.counts["quarantined"] += len(quarantined)
         self.interval.normaliser += total
         self.interval.samples += len(trained)
         self.ledger.write({"step": step, "epoch": plans[0].row.epoch, "samples": trained, "quarantined": quarantined})
@@ -248,27 +250,22 @@ class Trainer:
             self._log(step, lr)
         return True
 
-    def _await_data(self) -> None:
-        """Returns when the step can begin, or need not: once it has begun, every rank has to end it."""
+    def _lacks_data(self) -> bool:
+        """Waits for the next row; True if there is none and this rank was asked to stop."""
         started = time.perf_counter()
-        while not self.stopping and not self.parts.wait_for_batch(LOOK_FOR_STOP_S):
+        while not (there := self.parts.wait_for_batch(LOOK_FOR_STOP_S)) and not self.stopping:
             pass
         self.interval.waited += time.perf_counter() - started
+        return not there
 
-    def _next_batch(self, plan: RowPlan) -> RowBatch:
-        started = time.perf_counter()
+    def _next_batch(self, plan: RowPlan) -> RowBatch | None:
+        """The next row; None on all ranks if one lacks data: a row that one of them began, all have to end."""
+        if any(agree([float(self._lacks_data())], self.parts.control)):
+            return None
         batch = next(self.parts.batches)
-        self.interval.waited += time.perf_counter() - started
         if batch.plan.row != plan.row:
             raise RuntimeError(f"got row {batch.plan.row}, wanted {plan.row}: rank and assembler disagree")
         return batch
-
-    def _count(self, batch: RowBatch, what: str) -> list[int]:
-        """Books a row's samples; returns those that are not quarantined."""
-        usable = [p.sample for p in batch.plan.row.places if p.sample not in batch.quarantined]
-        self.counts[what] += len(usable)
-        self.counts["quarantined"] += len(batch.quarantined)
-        return usable
 
     def _normaliser(self, plan: RowPlan) -> float:
         return normaliser(trained_mask(plan.trained, self.parts.spec.block_size), self.loss_spec)
@@ -329,8 +326,11 @@ class Trainer:
         sums = torch.zeros(BlockSums.size(self.parts.spec.block_size), device=self.device)
         normal, outside, one = 0.0, 0.0, torch.ones((), device=self.device)
         for row in self.parts.schedule.validation_rows(self.rank, self.step):
-            batch = self._next_batch(plan_row(row, self.parts.samples, self.anchor_spec))
-            self._count(batch, "validated")
+            if (batch := self._next_batch(plan_row(row, self.parts.samples, self.anchor_spec))) is None:
+                log.warning("a signal came and no data: the validation after step %d is left out", self.step)
+                return False
+            self.counts["validated"] += len(batch.usable)
+            self.counts["quarantined"] += len(batch.quarantined)
             sums += self._loss(batch, one, compare=True)[1].packed()
             normal += self._normaliser(batch.plan)
             outside += batch.plan.outside

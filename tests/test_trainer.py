@@ -141,6 +141,29 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(tmp_path: Path) -> None
     assert json.loads((tmp_path / "totals.json").read_text())["unbalanced"] == 0
 
 
+def test_a_signal_while_a_step_waits_for_data_leaves_that_step_to_the_resumed_run(tmp_path: Path) -> None:
+    """One rank has begun step 2 and waits for its second row of it; the other one has all of its data."""
+    config = settings(4, 16, checkpoint_every=9)
+    whole = launch(2, config, tmp_path / "whole")
+    stopped = tmp_path / "stopped"
+    launch(2, config, stopped, "--stall", "3")
+    totals = json.loads((stopped / "totals.json").read_text())
+    assert totals == {"trained": 4, "validated": 0, "quarantined": 0, "complete": False, "step": 1, "unbalanced": 0}
+    assert (stopped / "checkpoints" / "latest").read_text() == "step-000001"
+    resumed = launch(2, config, stopped, "--resume")
+    for name, tensor in whole.items():
+        assert torch.equal(resumed[name], tensor), name
+    assert json.loads((stopped / "totals.json").read_text())["complete"]
+
+
+def test_a_signal_while_validation_waits_for_data_ends_the_run_with_the_step_before_it(tmp_path: Path) -> None:
+    launch(2, settings(4, 16, checkpoint_every=9, validate_every=1), tmp_path, "--stall", "3")
+    totals = json.loads((tmp_path / "totals.json").read_text())
+    assert (totals["step"], totals["trained"], totals["complete"]) == (1, 4, False)
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-000001"
+    assert [json.loads(line)["kind"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == ["train"]
+
+
 def test_books_that_do_not_balance_are_seen_after_a_resume(tmp_path: Path) -> None:
     config = settings(2, 64, epochs=2, checkpoint_every=1, keep_checkpoints=9)
     launch(1, config, tmp_path)

@@ -1,10 +1,13 @@
 """One rank of a run whose hidden states come from a formula instead of servers; started by tests/test_trainer.py.
 
-    deepspeed --num_accelerators W tests/trainer_worker.py CONFIG OUT [--resume] [--poison]
+    deepspeed --num_accelerators W tests/trainer_worker.py CONFIG OUT [--resume] [--poison] [--stall ROW]
 
-Everything but the source is the real thing: schedule, anchors, drafter, loss, DeepSpeed engine, checkpoints.
+With --stall, one rank waits for its row with that number in vain, and gets a SIGTERM while it waits. Everything but the
+source is the real thing: schedule, anchors, drafter, loss, DeepSpeed engine, checkpoints.
 """
 
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,8 +50,23 @@ class Formula:
 POISONED = 3  # with --poison, the sample whose states are not finite
 
 
-def batches(rows: Iterator[Row], samples: Samples, anchors: AnchorSpec) -> Iterator[RowBatch]:
+class Supply:
+    """Says whether the next row is there, as an assembler does; from row `stall` on nothing comes."""
+
+    def __init__(self, stall: int | None) -> None:
+        self.given, self.stall = 0, stall
+
+    def wait(self, seconds: float) -> bool:
+        if self.given != self.stall:
+            return True
+        os.kill(os.getpid(), signal.SIGTERM)
+        return False
+
+
+def batches(rows: Iterator[Row], samples: Samples, anchors: AnchorSpec, supply: Supply) -> Iterator[RowBatch]:
     for row in rows:
+        assert supply.given != supply.stall, "a row was begun that never comes"
+        supply.given += 1
         plan = plan_row(row, samples, anchors)
         states = torch.zeros(len(plan.tokens), TAPS + 1, HIDDEN)
         for place in row.places:
@@ -76,6 +94,7 @@ def record_gradients(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
+    stall = int(sys.argv.pop(sys.argv.index("--stall") + 1)) if "--stall" in sys.argv else None
     arguments = [a for a in sys.argv[1:] if not a.startswith("--")]
     config, out, resume = load_config(arguments[0]), Path(arguments[1]), "--resume" in sys.argv
     torch.set_num_threads(1)
@@ -115,8 +134,9 @@ def main() -> None:
     if resume:
         position = checkpoints.load(engine, position)
     anchors = AnchorSpec(config.drafter.block_size, config.data.anchors_per_document, train.seed, inside)
-    source = batches(schedule.rows(rank, position.step + 1), samples, anchors)
-    rest = (source, lambda seconds: True, checkpoints, control, position, out, vocabulary)
+    supply = Supply(stall if rank == world - 1 else None)
+    source = batches(schedule.rows(rank, position.step + 1), samples, anchors, supply)
+    rest = (source, supply.wait, checkpoints, control, position, out, vocabulary)
     parts = Parts(config, spec, head, samples, schedule, anchors, engine, *rest)
     state = record_gradients(engine)
     Trainer(parts).run()
