@@ -564,3 +564,24 @@ def test_a_connection_that_breaks_while_a_server_is_removed_and_probed_loses_no_
     bench.fleet.disconnected(send.server, bench.now)
     (again,) = bench.sends()
     assert (again.key, again.server) == (send.key, 1 - send.server)
+
+
+def test_a_removed_server_comes_back_as_a_new_one_at_its_old_index() -> None:
+    bench = Bench(1)
+    bench.add(1)
+    (send,) = bench.sends()
+    bench.fleet.disconnected(0, bench.now)
+    old = bench.probe()
+    bench.fleet.retire(0, bench.now)
+    bench.deliver(send)
+    bench.poll()
+    assert not bench.fleet.servers[0].gone, "its HTTP answer is awaited"
+    bench.answer(send)
+    assert bench.fleet.servers[0].gone
+    bench.fleet.rejoin(0, bench.now)
+    bench.add(2)
+    new = bench.probe()
+    bench.fleet.probe_done(old, "", bench.now)
+    assert bench.poll() == [], "what it answered before it left says nothing of now"
+    bench.fleet.probe_done(new, "", bench.now)
+    assert [(send.key[1], send.server) for send in bench.sends()] == [(2, 0)]

@@ -222,7 +222,7 @@ class World:
         server, machine = self.fleet.servers[index], self.machines[index]
         if index == 0 or server.alone is not None:
             return
-        match self.draw.choice(("kill", "freeze", "cut", "mode", "mode", "good", "retire", "add")):
+        match self.draw.choice(("kill", "freeze", "cut", "mode", "mode", "good", "retire", "add", "back")):
             case "kill":
                 self.kill(index, self.draw.uniform(0.1, 20))
             case "freeze":
@@ -236,6 +236,8 @@ class World:
                 machine.mode = "good"
             case "retire" if not server.retired and self.draw.random() < 0.5:
                 self.fleet.retire(index, self.now)
+            case "back" if server.gone:
+                self.fleet.rejoin(index, self.now)
             case "add" if len(self.machines) < 8:
                 self.machines.append(Machine())
                 self.fleet.add_server(f"http://s{len(self.machines) - 1}", self.now)

@@ -207,6 +207,34 @@ def test_servers_join_move_and_leave(make_run: Callable[..., Run], capfd: Log, t
     assert all(by_address[server.addresses["http"]]["samples"] > 0 for server in run.servers)
 
 
+def test_a_server_that_comes_and_goes_is_remembered_once(
+    make_run: Callable[..., Run], capfd: Log, tmp_path: Path
+) -> None:
+    steady, guest = FakeServer().start(), FakeServer().start()
+    path = tmp_path / "servers.json"
+    write(path, [guest])
+    run = make_run([steady], endpoints_file=str(path))
+    run.servers.append(guest)
+    stints = []
+
+    def await_guest(met: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        while not met(found := run.status()["servers"][-1]):
+            time.sleep(0.05)
+        return found
+
+    def each(count: int) -> None:
+        if count in (20, 50, 80):
+            write(path, [])
+            stints.append(await_guest(lambda server: server["retired"] and not server["open_requests"]))
+        if count in (30, 60, 90):
+            write(path, [guest])
+            await_guest(lambda server: server["healthy"] and not server["retired"])
+
+    status, _ = finish(run, capfd, each)
+    assert [server["http"] for server in status["servers"]] == [server.addresses["http"] for server in run.servers]
+    assert all(stint["samples"] > 0 for stint in (*stints, status["servers"][-1])), "it was asked each time"
+
+
 @pytest.mark.parametrize("arguments", [("--greeting", "wrong-layout"), ("--greeting", "wrong-size")])
 def test_a_server_that_does_not_fit_joins_in_vain(
     make_run: Callable[..., Run], capfd: Log, tmp_path: Path, arguments: tuple[str, ...]

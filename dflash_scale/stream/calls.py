@@ -129,6 +129,11 @@ class Calls:
             headers[RANK_HEADER] = str(data_parallel_rank)
         self._hosts.append(_Host((parts.hostname or "", parts.port or 80), headers))
 
+    def renew(self, server: int) -> None:
+        """A server that was dropped is asked again, by other threads."""
+        old = self._hosts[server]
+        self._hosts[server] = _Host(old.address, old.headers)
+
     def post(self, sent: Send, body: dict[str, Any]) -> None:
         """POST /v1/completions; one `Posted` follows, whatever happens."""
         host = self._hosts[sent.server]

@@ -53,7 +53,7 @@ from dflash_scale.stream.jobs import (
     Probe,
     Send,
 )
-from dflash_scale.stream.servers import Server
+from dflash_scale.stream.servers import Pace, Server
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +117,14 @@ class Fleet:
         """One more server, to be probed first; gives its index."""
         self.servers.append(Server(address, since=now, next_probe=now))
         return len(self.servers) - 1
+
+    def rejoin(self, index: int, now: float) -> None:
+        """A removed server that is `gone` comes back, as a new one at its old index: else servers that come and go
+        would be remembered each time."""
+        old = self.servers[index]
+        self.servers[index] = Server(
+            old.address, since=now, next_probe=now, life=old.life + 1, probe_serial=old.probe_serial
+        )
 
     def retire(self, index: int, now: float) -> None:
         """Nothing new for this server."""
@@ -293,5 +301,5 @@ class Fleet:
         for index, server in enumerate(self.servers):
             if server.retired and not server.closed and not server.live:
                 self._attempts.release(index)
-                server.healthy, server.closed = False, True
+                server.healthy, server.closed, server.pace = False, True, Pace()
                 self._attempts.outbox.append(Cut(index))

@@ -182,10 +182,15 @@ class Intake:
                 wanted.remove(server)
             else:
                 self.fleet.retire(index, now)
+        free = {server: index for index, server in enumerate(self._servers) if self.fleet.servers[index].gone}
         for server in wanted:
-            self._servers.append(server)
-            self._calls.add(server.http, server.data_parallel_rank)
-            self.fleet.add_server(server.name, now)
+            if server in free:  # its old index: what comes and goes is remembered once
+                self._calls.renew(free[server])
+                self.fleet.rejoin(free[server], now)
+            else:
+                self._servers.append(server)
+                self._calls.add(server.http, server.data_parallel_rank)
+                self.fleet.add_server(server.name, now)
 
     def _report(self, event: Event) -> None:
         """Called from the HTTP threads."""

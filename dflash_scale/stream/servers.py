@@ -80,6 +80,11 @@ class Server:
         return self.healthy and not (self.in_doubt or self.retired) and now >= self.paused_until
 
     @property
+    def gone(self) -> bool:
+        """Whether it was removed and no news of it can come any more."""
+        return self.closed and not self.open_requests
+
+    @property
     def proven(self) -> bool:
         """Whether it has delivered something since it was put aside, or since the start."""
         return self.samples > 0 and not self.strikes
