@@ -47,6 +47,29 @@ def test_everything_is_delivered_once_through_a_hostile_wire(make_run: Callable[
     assert sum(server["samples"] for server in status["servers"]) == totals[COMMITTED]
 
 
+def test_a_status_that_cannot_be_written_does_not_end_the_run(
+    make_run: Callable[..., Run], capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run([FakeServer().start()])
+    log = ""
+
+    def each(count: int) -> None:
+        nonlocal log
+        if count == 10:  # a folder under the name of the file it is written aside to
+            (run.folder / f"status.json.{receiver.process.pid}").mkdir()
+        while count == 20 and "status.json cannot be written (Is a directory)" not in log:
+            assert receiver.process.poll() is None
+            time.sleep(0.05)
+            log += capfd.readouterr().err
+        if count == 30:
+            (run.folder / f"status.json.{receiver.process.pid}").rmdir()
+
+    receiver = run.spawn()
+    drain(run, receiver, each=each)
+    assert receiver.process.wait(60) == 0
+    assert run.status()["state"] == "complete"
+
+
 def test_two_ranks_get_their_own_rows(make_run: Callable[..., Run]) -> None:
     run = make_run([FakeServer().start()])
     receiver = run.spawn(world=2)

@@ -248,7 +248,7 @@ def serve(spec: ReceiverSpec, config: Config, rings: Sequence[Ring], stop: Stop)
     write_status(spec.status, {"state": "starting", "pid": os.getpid(), "rings": names})
     intake = make_intake(spec, config, rings)
     try:
-        delivery, next_status, state = intake.delivery, 0.0, "running"
+        delivery, next_status, state, unwritten = intake.delivery, 0.0, "running", False
         while state == "running":
             intake.step()
             if time.monotonic() >= next_status or delivery.complete or delivery.deserted or stop.reason:
@@ -257,7 +257,13 @@ def serve(spec: ReceiverSpec, config: Config, rings: Sequence[Ring], stop: Stop)
                 if state != "running":
                     delivery.close()  # before the last status: it counts what is still written to the cache
                 status = {"state": state, "pid": os.getpid(), "rings": names, **intake.status()}
-                write_status(spec.status, status)
+                try:
+                    write_status(spec.status, status)
+                    unwritten = False
+                except OSError as error:  # a full disk, or one that is away: no reason to end a run
+                    if not unwritten:
+                        log.warning("%s cannot be written (%s); the run goes on without", spec.status, error.strerror)
+                    unwritten = True
                 next_status = time.monotonic() + STATUS_EVERY_S
         return state
     finally:
