@@ -36,6 +36,7 @@ from dflash_scale.prepared_writer import PreparedWriter, check_fraction
 from dflash_scale.prompts import find_files, lines_of, load_prepared, make_encoder, tokenizer_hash
 from dflash_scale.stream.cache import Cache, CacheOrigin, claim, open_cache, read_manifest
 from dflash_scale.stream.cache_fill import QUARANTINED_FILE
+from dflash_scale.stream.links import keep_freed_memory
 from dflash_scale.stream.questions import PromptQuestions, Sampling
 
 WORK: Final = ".answering"  # in the folder of the states: renaming works within one file system only
@@ -92,6 +93,7 @@ def main(arguments: Sequence[str]) -> int:
         )
     check_fraction(args.validation_fraction)
     check_stream(config)
+    keep_freed_memory()
     sampling = Sampling(args.answer_tokens, args.max_tokens, args.temperature)
     out = Path(args.out or config.data.path)
     return answer(config, Order(args.sources, out, Path(states), sampling, args.validation_fraction, args.seed))

@@ -36,6 +36,7 @@ from dflash_scale.stream.fleet import NoServerError
 from dflash_scale.stream.greetings import Identity
 from dflash_scale.stream.intake import Intake, limits_of
 from dflash_scale.stream.keys import receiver_keys
+from dflash_scale.stream.links import keep_freed_memory
 from dflash_scale.stream.questions import Questions, SampleQuestions
 from dflash_scale.verifier import verifier_shape
 
@@ -59,6 +60,7 @@ def main(arguments: Sequence[str]) -> int:
     if folder is None:
         raise ValueError("generate: got no folder to write to; give --out DIR, or stream.cache in the configuration")
     check_stream(config)
+    keep_freed_memory()
     return generate(config, Path(folder))
 
 
