@@ -350,6 +350,24 @@ def test_kept_samples_are_written_and_counted(cache: Cache) -> None:
         assert read(cache, number, ids_of(), WHOLE) == sample(number).states
 
 
+def test_an_error_that_is_not_the_disks_ends_the_writing_and_is_reported_too(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*given: object) -> int:
+        raise MemoryError("no room for the header")
+
+    monkeypatch.setattr(cache, "write", no_memory)
+    reports: list[tuple[int, str]] = []
+    keeper = Keeper(cache, 1 << 20, report=lambda *report: reports.append(report))
+    for number in range(2):
+        keeper.put(sample(number))
+    keeper.close()
+    assert [(number, problem.partition(" (")[0]) for number, problem in reports] == [
+        (number, "MemoryError: no room for the header") for number in range(2)
+    ]
+    assert keeper.status()["not_kept"] == 2 and keeper.waiting_bytes == 0
+
+
 def test_a_full_queue_and_a_full_folder_say_no(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     size = len(sample(0).states)
     slow = Keeper(cache, 2 * size)

@@ -1,7 +1,8 @@
 """Writes samples to the cache in a thread of its own, so that a disk never holds the stream up.
 
 What waits to be written is bounded in bytes. Whoever offers a sample while the queue is full learns so at once. The
-first error of the file system ends the writing for good: it is said once, with figures, and the owner goes on without.
+first error, of the file system as a rule, ends the writing for good: it is said once, with figures, and the owner goes
+on without.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class Keeper:
             try:
                 if not problem:
                     size = self._cache.write(sample.sample, sample.token_ids, sample.layout, sample.states)
-            except OSError as error:
+            except Exception as error:  # noqa: BLE001 - the edge of the thread: somebody waits for its report
                 problem = self._stop(error)
             with self._lock:
                 self._waiting_bytes -= len(sample.states)
@@ -103,13 +104,14 @@ class Keeper:
                 self.counts["not_kept"] += bool(problem)
             self._report(sample.sample, problem)
 
-    def _stop(self, error: OSError) -> str:
+    def _stop(self, error: Exception) -> str:
         folder = self._cache.folder
         try:
             room = f"{shutil.disk_usage(folder).free:,} bytes free"
         except OSError:
             room = "which is gone"
-        self.stopped = f"{error.strerror} ({folder}, {room})"
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        self.stopped = f"{reason} ({folder}, {room})"
         log.warning(
             "stream.cache: %s; %d samples of %d bytes were written by this process, nothing is written any more",
             self.stopped,
