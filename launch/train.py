@@ -62,7 +62,7 @@ def main() -> int:
 
 def start_ranks() -> tuple[torch.device, dist.ProcessGroup]:
     """Joins the process group; returns this rank's device and a group for what stays on the CPU."""
-    from dflash_scale.trainer import follow_launcher, join_ranks
+    from dflash_scale.ranks import follow_launcher, join_ranks
 
     environment = os.environ
     local_rank = int(environment.get("LOCAL_RANK", "0"))
@@ -81,7 +81,7 @@ def run(config: Config, *, resume: bool) -> int:
     """The whole run of one rank. Returns 0 when the schedule is complete, 143 when a signal ended it early, 2 when the
     configuration, the data set, the verifier and the checkpoint do not fit together, 3 when the books do not balance.
     """
-    from dflash_scale.trainer import leave_ranks
+    from dflash_scale.ranks import leave_ranks
 
     device, control = start_ranks()
     try:
