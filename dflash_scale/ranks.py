@@ -1,10 +1,13 @@
-"""The ranks of a run as processes: how they find each other, leave together, and end with their launcher."""
+"""The ranks of a run as processes: how they find each other, whether they are of one run, and how they end."""
 
+import hashlib
 import logging
 import os
 import signal
 import socket
 import time
+from collections.abc import Mapping
+from pathlib import Path
 
 import deepspeed
 import psutil
@@ -13,6 +16,7 @@ from torch import distributed as dist
 
 log = logging.getLogger(__name__)
 
+SHARED_WITHIN_S = 30.0  # a network file system may show another node's new files late
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"  # of torch: where gloo listens; else at what the host's own name resolves to
 
 
@@ -43,6 +47,51 @@ def interface_towards(host: str) -> str | None:
         if any(address.address.partition("%")[0] == mine for address in addresses):
             return name
     return None
+
+
+def check_alike(texts: Mapping[str, str], control: dist.ProcessGroup) -> None:
+    """Compares what has to be the same on all ranks, by digests; the names are the same and in the same order on all.
+
+    Raises:
+        ValueError: on every rank, with the names of those that are not.
+    """
+    digests = [hashlib.sha256(text.encode()).digest() for text in texts.values()]
+    mine = torch.tensor([int.from_bytes(digest[:7], "big") for digest in digests])
+    lowest, highest = mine.clone(), mine.clone()
+    dist.all_reduce(lowest, dist.ReduceOp.MIN, group=control)
+    dist.all_reduce(highest, dist.ReduceOp.MAX, group=control)
+    unlike = [name for name, same in zip(texts, (lowest == highest).tolist(), strict=True) if not same]
+    if unlike:
+        raise ValueError(
+            f"{', '.join(unlike)}: got several on the ranks of this run, wanted the same on all; give every node the "
+            "same configuration and data set"
+        )
+
+
+def check_shared(folder: Path, run_id: str, control: dist.ProcessGroup, *, within_s: float = SHARED_WITHIN_S) -> None:
+    """Makes `folder` if it is not there, and looks whether it is one and the same for all ranks.
+
+    Raises:
+        ValueError: on every rank, if a rank does not see what rank 0 writes there.
+    """
+    mark = folder / f".{run_id}"
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    dist.barrier(group=control)
+    deadline = time.monotonic() + within_s
+    while not (seen := mark.exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    blind = torch.tensor([int(not seen)])
+    dist.all_reduce(blind, group=control)
+    if dist.get_rank() == 0:
+        mark.unlink()
+    if blind.item():
+        raise ValueError(
+            f"train.output_dir: {int(blind)} of {dist.get_world_size()} ranks have another {folder} than rank 0, "
+            "wanted one folder for all nodes, because a checkpoint is made of files of all ranks; name one on a shared "
+            "file system"
+        )
 
 
 def leave_ranks() -> None:
