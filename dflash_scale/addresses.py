@@ -46,9 +46,11 @@ def check_server(name: str, address: str, scheme: str, *, open_to_others: bool) 
     if not port:
         raise ValueError(f"{name}: got {address!r}, wanted the port of a server; write it as in {EXAMPLES[scheme]}")
     if not open_to_others and not is_loopback(host):
-        keys = "name a folder of keys in stream.keys, " if scheme == "tcp" else ""
+        why, keys = "HTTP has neither encryption nor keys", ""
+        if scheme == "tcp":
+            why, keys = "without keys the stream is open", "name a folder of keys in stream.keys, "
         raise ValueError(
-            f"{name}: got {address!r}, wanted a loopback address because the stream is not encrypted; {keys}"
+            f"{name}: got {address!r}, wanted a loopback address because {why}; {keys}"
             "tunnel it to 127.0.0.1, or set stream.insecure to true on a network that you trust"
         )
     if host == "*":
@@ -93,6 +95,14 @@ def check_bind_http(name: str, host: str, *, insecure: bool) -> None:
             f"{name}: got {host!r}, wanted a loopback address because HTTP has neither encryption nor keys; bind to "
             "127.0.0.1 and tunnel to it, or pass --insecure in a trusted network"
         )
+
+
+def cannot_bind(name: str, address: str, why: str | None) -> str:
+    """What to say when the system does not let a server have its address."""
+    return (
+        f"{name}: got {address!r}, which cannot be bound ({why}); name an IP address and port, or a path, that this "
+        "machine has and no other process uses"
+    )
 
 
 def _is_ipc(name: str, address: str) -> bool:

@@ -67,15 +67,24 @@ def program(command: str, rest: list[str]) -> list[str]:
 
 
 def launcher_arguments(rest: list[str]) -> tuple[list[str], list[str]]:
-    """Splits train's arguments into those of the deepspeed launcher and those of launch/train.py."""
+    """Splits train's arguments into those of the deepspeed launcher and those of launch/train.py.
+
+    Raises ValueError for a --hostfile that is not there.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     names = ["hostfile", "include", "exclude", "num_nodes", "num_gpus", "num_accelerators"]
-    names += ["master_addr", "master_port", "launcher", "launcher_args", "ssh_port"]
+    names += ["node_rank", "master_addr", "master_port", "launcher", "launcher_args", "ssh_port"]
     for name in names:
         parser.add_argument(f"--{name}", dest=name)
+    parser.add_argument("--no_ssh", action="store_true")
     known, ours = parser.parse_known_args(rest)
+    if known.hostfile is not None and not Path(known.hostfile).is_file():
+        raise ValueError(
+            f"--hostfile: got {known.hostfile}, wanted a file with a line `NAME slots=GPUS` for each node; write it, "
+            "or drop the option to train on this node alone"
+        )
     launcher = [word for name in names if (value := getattr(known, name)) for word in (f"--{name}", value)]
-    return launcher, ours
+    return [*launcher, *(["--no_ssh"] if known.no_ssh else [])], ours
 
 
 def start(command: list[str]) -> int:

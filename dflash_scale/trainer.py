@@ -7,7 +7,6 @@ talking; what they do exchange are small CPU all-reduces: the loss denominator Z
 import json
 import logging
 import math
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -54,22 +53,6 @@ def lr_factor(step: int, total: int, warmup_ratio: float, floor: float) -> float
         return (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def join_ranks(device: torch.device) -> dist.ProcessGroup:
-    """Joins the process group that the launcher's environment describes; returns a group for what stays on the CPU."""
-    if device.type == "cpu":
-        # DeepSpeed's all-reduce for CPU inference: training never calls it, its build takes half a minute, and the
-        # shared memory that it makes at once outlives a killed rank.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
-    return dist.new_group(backend="gloo")
-
-
-def leave_ranks() -> None:
-    """Ends the process groups in step: a rank that exits while gloo's threads run may be aborted by the C++ runtime."""
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def engine_config(config: Config, world_size: int) -> dict[str, Any]:
@@ -372,29 +355,3 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.close()
         self.line.close()
-
-
-def follow_launcher(poll_s: float = 1.0) -> None:
-    """Ends this rank when its launcher is gone, so that a killed launcher leaves no rank behind.
-
-    SIGTERM first, which saves a checkpoint at the next step; after a minute, an exit at once. The parent is the
-    per-node launcher; its parent is followed too if it is DeepSpeed's front end.
-    """
-    import psutil
-
-    try:
-        parent = psutil.Process().parent()
-        if parent is None:
-            return
-        followed = [parent]
-        above = parent.parent()
-        if above is not None and any("deepspeed" in word for word in above.cmdline()):
-            followed.append(above)
-        while all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in followed):
-            time.sleep(poll_s)
-    except psutil.NoSuchProcess:  # it went between two looks
-        pass
-    log.error("the launcher is gone: saving a checkpoint and stopping")
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(60)
-    os._exit(1)

@@ -62,7 +62,7 @@ def main() -> int:
 
 def start_ranks() -> tuple[torch.device, dist.ProcessGroup]:
     """Joins the process group; returns this rank's device and a group for what stays on the CPU."""
-    from dflash_scale.trainer import follow_launcher, join_ranks
+    from dflash_scale.ranks import follow_launcher, join_ranks
 
     environment = os.environ
     local_rank = int(environment.get("LOCAL_RANK", "0"))
@@ -81,7 +81,7 @@ def run(config: Config, *, resume: bool) -> int:
     """The whole run of one rank. Returns 0 when the schedule is complete, 143 when a signal ended it early, 2 when the
     configuration, the data set, the verifier and the checkpoint do not fit together, 3 when the books do not balance.
     """
-    from dflash_scale.trainer import leave_ranks
+    from dflash_scale.ranks import leave_ranks
 
     device, control = start_ranks()
     try:
@@ -121,6 +121,7 @@ def set_up(
     from dflash_scale.model_files import origin_of
     from dflash_scale.packer import AnchorSpec, RowSchedule, Samples, schedule_spec
     from dflash_scale.quarantine import read_exclusion
+    from dflash_scale.ranks import check_alike, check_shared
     from dflash_scale.row_memory import Copier, HostCopier
     from dflash_scale.stream.cache import CacheOrigin, claim
     from dflash_scale.stream.keys import receiver_keys
@@ -132,13 +133,15 @@ def set_up(
     from dflash_scale.warm_start import load_start
 
     rank, world, train = dist.get_rank(), dist.get_world_size(), config.train
-    output = Path(train.output_dir)
+    output, run_id = Path(train.output_dir), shared_run_id(control)
+    check_shared(output, run_id, control)
 
     # What is trained when: a function of the data set and the configuration alone.
     prepared = load_prepared(Path(config.data.path))
     samples = Samples(prepared.train, prepared.validation)
     exclusion = read_exclusion(config.data.exclude)
     exclusion.check(prepared.fingerprint)
+    check_alike(common(config) | {"data.path": exclusion.fingerprint(prepared.fingerprint)}, control)
     schedule = RowSchedule(samples, schedule_spec(config, world))
 
     # The drafter, and of the verifier what the drafter needs: embedding, norm and head.
@@ -189,7 +192,7 @@ def set_up(
         position = checkpoints.load(engine, position)
 
     # Hidden states: one receiver process per node fills this rank's ring, a thread fills rows from the ring.
-    stream = Stream.start(config, layouts, first_step=position.step + 1, run_id=shared_run_id(control))
+    stream = Stream.start(config, layouts, first_step=position.step + 1, run_id=run_id)
     copier: Copier = CudaCopier(stream.ring, device) if device.type == "cuda" else HostCopier()
     room = AssemblerSpec(layouts, config.data.row_tokens, config.stream.lookahead_rows, anchors)
     assembler = RowAssembler(stream.ring, schedule.rows(rank, position.step + 1), samples, room, copier)
@@ -203,6 +206,16 @@ def set_up(
             stream.close()
 
     return Trainer(parts), close
+
+
+def common(config: Config) -> dict[str, str]:
+    """What nodes must have in common, by section: not where things are on a node, nor which servers it asks."""
+    places = {"verifier": {"model"}, "data": {"path", "exclude"}, "train": {"output_dir"}}
+    sections = config.model_dump(mode="json", exclude={"stream"})
+    return {
+        name: json.dumps({key: value for key, value in section.items() if key not in places.get(name, ())})
+        for name, section in sections.items()
+    }
 
 
 def shared_run_id(control: dist.ProcessGroup) -> str:

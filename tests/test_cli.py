@@ -33,13 +33,22 @@ def test_train_goes_through_the_launcher_with_this_interpreter() -> None:
     ]
 
 
-def test_the_launcher_would_take_these_arguments() -> None:
+def test_the_launcher_would_take_these_arguments(tmp_path: Path) -> None:
     runner = importlib.import_module("deepspeed.launcher.runner")
-    given = ["--hostfile", "h", "--include", "a:0", "--num_nodes", "1", "--master_addr", "x", "--config", "c.json"]
+    hosts = tmp_path / "hosts"
+    hosts.write_text("a slots=1")
+    given = ["--hostfile", str(hosts), "--include", "a:0", "--num_nodes", "1", "--master_addr", "x", "--no_ssh"]
+    given += ["--node_rank", "0", "--config", "c.json"]
     command = cli.program("train", given)
     parsed = runner.parse_args(command[command.index("deepspeed.launcher.runner") + 1 :])
     assert (parsed.user_script, parsed.user_args) == (TRAIN, ["--config", "c.json"])
-    assert (parsed.hostfile, parsed.include, parsed.num_nodes, parsed.master_addr) == ("h", "a:0", 1, "x")
+    assert (parsed.hostfile, parsed.include, parsed.num_nodes, parsed.master_addr) == (str(hosts), "a:0", 1, "x")
+    assert (parsed.no_ssh, parsed.node_rank) == (True, 0)
+
+
+def test_a_missing_hostfile_is_no_run_on_one_node(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^--hostfile: got .*hosts, wanted a file"):
+        cli.program("train", ["--hostfile", str(tmp_path / "hosts"), "--config", "c.json"])
 
 
 def test_a_plan_needs_no_launcher() -> None:

@@ -185,7 +185,7 @@ def test_keys_open_the_wire_but_not_http() -> None:
     assert parse_config({**MINIMAL, "stream": {"servers": [remote], "keys": "keys"}}).stream.keys == "keys"
     both = {"http": "http://gpu7:8001", "zmq": "tcp://gpu7:5601"}
     problem = error_of({"stream": {"servers": [both], "keys": "keys"}})
-    assert "servers[0].http: got 'http://gpu7:8001', wanted a loopback address" in problem
+    assert "servers[0].http: got 'http://gpu7:8001', wanted a loopback address because HTTP has neither" in problem
     assert "stream.keys" not in problem
 
 

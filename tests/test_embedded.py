@@ -301,6 +301,8 @@ def test_addresses_are_loopback(folder: Path) -> None:
         EmbeddedServer(Options(str(folder), "127.0.0.1:0", "tcp://*:0", (1,)))
     with pytest.raises(ValueError, match="--max-unsent-bytes must be above 0"):
         EmbeddedServer(Options(str(folder), "127.0.0.1:0", "tcp://127.0.0.1:*", (1,), max_unsent_bytes=0))
+    with pytest.raises(ValueError, match=r"^--http: got '192\.0\.2\.1:0', which cannot be bound \(Cannot assign"):
+        EmbeddedServer(Options(str(folder), "192.0.2.1:0", "tcp://127.0.0.1:*", (1,), insecure=True))
 
 
 def test_ipv6_with_keys(folder: Path, tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ class EmbeddedServer:
         limits = Limits(self._verifier.vocab_size, self._verifier.max_tokens, self._verifier.layout)
         try:
             self._http = CompletionServer(options.http, options.model, limits, self._submit)
-        except OSError:
+        except ValueError:
             self._publisher.close()
             raise
         self.http = self._http.url

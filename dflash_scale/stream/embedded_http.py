@@ -17,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import Any, Final
 
-from dflash_scale.addresses import split_address
+from dflash_scale.addresses import cannot_bind, split_address
 from dflash_scale.stream import wire
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Reply:
 
 
 class CompletionServer:
-    """Listens from construction until `close`."""
+    """Listens from construction until `close`. Raises ValueError for an address that it cannot have."""
 
     def __init__(self, address: str, model: str, limits: Limits, submit: Callable[[Request], "Future[Reply]"]) -> None:
         host, port = split_address("--http", f"http://{address}", "http")
@@ -62,7 +62,10 @@ class CompletionServer:
             pass
 
         Handler.model, Handler.limits, Handler.submit = model, limits, staticmethod(submit)
-        self._server = (_Server6 if ":" in host else _Server)((host, port), Handler)
+        try:
+            self._server = (_Server6 if ":" in host else _Server)((host, port), Handler)
+        except OSError as error:
+            raise ValueError(cannot_bind("--http", address, error.strerror)) from error
         self.url = f"http://{address.rpartition(':')[0]}:{self._server.server_address[1]}"
         self._thread = Thread(target=self._server.serve_forever, args=(0.1,), name="dflash-http", daemon=True)
         self._thread.start()

@@ -92,7 +92,7 @@ class Publisher:
     layout, model, origin, data_parallel_rank: what the hello reply says.
     keys: serve only receivers that hold one of these; without, whoever reaches the address.
     max_bytes: payload bytes held at most, queued or inside ZeroMQ; what belongs to a caller's pool is not counted.
-    Raises ValueError for a bad address and zmq.ZMQError if it is taken.
+    Raises ValueError for an address that is not allowed, that is taken or that this machine has not.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Publisher:
         self._doorkeeper = sockets.Doorkeeper(self._context, keys.receivers) if keys is not None else None
         try:
             self._router = sockets.bind_router(self._context, address, insecure=insecure, keys=keys)
-        except (ValueError, zmq.ZMQError):
+        except ValueError:
             self._end_context()
             raise
         self._connections = sockets.watch_connection(self._router, "connections")

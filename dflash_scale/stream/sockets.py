@@ -18,7 +18,7 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import recv_monitor_message
 
-from dflash_scale.addresses import check_bind
+from dflash_scale.addresses import cannot_bind, check_bind
 from dflash_scale.stream.keys import ReceiverKeys, ServerKeys
 from dflash_scale.stream.wire import MAX_HEADER_BYTES, check_name
 
@@ -58,7 +58,7 @@ def bind_router(
     """The server's end. Sending to an absent receiver raises EHOSTUNREACH, to a slow one EAGAIN.
 
     keys: only receivers that hold one of `keys.receivers` are served, and only while a Doorkeeper of the context lives.
-    Raises ValueError for an address that needs keys or `insecure`, and zmq.ZMQError if it is taken.
+    Raises ValueError for an address that needs keys or `insecure`, that is taken or that this machine has not.
     """
     check_bind("--zmq", address, open_to_others=insecure or keys is not None)
     socket = context.socket(zmq.ROUTER)
@@ -72,9 +72,9 @@ def bind_router(
             socket.setsockopt(zmq.ZAP_DOMAIN, DOMAIN)
             socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without it, and without a Doorkeeper, every key would do
         socket.bind(address)
-    except zmq.ZMQError:
+    except zmq.ZMQError as error:
         socket.close(linger=0)
-        raise
+        raise ValueError(cannot_bind("--zmq", address, error.strerror)) from error
     return socket
 
 

@@ -8,7 +8,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,7 @@ from dflash_scale.stream.receiver import read_status
 from dflash_scale.stream.ring import reclaim
 
 REPO = Path(__file__).resolve().parents[2]
+BINARIES = Path(sys.executable).parent
 VOCAB, LAYERS, TAPS = 128, 4, (1, 2)
 TIMES = ("tokens_per_s", "samples_per_s", "wait_data", "seconds", "servers")
 
@@ -73,18 +74,28 @@ def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
 
 @dataclass
 class Embedded:
-    """One embedded server, started and ended by its pid."""
+    """One embedded server, started and ended by its pid; at `host`, with the words of `prefix` before its command and
+    those of `flags` behind it."""
 
     verifier: Path
     http: int = field(default_factory=free_port)
     zmq: int = field(default_factory=free_port)
     process: "subprocess.Popen[bytes] | None" = None
+    host: str = "127.0.0.1"
+    prefix: Sequence[str] = ()
+    flags: Sequence[str] = ()
+
+    @property
+    def address(self) -> dict[str, str]:
+        """Its entry in stream.servers."""
+        return {"http": f"http://{self.host}:{self.http}", "zmq": f"tcp://{self.host}:{self.zmq}"}
 
     def start(self) -> None:
         taps = ",".join(map(str, TAPS))
-        command = [sys.executable, "-m", "dflash_scale.stream.embedded", "--model", str(self.verifier)]
-        command += ["--http", f"127.0.0.1:{self.http}", "--zmq", f"tcp://127.0.0.1:{self.zmq}", "--layer-ids", taps]
-        self.process = subprocess.Popen([*command, "--parent-pid", str(os.getpid())], cwd=REPO)
+        command = [*self.prefix, sys.executable, "-m", "dflash_scale.stream.embedded", "--model", str(self.verifier)]
+        command += ["--http", f"{self.host}:{self.http}", "--zmq", self.address["zmq"], "--layer-ids", taps]
+        command += ["--parent-pid", str(os.getpid()), *self.flags]
+        self.process = subprocess.Popen(command, cwd=REPO)
 
     def healthy(self) -> bool:
         assert self.process is None or self.process.poll() is None, "an embedded server ended at its start"
@@ -124,15 +135,18 @@ class Run:
     process: "subprocess.Popen[bytes] | None" = None
 
     def launch(self, *flags: str, ranks: int = 2) -> None:
+        command = [str(BINARIES / "deepspeed"), f"--num_accelerators={ranks}", f"--master_port={free_port()}"]
+        self.process = self.start([*command, str(REPO / "launch" / "train.py")], *flags)
+
+    def start(self, launcher: list[str], *flags: str, log: str = "log.txt") -> "subprocess.Popen[bytes]":
+        """Starts a launcher with this run's configuration; its output goes to a file in the run's folder."""
         self.folder.mkdir(exist_ok=True)
         path = self.folder / "run.json"
         path.write_text(json.dumps(self.config))
-        binaries = Path(sys.executable).parent
-        command = [str(binaries / "deepspeed"), f"--num_accelerators={ranks}", f"--master_port={free_port()}"]
-        command += [str(REPO / "launch" / "train.py"), "--config", str(path), *flags]
-        environment = {**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
-        with (self.folder / "log.txt").open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=REPO)
+        command = [*launcher, "--config", str(path), *flags]
+        environment = {**os.environ, "PATH": f"{BINARIES}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+        with (self.folder / log).open("ab") as file:
+            return subprocess.Popen(command, stdout=file, stderr=file, env=environment, cwd=REPO)
 
     def wait(self, seconds: float = 240) -> int:
         assert self.process is not None
@@ -204,7 +218,7 @@ def run_config(verifier: Path, data: Path, servers: list[Embedded], folder: Path
         "drafter": {"layers": 1, "block_size": 4},
         "data": {"path": str(data), "row_tokens": 128, "anchors_per_document": 8},
         "stream": {
-            "servers": [{"http": f"http://127.0.0.1:{s.http}", "zmq": f"tcp://127.0.0.1:{s.zmq}"} for s in servers],
+            "servers": [server.address for server in servers],
             "ring_bytes": 1 << 20,
             "credit_bytes": 1 << 20,
             "server_credit_bytes": 1 << 19,
