@@ -7,6 +7,7 @@ no text. Knows nothing of the model: a request goes to `submit`, which gives a f
 
 import json
 import logging
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -125,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _body(self) -> bytes | None:
         """The request's body, None after a refusal, which closes the connection because the body is unread."""
         length = self.headers.get("Content-Length", "")
-        if not length.isascii() or not length.isdigit() or int(length) > MAX_BODY_BYTES:
+        if not re.fullmatch("[0-9]{1,18}", length) or int(length) > MAX_BODY_BYTES:
             self.close_connection = True
             self._fail(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"Content-Length must be at most {MAX_BODY_BYTES}")
             return None
