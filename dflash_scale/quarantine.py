@@ -29,7 +29,9 @@ class QuarantineFile:
         line = {"data": self._data, "epoch": epoch, "sample": sample, "reason": reason, "servers": list(servers)}
         file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            os.write(file, (json.dumps(line) + "\n").encode())  # one write: lines of several processes do not mix
+            raw = (json.dumps(line) + "\n").encode()
+            while raw:  # one write: lines of several processes do not mix; a second one says why it was not enough
+                raw = raw[os.write(file, raw) :]
             os.fsync(file)
         finally:
             os.close(file)

@@ -1,6 +1,8 @@
 """The file of quarantined samples, and what a later run leaves out of its schedule."""
 
 import os
+import resource
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +51,17 @@ def test_another_file_is_refused_with_its_line(tmp_path: Path, line: str) -> Non
         file.write(line + os.linesep)
     with pytest.raises(ValueError, match=r"line 2 of .*file is not an object with data and sample"):
         read_exclusion(str(path))
+
+
+def test_a_line_that_the_disk_takes_in_part_is_an_error(tmp_path: Path) -> None:
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, before[1]))  # the kernel writes as far as it goes, as when full
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            QuarantineFile(tmp_path / "quarantined.jsonl", "d1").write(0, 3, "no server", [])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_missing_file_and_two_data_sets_are_refused(tmp_path: Path) -> None:
