@@ -1,15 +1,18 @@
-"""Builds and installs dflash_scale: metadata, and one ninja step for the two native libraries.
+"""Builds and installs dflash_scale: metadata, and a ninja build for each of the two native libraries.
 
 dflash_scale/_ring.<abi>.so   pybind11 module over csrc/ring; knows no torch
 dflash_scale/_kernels.so      torch operators over LibTorch's stable ABI; not a Python module. One file holds the CPU
                               operators and, where nvcc is found, the sm_80 and sm_90a kernels; it loads in a CPU-only
                               torch and in any torch >= 2.10.
 
-`python setup.py build_ext --sanitize` makes build/sanitize/_kernels.so instead: the CPU operators alone, with address
-and undefined-behaviour checks, for tests/test_sanitizers.py.
+`python setup.py build_ext --variant NAME` makes build/NAME/_kernels.so instead: "sanitize", the CPU operators alone,
+with address and undefined-behaviour checks, for tests/test_sanitizers.py; "watchdog", whose GPU kernels give up a wait
+that does not end and say where (csrc/attention/watchdog.h).
 
 torch's own CUDAExtension is not used: it refuses to build CUDA code beside a CPU-only torch, and ties the result to one
-torch release. The build directory is build/native; a second build with nothing changed runs no compiler.
+torch release. The libraries are built in folders of build/ of their own, the kernels first: a machine without Python's
+headers, or without pybind11, still gets the kernels, and the build says what the ring lacks. A second build with
+nothing changed runs no compiler.
 """
 
 from __future__ import annotations
@@ -25,15 +28,21 @@ import sys
 import sysconfig
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).resolve().parent
-BUILD = HERE / "build" / "native"
-SANITIZED = HERE / "build" / "sanitize"
+BUILD = HERE / "build"
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -O2"
+# Structures of arguments are begun in one expression and filled in below it.
+WARNINGS = "-Wall -Wextra -Wno-missing-field-initializers"
+# Of the kernels: what `find_tools` found is changed by these.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "sanitize": {"nvcc": None, "sanitizers": SANITIZERS},
+    "watchdog": {"defines": "-DDFLASH_WATCHDOG"},
+}
 RING = f"_ring{sysconfig.get_config_var('EXT_SUFFIX')}"
 KERNELS = "_kernels.so"
 # The oldest torch whose stable ABI has all we call: 2.10, as (major << 56 | minor << 48).
@@ -73,6 +82,7 @@ class Tools:
     torch: Path
     nvcc: str | None
     sanitizers: str = ""
+    defines: str = ""  # for the CUDA sources
 
 
 def find_nvcc() -> str | None:
@@ -145,7 +155,7 @@ def rules(tools: Tools) -> list[str]:
         "-isystem",
         tools.torch / "include" / "torch" / "csrc" / "api" / "include",
     )
-    flags = f"-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -MMD -MF $out.d {tools.sanitizers}"
+    flags = f"-std=c++20 -O3 -fPIC -fvisibility=hidden {WARNINGS} -MMD -MF $out.d {tools.sanitizers}"
     libraries = quoted(f"-L{tools.torch / 'lib'}", "-ltorch_cpu") + f" {tools.sanitizers}"
     text = [
         "ninja_required_version = 1.5",
@@ -156,10 +166,10 @@ def rules(tools: Tools) -> list[str]:
     ]
     if tools.nvcc:
         nvcc = f"{quoted(tools.nvcc, '-ccbin', tools.cxx, f'-I{HERE}/csrc')} {GENCODE}"
-        cuda = "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden -Werror all-warnings -Xptxas -v -MMD -MF $out.d"
+        cuda = f"-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden -Werror all-warnings -Xptxas -v {tools.defines}"
         # The log is kept, because check_ptxas judges it after every build, also where nothing was compiled.
         text += [
-            f"rule cuda\n  command = {nvcc} {cuda} -c $in -o $out > $out.log 2>&1"
+            f"rule cuda\n  command = {nvcc} {cuda} -MMD -MF $out.d -c $in -o $out > $out.log 2>&1"
             " || { cat $out.log; rm -f $out; false; }",
             "  depfile = $out.d\n  deps = gcc\n  description = nvcc $in",
             f"rule link_op\n  command = {nvcc} -shared -cudart static $in -o $out {libraries}",
@@ -179,11 +189,11 @@ def ring_edges(tools: Tools) -> list[str]:
         raise fail("pybind11 not found; pip install pybind11, or install without --no-build-isolation.")
     include = quoted(f"-I{HERE / 'csrc'}", "-isystem", pybind / "include", "-isystem", sysconfig.get_path("include"))
     text = [
-        f"rule cxx_ring\n  command = {quoted(tools.cxx)} -std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra"
+        f"rule cxx_ring\n  command = {quoted(tools.cxx)} -std=c++20 -O3 -fPIC -fvisibility=hidden {WARNINGS}"
         f" -MMD -MF $out.d {include} -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc\n  description = c++ $in",
     ]
-    objects = [(path, f"ring/{path.name}.o") for path in sources("ring", ".cpp")]
+    objects = [(path, f"{path.name}.o") for path in sources("ring", ".cpp")]
     text += [f"build {target}: cxx_ring {ninja_path(path)}" for path, target in objects]
     text += [f"build {RING}: link_cxx {' '.join(target for _, target in objects)}\n  libraries = -lrt"]
     return [*text, f"default {RING}"]
@@ -203,9 +213,9 @@ def kernel_edges(tools: Tools) -> list[str]:
     return [*text, f"build {KERNELS}: link_op {' '.join(objects)}", f"default {KERNELS}"]
 
 
-def check_ptxas() -> None:
+def check_ptxas(built: Path) -> None:
     """Prints each kernel's registers; a spill or serialised wgmma (C7512, C7520) fails the build: silent, and 2-10x."""
-    logs = [BUILD / folder / f"{path.name}.o.log" for folder in OP_FOLDERS for path in sources(folder, ".cu")]
+    logs = [built / folder / f"{path.name}.o.log" for folder in OP_FOLDERS for path in sources(folder, ".cu")]
     for log in logs:
         text = log.read_text()
         for kernel, arch, rest in re.findall(r"entry function '(\w+)' for '(\w+)'(.*?)(?=Compiling|\Z)", text, re.S):
@@ -217,9 +227,9 @@ def check_ptxas() -> None:
             raise fail(f"ptxas serialised wgmma in {log.name[:-6]}; see {log}.")
 
 
-def publish(name: str, folder: Path) -> None:
+def publish(built: Path, folder: Path) -> None:
     """Copies a library beside its destination and renames it: a process that has the old one mapped keeps it whole."""
-    built, target = BUILD / name, folder / name
+    target = folder / built.name
     if target.is_file() and target.read_bytes() == built.read_bytes():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -229,45 +239,42 @@ def publish(name: str, folder: Path) -> None:
 
 
 class NinjaBuild(build_ext):
-    """build_ext that writes build/native/build.ninja, runs ninja, and places what it made."""
+    """build_ext that writes a build.ninja for each library, runs ninja, and places what it made."""
 
     user_options: ClassVar[list] = [
         *build_ext.user_options,
-        ("sanitize", None, "make build/sanitize/_kernels.so, and nothing else"),
+        ("variant=", None, f"make build/VARIANT/_kernels.so and nothing else; one of {', '.join(VARIANTS)}"),
     ]
-    boolean_options: ClassVar[list] = [*build_ext.boolean_options, "sanitize"]
 
     def initialize_options(self) -> None:
         super().initialize_options()
-        self.sanitize = False
-
-    def names(self) -> list[str]:
-        return ([RING] if sources("ring", ".cpp") else []) + ([KERNELS] if sources("attention", ".cpp") else [])
+        self.variant: str | None = None
 
     def run(self) -> None:
         tools = find_tools()
-        if self.sanitize:
-            tools = replace(tools, nvcc=None, sanitizers=SANITIZERS)
-            self.ninja(tools, SANITIZED, [*rules(tools), *kernel_edges(tools)])
+        if self.variant is not None:
+            if self.variant not in VARIANTS:
+                raise fail(f"--variant: got {self.variant}, wanted one of {', '.join(VARIANTS)}.")
+            self.kernels(replace(tools, **VARIANTS[self.variant]), BUILD / self.variant)
             return
-        parts = rules(tools)
-        if RING in self.names():
-            parts += ring_edges(tools)
-        if KERNELS in self.names():
-            parts += kernel_edges(tools)
-        self.ninja(tools, BUILD, parts)
-        if tools.nvcc:
-            check_ptxas()
-        for name in self.names():
-            publish(name, self.destination())
+        self.kernels(tools, BUILD / "kernels")
+        publish(BUILD / "kernels" / KERNELS, self.destination())
+        self.ninja(tools, BUILD / "ring", ring_edges(tools))
+        publish(BUILD / "ring" / RING, self.destination())
 
-    def ninja(self, tools: Tools, folder: Path, parts: list[str]) -> None:
+    def kernels(self, tools: Tools, folder: Path) -> None:
+        self.ninja(tools, folder, kernel_edges(tools))
+        if tools.nvcc:
+            check_ptxas(folder)
+
+    def ninja(self, tools: Tools, folder: Path, edges: list[str]) -> None:
+        parts = [*rules(tools), *edges]
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text("\n".join(parts) + "\n")
         jobs = os.environ.get("MAX_JOBS")
         command = [tools.ninja, "-C", str(folder), *(["-j", jobs] if jobs else [])]
         if subprocess.run(command).returncode != 0:
-            raise fail("the native build failed; the compiler's message is above.")
+            raise fail(f"the native build in {folder.relative_to(HERE)} failed; the compiler's message is above.")
 
     def destination(self) -> Path:
         return (HERE if self.inplace else Path(self.build_lib)) / "dflash_scale"
@@ -276,13 +283,13 @@ class NinjaBuild(build_ext):
         return [str(path.relative_to(HERE)) for path in sorted((HERE / "csrc").rglob("*.*"))]
 
     def get_outputs(self) -> list[str]:
-        return [str(self.destination() / name) for name in self.names()]
+        return [str(self.destination() / name) for name in (KERNELS, RING)]
 
     def get_output_mapping(self) -> dict[str, str]:
         if not self.inplace:
             return {}
         built = Path(self.build_lib) / "dflash_scale"
-        return {str(built / name): str(HERE / "dflash_scale" / name) for name in self.names()}
+        return {str(built / name): str(HERE / "dflash_scale" / name) for name in (KERNELS, RING)}
 
 
 def version() -> str:

@@ -9,9 +9,11 @@ T tokens in a packed row · A anchors in it · S block size · N slots kept · L
 Hq/Hkv heads · D head dim.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +22,11 @@ from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from dflash_scale.attention import Plan, anchor_attention, build_plan
-from dflash_scale.config import DrafterSection
 from dflash_scale.rope import check_rope, drafter_rope
-from dflash_scale.verifier import VerifierShape
+
+if TYPE_CHECKING:
+    from dflash_scale.config import DrafterSection
+    from dflash_scale.verifier import VerifierShape
 
 
 @dataclass(frozen=True)

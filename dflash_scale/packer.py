@@ -8,18 +8,22 @@ number alone. A step holds the same rows on any number of ranks.
 T tokens in a packed row · A anchors in it · S block size.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from dflash_scale.anchors import VALIDATION_EPOCH, anchor_seed, plan_anchors
-from dflash_scale.config import Config
 from dflash_scale.quarantine import read_exclusion
 from dflash_scale.vocabulary import cut_at_unknown
+
+if TYPE_CHECKING:
+    from dflash_scale.config import Config
 
 OPEN_ROWS = 64  # rows that first fit looks at; bounds the packing to O(samples), at a cost below 1 % of fill
 

@@ -7,13 +7,17 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
+import ninja
+import pytest
 import torch
 
 from dflash_scale import attention
 
 ROOT = Path(__file__).resolve().parent.parent
+NINJA = Path(ninja.BIN_DIR) / "ninja"
 
 
 def has_nvcc() -> bool:
@@ -61,6 +65,36 @@ def fatbin_architectures(blob: bytes) -> set[int]:
             step = int.from_bytes(blob[entry + 4 : entry + 8], "little")
             entry += step + int.from_bytes(blob[entry + 8 : entry + 16], "little")
     return found
+
+
+def test_kernels_are_built_without_pythons_headers() -> None:
+    """A machine with a GPU may have none: only the ring needs them."""
+    headers = sysconfig.get_path("include")
+    for part, needs in (("kernels", False), ("ring", True)):
+        command = [NINJA, "-C", ROOT / "build" / part, "-t", "commands"]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert f"csrc/{'attention' if part == 'kernels' else 'ring'}/bindings.cpp" in printed
+        assert (headers in printed) == needs
+
+
+def test_an_unknown_variant_is_one_clear_sentence() -> None:
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--variant", "sanitise"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert done.stderr.strip().splitlines()[-1] == (
+        "dflash_scale: --variant: got sanitise, wanted one of sanitize, watchdog."
+    )
+
+
+# What trains on a device, without the configuration and the launcher.
+LIGHT = ("drafter", "loss", "attention", "packer", "assembler", "row_memory", "cuda_copier", "stream.ring")
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_what_runs_on_a_device_is_imported_without_configuration_and_deepspeed(module: str) -> None:
+    program = f"import sys; sys.modules.update(pydantic=None, deepspeed=None); import dflash_scale.{module}"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_missing_compiler_is_one_clear_sentence(tmp_path: Path) -> None:

@@ -50,6 +50,10 @@ struct TensorShape {
 #include "emulator_hopper.h"
 #else
 
+#ifdef DFLASH_WATCHDOG
+#include "attention/watchdog.h"
+#endif
+
 namespace dflash::gpu {
 
 using TensorMap = CUtensorMap;
@@ -97,6 +101,9 @@ DFLASH_DEVICE void barrier_arrive_expect(uint32_t barrier, int bytes) {
 }
 // Returns once the phase of this parity (the first is 0) is over.
 DFLASH_DEVICE void barrier_wait(uint32_t barrier, int parity) {
+#ifdef DFLASH_WATCHDOG
+  watched_wait(barrier, parity);
+#else
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
@@ -108,6 +115,7 @@ DFLASH_DEVICE void barrier_wait(uint32_t barrier, int parity) {
       "}" ::"r"(barrier),
       "r"(parity)
       : "memory");
+#endif
 }
 
 // --- bulk copies ---

@@ -11,3 +11,7 @@ int backward_sm90(const GpuBackward& args, void* stream) {
 }
 
 }  // namespace dflash
+
+#ifdef DFLASH_WATCHDOG
+DFLASH_EXPORT_STUCK(backward)
+#endif

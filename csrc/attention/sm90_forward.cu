@@ -8,3 +8,7 @@ int forward_sm90(const GpuForward& args, void* stream) {
 }
 
 }  // namespace dflash
+
+#ifdef DFLASH_WATCHDOG
+DFLASH_EXPORT_STUCK(forward)
+#endif
