@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +17,9 @@ from torch import Tensor
 
 from dflash_scale import attention
 from tests.attention_cases import case, outputs
-from tests.gpu import check
+from tests.gpu import check, ladder
+from tests.gpu.errors import TOLERANCE, where
+from tests.test_gpu_emulated import build as emulated
 
 RESULTS = check.ROOT / "benchmarks" / "results"
 
@@ -49,7 +55,7 @@ def test_one_wrong_row_is_seen(index: int, row: int) -> None:
     sizes = wanted[index][:, 0].square().mean(-1)
     got[index][(sizes >= sizes.mean()).nonzero().flatten()[row], 0] *= 0.7
     with pytest.raises(AssertionError, match=f"{check.NAMES[index]} .* is off by"):
-        check.compare(some, got, wanted, check.TOLERANCE[torch.bfloat16])
+        check.compare(some, got, wanted, TOLERANCE[torch.bfloat16])
 
 
 def test_a_failing_check_is_reported_and_does_not_end_the_others(
@@ -67,6 +73,57 @@ def test_a_failing_check_is_reported_and_does_not_end_the_others(
         (False, "RuntimeError: cpu on cpu is broken"),
         (True, None),
     ]
+
+
+def test_a_wrong_number_is_placed() -> None:
+    wanted = torch.randn(300, 4, 128, dtype=torch.float64)
+    got = wanted.clone()
+    got[200, 3, 70] += 40.0
+    place = where("out", got, wanted, 0.04)
+    assert place["worst"] == {"row": 200, "head": 3, "column": 70, "tile": 1}
+    assert place["wrong rows"] == [1, 1200]
+    assert [i for i, x in enumerate(place["by head"]) if x > 0] == [3]
+    assert [i for i, x in enumerate(place["by row in 64"]) if x > 0] == [(3 * 300 + 200) % 64]
+    assert [i for i, x in enumerate(place["by 16 columns"]) if x > 0] == [4]
+    assert [i for i, x in enumerate(place["by tile"]) if x > 0] == [1]
+    got[17] = torch.nan
+    assert where("out", got, wanted, 0.04)["not finite"] == 4 * 128
+
+
+def test_the_ladder_passes_on_the_cpu_operator_and_names_the_first_wrong_rung(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    some = [word for number in (0, 3, 8, 9) for word in ("--rung", str(number))]
+    where_to = ["--device", "cpu", "--backend", "cpu", "--dump", str(tmp_path / "wrong.pt")]
+    assert ladder.main([*where_to, *some]) == 0
+    right = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(right) == 4 * 7 and all(line["ok"] for line in right if "ok" in line)
+    # A scale that is off by two, as a wrong kernel would have it.
+    monkeypatch.setattr(ladder, "anchor_attention", functools.partial(attention.anchor_attention, scale=0.5))
+    assert ladder.main([*where_to, "--rung", "1"]) == 1
+    wrong = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert wrong[0] == {"begins": "one unit, one tile", "rung": 1}
+    assert not wrong[1]["ok"] and wrong[1]["worst"]["row"] < 16
+    assert torch.load(tmp_path / "wrong.pt", weights_only=True)["out"].shape == (16, 4, 128)
+
+
+def test_a_check_that_hangs_is_named(tmp_path: Path) -> None:
+    program = (
+        "import time; from tests.gpu import check; check.CHECKS = {'no anchor': lambda *_: time.sleep(60)};"
+        "check.check_plan = check.check_no_anchor;"
+        "check.main(['--device', 'cpu', '--backend', 'cpu', '--seconds', '1'])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=check.ROOT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert done.stdout.splitlines()[-1].split() == ["cpu", "no", "anchor", "begins"]
+    assert "Timeout" in done.stderr and "tests/gpu/check.py" in done.stderr
+
+
+def test_the_probe_passes_on_the_emulated_gpu() -> None:
+    library = ctypes.CDLL(str(emulated("probe.so", "-O2", source="probe.cpp")))
+    library.probe.restype = ctypes.c_char_p
+    for seed in range(3):
+        assert library.probe(seed) is None
 
 
 def test_the_digest_follows_includes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
