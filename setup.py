@@ -5,14 +5,13 @@ dflash_scale/_kernels.so      torch operators over LibTorch's stable ABI; not a 
                               operators and, where nvcc is found, the sm_80 and sm_90a kernels; it loads in a CPU-only
                               torch and in any torch >= 2.10.
 
-`python setup.py build_ext --variant NAME` makes build/NAME/_kernels.so instead: "sanitize", the CPU operators alone,
-with address and undefined-behaviour checks, for tests/test_sanitizers.py; "watchdog", whose GPU kernels give up a wait
-that does not end and say where (csrc/attention/watchdog.h).
+Each is a target of its own, and `python setup.py build_ext --inplace --target NAME` builds one of them alone: a machine
+without Python's headers, or without pybind11, still gets the kernels. Two more targets are never installed:
+build/sanitize/_kernels.so, the CPU operators with address and undefined-behaviour checks, for tests/test_sanitizers.py;
+build/watchdog/_kernels.so, whose GPU kernels give up a wait that does not end and say where (attention/watchdog.h).
 
 torch's own CUDAExtension is not used: it refuses to build CUDA code beside a CPU-only torch, and ties the result to one
-torch release. The libraries are built in folders of build/ of their own, the kernels first: a machine without Python's
-headers, or without pybind11, still gets the kernels, and the build says what the ring lacks. A second build with
-nothing changed runs no compiler.
+torch release. Every target has a folder of its own in build/; a second build with nothing changed runs no compiler.
 """
 
 from __future__ import annotations
@@ -38,13 +37,15 @@ BUILD = HERE / "build"
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -O2"
 # Structures of arguments are begun in one expression and filled in below it.
 WARNINGS = "-Wall -Wextra -Wno-missing-field-initializers"
-# Of the kernels: what `find_tools` found is changed by these.
+RING = f"_ring{sysconfig.get_config_var('EXT_SUFFIX')}"
+KERNELS = "_kernels.so"
+INSTALLED = {"kernels": KERNELS, "ring": RING}  # targets, and the library that each makes
+# Other targets: the kernels, built with other tools than `find_tools` found.
 VARIANTS: dict[str, dict[str, Any]] = {
     "sanitize": {"nvcc": None, "sanitizers": SANITIZERS},
     "watchdog": {"defines": "-DDFLASH_WATCHDOG"},
 }
-RING = f"_ring{sysconfig.get_config_var('EXT_SUFFIX')}"
-KERNELS = "_kernels.so"
+TARGETS = (*INSTALLED, *VARIANTS)
 # The oldest torch whose stable ABI has all we call: 2.10, as (major << 56 | minor << 48).
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 # sm_80 and sm_90a machine code separately: -arch=sm_90a would add compute_90 PTX, in which wgmma does not exist. The
@@ -239,33 +240,31 @@ def publish(built: Path, folder: Path) -> None:
 
 
 class NinjaBuild(build_ext):
-    """build_ext that writes a build.ninja for each library, runs ninja, and places what it made."""
+    """build_ext that writes a build.ninja for each target, runs ninja, and places what it made."""
 
     user_options: ClassVar[list] = [
         *build_ext.user_options,
-        ("variant=", None, f"make build/VARIANT/_kernels.so and nothing else; one of {', '.join(VARIANTS)}"),
+        ("target=", None, f"one of {', '.join(TARGETS)}; default: {' and '.join(INSTALLED)}"),
     ]
 
     def initialize_options(self) -> None:
         super().initialize_options()
-        self.variant: str | None = None
+        self.target: str | None = None
 
     def run(self) -> None:
+        if self.target not in (None, *TARGETS):
+            raise fail(f"--target: got {self.target}, wanted one of {', '.join(TARGETS)}.")
         tools = find_tools()
-        if self.variant is not None:
-            if self.variant not in VARIANTS:
-                raise fail(f"--variant: got {self.variant}, wanted one of {', '.join(VARIANTS)}.")
-            self.kernels(replace(tools, **VARIANTS[self.variant]), BUILD / self.variant)
-            return
-        self.kernels(tools, BUILD / "kernels")
-        publish(BUILD / "kernels" / KERNELS, self.destination())
-        self.ninja(tools, BUILD / "ring", ring_edges(tools))
-        publish(BUILD / "ring" / RING, self.destination())
+        for target in [self.target] if self.target is not None else INSTALLED:
+            self.make(target, replace(tools, **VARIANTS.get(target, {})))
 
-    def kernels(self, tools: Tools, folder: Path) -> None:
-        self.ninja(tools, folder, kernel_edges(tools))
-        if tools.nvcc:
+    def make(self, target: str, tools: Tools) -> None:
+        folder = BUILD / target
+        self.ninja(tools, folder, ring_edges(tools) if target == "ring" else kernel_edges(tools))
+        if tools.nvcc and target != "ring":
             check_ptxas(folder)
+        if target in INSTALLED:
+            publish(folder / INSTALLED[target], self.destination())
 
     def ninja(self, tools: Tools, folder: Path, edges: list[str]) -> None:
         parts = [*rules(tools), *edges]
@@ -283,13 +282,13 @@ class NinjaBuild(build_ext):
         return [str(path.relative_to(HERE)) for path in sorted((HERE / "csrc").rglob("*.*"))]
 
     def get_outputs(self) -> list[str]:
-        return [str(self.destination() / name) for name in (KERNELS, RING)]
+        return [str(self.destination() / name) for name in INSTALLED.values()]
 
     def get_output_mapping(self) -> dict[str, str]:
         if not self.inplace:
             return {}
         built = Path(self.build_lib) / "dflash_scale"
-        return {str(built / name): str(HERE / "dflash_scale" / name) for name in (KERNELS, RING)}
+        return {str(built / name): str(HERE / "dflash_scale" / name) for name in INSTALLED.values()}
 
 
 def version() -> str:

@@ -77,12 +77,12 @@ def test_kernels_are_built_without_pythons_headers() -> None:
         assert (headers in printed) == needs
 
 
-def test_an_unknown_variant_is_one_clear_sentence() -> None:
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--variant", "sanitise"]
+def test_an_unknown_target_is_one_clear_sentence() -> None:
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--target", "sanitise"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert done.stderr.strip().splitlines()[-1] == (
-        "dflash_scale: --variant: got sanitise, wanted one of sanitize, watchdog."
+        "dflash_scale: --target: got sanitise, wanted one of kernels, ring, sanitize, watchdog."
     )
 
 

@@ -34,7 +34,7 @@ assert b"__asan_init" in attention.LIBRARY.read_bytes()
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the package and of the tests' files, with the sanitized library."""
-    build = [sys.executable, "setup.py", "-q", "build_ext", "--variant", "sanitize"]
+    build = [sys.executable, "setup.py", "-q", "build_ext", "--target", "sanitize"]
     subprocess.run(build, cwd=ROOT, check=True, timeout=600)
     folder = tmp_path_factory.mktemp("sanitized")
     unwanted = shutil.ignore_patterns("*.so", "__pycache__")

@@ -1,4 +1,4 @@
-// Diagnosis of a hang (`setup.py build_ext --variant watchdog`): a wait that takes two seconds is given up, and who
+// Diagnosis of a hang (`setup.py build_ext --target watchdog`): a wait that takes two seconds is given up, and who
 // waited for what is kept for benchmarks/gpu_ladder.py to print. What the kernel computes is then wrong.
 //
 // Included by hopper.h inside a CUDA file; each such file keeps records of its own and exports them by

@@ -5,7 +5,7 @@
 Each rung calls the operators, forward and then backward, beside the definition, and prints a line of JSON per tensor:
 its largest error as a share of the row's size and, where it is wrong, how the error lies (errors.py). The first wrong
 rung says which part of the kernel is; its tensors go to --dump. A hang ends after --seconds with the line at which it
-waits; of a library built with `setup.py build_ext --variant watchdog` the ladder also prints which waits of which
+waits; of a library built with `setup.py build_ext --target watchdog` the ladder also prints which waits of which
 thread block were given up.
 """
 
