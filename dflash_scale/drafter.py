@@ -22,6 +22,7 @@ from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from dflash_scale.attention import Plan, anchor_attention, build_plan
+from dflash_scale.pointwise import norm_rope, rms_norm, silu_mul
 from dflash_scale.rope import check_rope, drafter_rope
 
 if TYPE_CHECKING:
@@ -96,14 +97,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE, halves convention. x (N, heads, D), cos and sin (N, D)."""
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return x * cos[:, None] + turned * sin[:, None]
+class HeadNorm(RMSNorm):
+    """RMSNorm of each head, and then its rotary embedding. x (N, heads, D), cos and sin (N, D)."""
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[override]
+        return norm_rope(x, self.weight, self.eps, cos, sin)
 
 
 @dataclass(frozen=True)
@@ -133,17 +134,17 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(hidden, self.kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(hidden, self.kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.heads * self.head_dim, hidden, bias=False)
-        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.q_norm = HeadNorm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = HeadNorm(self.head_dim, config.rms_norm_eps)
 
     def keys_values(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """x (N, H) -> keys and values (N, Hkv, D)."""
         shape = (len(x), self.kv_heads, self.head_dim)
-        return rotate(self.k_norm(self.k_proj(x).view(shape)), *rope), self.v_proj(x).view(shape)
+        return self.k_norm(self.k_proj(x).view(shape), *rope), self.v_proj(x).view(shape)
 
     def forward(self, x: Tensor, context: Tensor, rope: Rope, plan: Plan, kept: Tensor | None) -> Tensor:
         """x (A*S, H), context (T, H) -> (A*S, H), or (N, H) with kept (N,)."""
-        q = rotate(self.q_norm(self.q_proj(x).view(len(x), self.heads, self.head_dim)), *rope.block)
+        q = self.q_norm(self.q_proj(x).view(len(x), self.heads, self.head_dim), *rope.block)
         k_ctx, v_ctx = self.keys_values(context, rope.context)
         k_blk, v_blk = self.keys_values(x, rope.block)
         out = anchor_attention(q, k_ctx, v_ctx, k_blk, v_blk, plan, backend=self.backend)
@@ -160,7 +161,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))
 
 
 class Layer(nn.Module):

@@ -198,21 +198,22 @@ def activation_bytes(spec: DrafterSpec, slots: int, tokens: int, number: int) ->
     """What autograd keeps of one row from forward to backward, in bytes.
 
     With b = `number` bytes of the compute dtype, a slot keeps per layer
-      2 (4 + b) H           the two norms' fp32 inputs and their outputs
-      + (4 + 4b) Hq D       q_proj in fp32 for q_norm, both factors of RoPE, q itself, the attention's output
-      + (4 + 4b) Hkv D      the same of k, and v
-      + 4b I                gate, its SiLU, up, their product;
-    and once (4 + b) H for the final norm and b H for its embedding. A context token keeps (4 + 4b) Hkv D per layer
-    and once b L H + (4 + b) H for fc and hidden_norm.
+      4 b H                 the two norms' inputs and outputs
+      + 3 b Hq D            q_proj's output, q itself, the attention's output
+      + 3 b Hkv D           k_proj's output, k itself, v
+      + 3 b I               gate, up, their product
+      + 4 (2 + Hq + Hkv)    an fp32 statistic of each norm;
+    and once 2 b H + 4 for the final norm and 2 b D for its cos and sin. A context token keeps 3 b Hkv D + 4 Hkv per
+    layer and once b L H + 2 b H + 4 for fc and hidden_norm, and 2 b D.
     """
     layers = spec.layers
     hidden, inner, b = layers.hidden_size, layers.intermediate_size, number
-    head_dim, kv_heads = layers.head_dim, cast(int, layers.num_key_value_heads)
-    queries, keys = layers.num_attention_heads * head_dim, kv_heads * head_dim
-    slot_layer = 2 * (4 + b) * hidden + (4 + 4 * b) * (queries + keys) + 4 * b * inner
-    slot = layers.num_hidden_layers * slot_layer + (4 + 2 * b) * hidden
-    context = layers.num_hidden_layers * (4 + 4 * b) * keys
-    context += b * len(spec.layer_ids) * spec.context_size + (4 + b) * hidden
+    heads, kv_heads, head_dim = layers.num_attention_heads, cast(int, layers.num_key_value_heads), layers.head_dim
+    slot_layer = b * (4 * hidden + 3 * (heads + kv_heads) * head_dim + 3 * inner) + 4 * (2 + heads + kv_heads)
+    once = 2 * b * hidden + 4 + 2 * b * head_dim
+    slot = layers.num_hidden_layers * slot_layer + once
+    context = layers.num_hidden_layers * (3 * b * head_dim + 4) * kv_heads
+    context += b * len(spec.layer_ids) * spec.context_size + once
     return slots * slot + tokens * context
 
 
