@@ -148,6 +148,11 @@ class TrainSection(Section):
     precision: Literal["bf16", "fp32"] = Field(
         default="bf16", description="Compute dtype; fp32 is for tests and CPU runs."
     )
+    activation_checkpointing: bool = Field(
+        default=False,
+        description="Keep only the input of each drafter layer for the backward, and compute the rest again there: "
+        "less memory for about a third more work.",
+    )
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of initialisation, shuffling and anchors.")
     checkpoint_every: Positive = Field(default=500, description="Optimizer steps between checkpoints.")
     keep_checkpoints: Positive = Field(default=3, description="Newest checkpoints kept; the best one is kept besides.")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
@@ -185,12 +186,15 @@ class Drafter(nn.Module):
     Args:
         spec: its definition.
         backend: attention backend (`attention.anchor_attention`).
+        recompute: activation checkpointing: of each layer autograd keeps the input alone, and the backward computes the
+            rest again, to the same bits.
     """
 
-    def __init__(self, spec: DrafterSpec, backend: str = "auto") -> None:
+    def __init__(self, spec: DrafterSpec, backend: str = "auto", *, recompute: bool = False) -> None:
         super().__init__()
         config = spec.layers
         self.spec = spec
+        self.recompute = recompute
         self.fc = nn.Linear(len(spec.layer_ids) * spec.context_size, config.hidden_size, bias=False)
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.layers = nn.ModuleList(Layer(config, backend) for _ in range(config.num_hidden_layers))
@@ -255,7 +259,12 @@ class Drafter(nn.Module):
         x = slots
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
-            x = layer(x, context, rope, plans[self.spec.window(index)], kept if index == last else None)
+            inputs = (x, context, rope, plans[self.spec.window(index)], kept if index == last else None)
+            if self.recompute and torch.is_grad_enabled():
+                # Nothing random is in a layer, so no generator's state has to be kept and put back.
+                x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(*inputs)
         return self.norm(x)
 
     def rotation(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -175,7 +175,9 @@ def gpu_memory(config: Config, spec: DrafterSpec, layouts: RowLayouts, sizes: Si
         gradients=4 * sizes.trainable // (world if stage >= 2 else 1),
         optimizer=(master + 8) * sizes.trainable // (world if stage >= 1 else 1),
         frozen=number * sizes.frozen,
-        activations=activation_bytes(spec, slots, config.data.row_tokens, number),
+        activations=activation_bytes(
+            spec, slots, config.data.row_tokens, number, recompute=config.train.activation_checkpointing
+        ),
         attention=attention_bytes(config, spec, slots),
         loss=loss_bytes(config, spec, slots, sizes.vocabulary),
         rows=rows_bytes(config, layouts),
@@ -194,7 +196,7 @@ def rows_bytes(config: Config, layouts: RowLayouts) -> int:
     return config.data.row_tokens * (row_buffers(config) * layouts.validation.bytes_per_token + unpacked)
 
 
-def activation_bytes(spec: DrafterSpec, slots: int, tokens: int, number: int) -> int:
+def activation_bytes(spec: DrafterSpec, slots: int, tokens: int, number: int, *, recompute: bool = False) -> int:
     """What autograd keeps of one row from forward to backward, in bytes.
 
     With b = `number` bytes of the compute dtype, a slot keeps per layer
@@ -204,24 +206,27 @@ def activation_bytes(spec: DrafterSpec, slots: int, tokens: int, number: int) ->
       + 3 b I               gate, up, their product
       + 4 (2 + Hq + Hkv)    an fp32 statistic of each norm;
     and once 2 b H + 4 for the final norm and 2 b D for its cos and sin. A context token keeps 3 b Hkv D + 4 Hkv per
-    layer and once b L H + 2 b H + 4 for fc and hidden_norm, and 2 b D.
+    layer and once b L H + 2 b H + 4 for fc and hidden_norm, and 2 b D. With `recompute` (activation checkpointing) a
+    slot keeps b H per layer, its input, and one layer at a time keeps the rest.
     """
     layers = spec.layers
     hidden, inner, b = layers.hidden_size, layers.intermediate_size, number
     heads, kv_heads, head_dim = layers.num_attention_heads, cast(int, layers.num_key_value_heads), layers.head_dim
     slot_layer = b * (4 * hidden + 3 * (heads + kv_heads) * head_dim + 3 * inner) + 4 * (2 + heads + kv_heads)
     once = 2 * b * hidden + 4 + 2 * b * head_dim
-    slot = layers.num_hidden_layers * slot_layer + once
-    context = layers.num_hidden_layers * (3 * b * head_dim + 4) * kv_heads
+    whole = 1 if recompute else layers.num_hidden_layers  # layers that are kept whole at once
+    slot = whole * slot_layer + (layers.num_hidden_layers - whole) * b * hidden + once
+    context = whole * (3 * b * head_dim + 4) * kv_heads
     context += b * len(spec.layer_ids) * spec.context_size + once
     return slots * slot + tokens * context
 
 
 def attention_bytes(config: Config, spec: DrafterSpec, slots: int) -> int:
     """What the attention keeps for the backward besides its inputs and output: one fp32 statistic per slot and head of
-    every layer. The reference keeps the fp32 weights of every slot, head and key instead, twice, because the product
-    with the values keeps a copy of its own."""
-    statistics = 4 * spec.layers.num_hidden_layers * spec.layers.num_attention_heads * slots
+    every layer, of one layer with activation checkpointing. The reference keeps the fp32 weights of every slot, head
+    and key instead, twice, because the product with the values keeps a copy of its own."""
+    layers = 1 if config.train.activation_checkpointing else spec.layers.num_hidden_layers
+    statistics = 4 * layers * spec.layers.num_attention_heads * slots
     if config.drafter.attention_backend != "reference":
         return statistics
     return 2 * statistics * (config.data.row_tokens + spec.block_size)

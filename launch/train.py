@@ -164,7 +164,7 @@ def set_up(
     spec = drafter_spec(config.drafter, shape, layouts.taps, mask)
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
     head = load_verifier_head(config.verifier.model, dtype, device)
-    drafter = Drafter(spec, config.drafter.attention_backend)
+    drafter = Drafter(spec, config.drafter.attention_backend, recompute=train.activation_checkpointing)
     drafter.initialise(train.seed)
     if config.drafter.init_from is not None and not resume:
         drafter.load_state_dict(load_start(Path(config.drafter.init_from), spec))

@@ -47,6 +47,28 @@ def test_a_block_depends_on_what_serving_has_and_on_nothing_else() -> None:
         assert moved == wanted, f"states at {position}"
 
 
+@pytest.mark.parametrize("kept", [None, [1, 2, 6, 15]])
+def test_recomputed_layers_give_the_same_bits(kept: list[int] | None) -> None:
+    spec, drafter = make(sliding_window=6, layer_types=["sliding_attention", "full_attention"])
+    given = inputs(spec) | {"kept": None if kept is None else torch.tensor(kept)}
+    results, runs = [], []
+    for recompute in (False, True):
+        drafter.recompute = recompute
+        layer = drafter.layers[0]
+        calls: list[int] = []
+        hook = layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        slots = given["slots"].clone().requires_grad_()
+        out = drafter(**given | {"slots": slots})
+        results.append([out.detach(), *torch.autograd.grad(out.square().sum(), [slots, *drafter.parameters()])])
+        hook.remove()
+        runs.append(len(calls))
+    assert runs == [1, 2], "the layer is run again in the backward"
+    for plain, again in zip(*results, strict=True):
+        assert torch.equal(plain, again)
+    with torch.no_grad():
+        assert torch.equal(drafter(**given), results[0][0])
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_slots_see_their_block(causal: bool) -> None:
     spec, drafter = make(causal_block=causal)

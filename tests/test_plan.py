@@ -192,43 +192,63 @@ def test_an_offline_run_names_its_cache_and_no_server() -> None:
     assert "mode                     offline, cache states/x" in text and "server 0" not in text
 
 
-@pytest.mark.parametrize(("dtype", "number"), [(torch.float32, 4), (torch.bfloat16, 2)])
-def test_the_activation_formula_is_what_autograd_keeps(dtype: torch.dtype, number: int) -> None:
-    """Counts the storages saved for backward, and the output, which the loss keeps; the attention's statistics are
-    `attention_bytes`."""
-    layers = Qwen3Config(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-    )
-    spec = DrafterSpec(layers, (1, 2), 64, 8, 5)
-    drafter = Drafter(spec, "cpu").to(dtype)
+LAYERS = Qwen3Config(
+    vocab_size=97,
+    hidden_size=64,
+    intermediate_size=160,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+)
+TOKENS, ANCHORS, BLOCK = 512, 64, 8
+
+
+def kept_bytes(drafter: Drafter, dtype: torch.dtype) -> int:
+    """The storages that a forward saves for the backward, and the output, which the loss keeps; without weights."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in drafter.parameters()}
-    tokens, anchors = 512, 64
     kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    at = torch.arange(tokens, dtype=torch.int32)
+    at = torch.arange(TOKENS, dtype=torch.int32)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         out = drafter(
-            torch.randn(anchors * 8, 64, dtype=dtype),
-            torch.randn(tokens, 128, dtype=dtype),
+            torch.randn(ANCHORS * BLOCK, 64, dtype=dtype),
+            torch.randn(TOKENS, 128, dtype=dtype),
             at,
             at[::8].contiguous(),
             torch.zeros_like(at),
         )
-    measured = sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in weights)
-    measured += out.untyped_storage().nbytes() - 4 * 3 * 4 * anchors * 8
-    estimate = activation_bytes(spec, anchors * 8, tokens, number)
-    assert 0.999 <= measured / estimate <= 1.001, f"{dtype}: kept {measured}, estimated {estimate}"
+    saved = sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in weights)
+    return saved + out.untyped_storage().nbytes()
+
+
+@pytest.mark.parametrize(("dtype", "number"), [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_the_activation_formula_is_what_autograd_keeps(dtype: torch.dtype, number: int) -> None:
+    spec, slots = DrafterSpec(LAYERS, (1, 2), 64, BLOCK, 5), ANCHORS * BLOCK
+    statistics = 4 * LAYERS.num_attention_heads * slots  # of one layer's attention: in `attention_bytes`
+    whole = kept_bytes(Drafter(spec, "cpu").to(dtype), dtype) - 3 * statistics
+    estimate = activation_bytes(spec, slots, TOKENS, number)
+    assert 0.999 <= whole / estimate <= 1.001, f"{dtype}: kept {whole}, estimated {estimate}"
+    # With checkpointing the forward keeps the layers' inputs; in the backward one layer at a time is there besides.
+    inputs = kept_bytes(Drafter(spec, "cpu", recompute=True).to(dtype), dtype)
+    inputs += 2 * number * LAYERS.head_dim * (slots + TOKENS)  # cos and sin: arguments that no node saves
+    peak, estimate = inputs + (whole - inputs) / 3, activation_bytes(spec, slots, TOKENS, number, recompute=True)
+    assert inputs < whole / 3
+    assert 0.999 <= peak / estimate <= 1.001, f"{dtype}: kept {peak}, estimated {estimate}"
+
+
+def test_activation_checkpointing_makes_room_on_the_gpu() -> None:
+    plain, less = (
+        make_plan(qwen3_8b(train={"activation_checkpointing": chosen}), 8).memory for chosen in (False, True)
+    )
+    assert less.activations < 0.35 * plain.activations
+    assert less.attention == plain.attention / 5
+    assert less.total - less.activations - less.attention == plain.total - plain.activations - plain.attention
 
 
 def test_sizes_are_decimal() -> None:
