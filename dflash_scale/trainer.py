@@ -80,6 +80,7 @@ def make_engine(config: Config, drafter: Drafter, total_steps: int) -> DeepSpeed
         [{"params": matrices, "weight_decay": train.weight_decay}, {"params": norms, "weight_decay": 0.0}],
         lr=train.lr,
         betas=train.betas,
+        fused=True,  # one pass over weights, gradients and moments, on a CPU too
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: lr_factor(step, total_steps, train.warmup_ratio, train.min_lr_ratio)
