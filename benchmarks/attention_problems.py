@@ -16,6 +16,14 @@ from dflash_scale.attention_flex import row_bounds
 
 OURS = ("sm90", "sm80", "cpu", "flex by plan")
 Attend = Callable[..., Tensor]
+BACKWARD_FLOP = 2.5  # of the forward's: five products for its two
+
+
+def visible_pairs(plan: Plan) -> int:
+    """Pairs of a query position and a key that the mask lets through, of one head."""
+    bounds = row_bounds(plan)
+    context = (bounds.context_high - bounds.context_low).clamp(min=0)
+    return int(context.sum() + (bounds.own_high - bounds.own_low).sum())
 
 
 @dataclass(frozen=True)
@@ -57,10 +65,8 @@ class Problem:
 
     def flop(self, plan: Plan) -> tuple[float, float]:
         """Forward and backward."""
-        bounds = row_bounds(plan)
-        pairs = (bounds.context_high - bounds.context_low).clamp(min=0).sum() + (bounds.own_high - bounds.own_low).sum()
-        forward = 4.0 * self.head_dim * self.heads * int(pairs)
-        return forward, 2.5 * forward
+        forward = 4.0 * self.head_dim * self.heads * visible_pairs(plan)
+        return forward, BACKWARD_FLOP * forward
 
     def bytes_moved(self, tensors: tuple[Tensor, ...]) -> tuple[float, float]:
         """Forward: five inputs, one output. Backward: those six, the output's gradient, five gradients."""

@@ -22,7 +22,6 @@ import gc
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -48,11 +47,8 @@ from benchmarks.attention_problems import (  # noqa: E402
     mask_function,
 )
 from benchmarks.machine import stamp  # noqa: E402
+from benchmarks.timing import WARM_UP, between, limits, mark, wall  # noqa: E402
 from dflash_scale.attention import Plan, build_plan  # noqa: E402
-
-WARM_UP = {"cuda": 3, "cpu": 1}
-# FLOP/s in bfloat16 and bytes/s, as measured with large products and copies. Other devices are measured here.
-DEVICES = {"NVIDIA H100 80GB HBM3": (798e12, 3.0e12)}
 
 
 @dataclass
@@ -73,30 +69,18 @@ def measure(attend: Attend, tensors: tuple[Tensor, ...], repeats: int) -> tuple[
         if cuda and turn == warm_up:
             torch.cuda.synchronize()
             torch.cuda._sleep(200_000_000)  # a tenth of a second: the host gets ahead, and what is timed has no gaps
-        begin = _mark(cuda)
+        begin = mark(cuda)
         out = attend(*tensors)
-        middle = _mark(cuda)
+        middle = mark(cuda)
         torch.autograd.grad(out, tensors, dout)
-        turns.append((begin, middle, _mark(cuda)))
+        turns.append((begin, middle, mark(cuda)))
     if cuda:
         torch.cuda.synchronize()
 
     def median(first: int, last: int) -> float:
-        return statistics.median(_between(turn[first], turn[last]) for turn in turns[warm_up:])
+        return statistics.median(between(turn[first], turn[last]) for turn in turns[warm_up:])
 
     return Times(median(0, 1), median(1, 2), median(0, 2)), out.detach()
-
-
-def _mark(cuda: bool) -> Any:
-    if not cuda:
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _between(first: Any, last: Any) -> float:
-    return last - first if isinstance(first, float) else first.elapsed_time(last) / 1e3
 
 
 def peak_cuda(attend: Attend, tensors: tuple[Tensor, ...]) -> int:
@@ -144,8 +128,8 @@ def plan_times(problem: Problem, device: str, repeats: int) -> dict[str, float]:
     make: Callable[..., Any] = torch.compile(create_block_mask) if device == "cuda" else create_block_mask
     where = str(plan.anchors.device)  # "cuda" and "cuda:0" would be compiled apart
     times = {
-        "plan": _wall(build, repeats, device),
-        "create_block_mask": _wall(
+        "plan": wall(build, repeats, device),
+        "create_block_mask": wall(
             lambda: make(mask_function(plan), 1, 1, rows, problem.tokens + rows, where), repeats, device
         ),
     }
@@ -155,30 +139,8 @@ def plan_times(problem: Problem, device: str, repeats: int) -> dict[str, float]:
         with torch.cuda.graph(graph):
             for _ in range(launches):
                 build()
-        times["plan, GPU alone"] = _wall(graph.replay, repeats, device) / launches
+        times["plan, GPU alone"] = wall(graph.replay, repeats, device) / launches
     return times
-
-
-def _wall(work: Callable[[], Any], repeats: int, device: str) -> float:
-    taken = []
-    for _ in range(repeats + WARM_UP[device]):
-        started = time.perf_counter()
-        work()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken[WARM_UP[device] :])
-
-
-def limits(device: str, dtype: torch.dtype) -> tuple[float, float]:
-    """FLOP/s and bytes/s of the device: from the table, else of a large product and a large copy."""
-    if device == "cuda" and torch.cuda.get_device_name() in DEVICES:
-        return DEVICES[torch.cuda.get_device_name()]
-    side, length = (8192, 1 << 29) if device == "cuda" else (2048, 1 << 26)
-    a = torch.randn(side, side, device=device).to(dtype)
-    source = torch.empty(length, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * side**3 / _wall(lambda: a @ a, 5, device), 2 * length / _wall(lambda: target.copy_(source), 5, device)
 
 
 def bench(problem: Problem, device: str, repeats: int, chosen: Callable[[str], bool]) -> list[dict[str, Any]]:

@@ -38,6 +38,7 @@ if str(REPO) not in sys.path:  # started as a script
     sys.path.insert(0, str(REPO))
 
 from benchmarks.machine import stamp  # noqa: E402
+from benchmarks.timing import synchronize  # noqa: E402
 from dflash_scale.loss import (  # noqa: E402
     Job,
     LossSpec,
@@ -199,11 +200,6 @@ def serve(problem: Problem, candidate: str, term: str, pipe: Connection) -> None
         step()
         synchronize(problem.device)
         pipe.send(time.perf_counter() - started)
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def compare(problem: Problem, names: list[str], term: str) -> dict[str, Figure | None]:
