@@ -14,7 +14,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from dflash_scale.attention import Plan, anchor_attention, build_plan, obstacle
 from dflash_scale.attention_flex import row_bounds
 
-OURS = ("sm90", "sm80", "cpu", "flex by plan")
+KERNELS = ("sm90", "sm80", "cpu")
+OURS = (*KERNELS, "flex by plan")
 Attend = Callable[..., Tensor]
 BACKWARD_FLOP = 2.5  # of the forward's: five products for its two
 

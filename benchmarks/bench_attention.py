@@ -1,6 +1,6 @@
 """How long the attention takes beside FlexAttention and torch's own attention, and how much memory.
 
-    python benchmarks/bench_attention.py [--case NAME] [--backend NAME] [--skip NAME] [--repeats 20] [--out FILE]
+    python benchmarks/bench_attention.py [--case NAME] [--backend NAME] [--skip NAME] [--block-mask] [--out FILE]
 
 sm90, sm80, cpu   this library's kernels, where the machine runs them
 flex by plan      this library's "flex": FlexAttention, compiled, its block lists made from the plan
@@ -12,6 +12,9 @@ Times are medians of forward and backward taken in turn; on a GPU by its own eve
 through, 4 D per pair of query row and key forward and 2.5 times that backward, for all of them alike. Memory is the
 peak of a forward and backward beyond their inputs; extra memory is that without the output and the gradients, which all
 of them have. The roofline is the larger one of arithmetic and of moving each tensor once.
+
+This library's kernels have their turn in all cases before anything is compiled: a compilation may take minutes, that of
+create_block_mask most of all, which is timed in the end and only with --block-mask.
 """
 
 from __future__ import annotations
@@ -22,8 +25,8 @@ import gc
 import json
 import statistics
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -40,6 +43,7 @@ from torch.nn.attention.flex_attention import create_block_mask  # noqa: E402
 from benchmarks.attention_problems import (  # noqa: E402
     CPU_PROBLEMS,
     GPU_PROBLEMS,
+    KERNELS,
     OURS,
     Attend,
     Problem,
@@ -49,6 +53,10 @@ from benchmarks.attention_problems import (  # noqa: E402
 from benchmarks.machine import stamp  # noqa: E402
 from benchmarks.timing import WARM_UP, between, limits, mark, wall  # noqa: E402
 from dflash_scale.attention import Plan, build_plan  # noqa: E402
+
+Firsts = dict[str, Tensor]  # each case's first output, on the CPU, which the others are held to
+PEERS = ("flex", "sdpa")
+COLUMNS = {"fwd ms": 11, "bwd ms": 11, "both ms": 11, "TFLOP/s": 9, "bwd": 9, "roof": 8, " bwd": 8, "MB": 9, "extra": 9}
 
 
 @dataclass
@@ -118,21 +126,13 @@ def _status_bytes(key: str) -> int:
 
 
 def plan_times(problem: Problem, device: str, repeats: int) -> dict[str, float]:
-    """Seconds to make the plan, and to make FlexAttention's block lists from the mask function."""
+    """Seconds to make the plan."""
     plan = problem.plan(device)
 
     def build() -> Plan:
         return build_plan(plan.anchors, plan.doc_ids, block_size=plan.block_size, window=plan.window, group=plan.group)
 
-    rows = problem.anchors * problem.block
-    make: Callable[..., Any] = torch.compile(create_block_mask) if device == "cuda" else create_block_mask
-    where = str(plan.anchors.device)  # "cuda" and "cuda:0" would be compiled apart
-    times = {
-        "plan": wall(build, repeats, device),
-        "create_block_mask": wall(
-            lambda: make(mask_function(plan), 1, 1, rows, problem.tokens + rows, where), repeats, device
-        ),
-    }
+    times = {"plan": wall(build, repeats, device)}
     if device == "cuda":
         # Without the host's part: many launches replayed as one graph.
         graph, launches = torch.cuda.CUDAGraph(), 50
@@ -143,15 +143,23 @@ def plan_times(problem: Problem, device: str, repeats: int) -> dict[str, float]:
     return times
 
 
-def bench(problem: Problem, device: str, repeats: int, chosen: Callable[[str], bool]) -> list[dict[str, Any]]:
+def mask_times(problem: Problem, device: str, repeats: int) -> dict[str, float]:
+    """Seconds to make FlexAttention's block lists from the mask function."""
+    plan, rows = problem.plan(device), problem.anchors * problem.block
+    make: Callable[..., Any] = torch.compile(create_block_mask) if device == "cuda" else create_block_mask
+    where = str(plan.anchors.device)  # "cuda" and "cuda:0" would be compiled apart
+    seconds = wall(lambda: make(mask_function(plan), 1, 1, rows, problem.tokens + rows, where), repeats, device)
+    return {"create_block_mask": seconds}
+
+
+def bench(problem: Problem, device: str, repeats: int, names: list[str], firsts: Firsts) -> Iterator[dict[str, Any]]:
+    """A row for each implementation that is named and that the machine runs."""
     plan, tensors = problem.plan(device), problem.tensors(device)
     flop, moved = problem.flop(plan), problem.bytes_moved(tensors)
     arithmetic, bandwidth = limits(device, tensors[0].dtype)
     floor = [max(f / arithmetic, b / bandwidth) for f, b in zip(flop, moved, strict=True)]
-    rows: list[dict[str, Any]] = []
-    first: Tensor | None = None
     for name, make in implementations(problem, plan, tensors).items():
-        if not chosen(name):
+        if name not in names:
             continue
         row: dict[str, Any] = {"case": problem.name, "implementation": name}
         try:
@@ -160,10 +168,10 @@ def bench(problem: Problem, device: str, repeats: int, chosen: Callable[[str], b
             peak = peak_cuda(attend, tensors) if device == "cuda" else peak_cpu(problem, name)
         except Exception as error:  # noqa: BLE001  whatever one of them fails with, the others have their turn
             row["skipped"] = f"{type(error).__name__}: {str(error)[:300]}"
-            rows.append(row)
             print(f"{problem.name:<26}{name:<14} skipped, {row['skipped']}", flush=True)
+            yield row
             continue
-        first = out if first is None else first
+        first = firsts.setdefault(problem.name, out.cpu()).to(device)
         difference = ((out - first).float().norm() / first.float().norm()).item()
         row |= {"off_by": difference, "agrees": difference < 0.02}
         if not row["agrees"]:
@@ -174,18 +182,17 @@ def bench(problem: Problem, device: str, repeats: int, chosen: Callable[[str], b
         # The output and the gradients are in the peak whatever the implementation.
         results = (sum(x.numel() for x in tensors) + out.numel()) * out.element_size()
         row |= {"peak_bytes": peak, "extra_bytes": max(0, peak - results)}
-        rows.append(row)
         print_row(row)
-        del attend, out
+        del attend, out, first
         gc.collect()
-    return rows
+        yield row
 
 
-def failures(rows: list[dict[str, Any]], case: str) -> list[str]:
-    """What went wrong in a case. Too little memory is a result of its own."""
+def failures(rows: list[dict[str, Any]]) -> list[str]:
+    """What went wrong. Too little memory is a result of its own."""
     found = []
-    for row in (row for row in rows if row["case"] == case):
-        what = f"{case}: {row['implementation']}"
+    for row in rows:
+        what = f"{row['case']}: {row['implementation']}"
         if "skipped" in row and not row["skipped"].startswith("OutOfMemoryError"):
             found.append(f"{what}: {row['skipped']}")
         elif "off_by" in row and not row["agrees"]:
@@ -253,56 +260,55 @@ def targets(rows: list[dict[str, Any]], plans: dict[str, dict[str, float]], devi
     return found
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    problems = GPU_PROBLEMS if device == "cuda" else CPU_PROBLEMS
-    # Masks of other trainers hold numbers that differ from case to case, and each is compiled again.
-    torch._dynamo.config.recompile_limit = 64
-    parser.add_argument("--case", choices=[problem.name for problem in problems], help="default: all")
-    parser.add_argument("--backend", help="one implementation, as named above; default: all")
-    parser.add_argument("--skip", action="append", default=[], help="an implementation to leave out")
-    parser.add_argument("--repeats", type=int, default=30 if device == "cuda" else 3)
-    parser.add_argument("--out", type=Path, help="file for the results, rewritten after each case")
-    args = parser.parse_args()
-    result: dict[str, Any] = {
-        **stamp(device=device),
-        "threads": torch.get_num_threads(),
-        "command": " ".join(sys.argv),
-        "cases": [],
-        "results": [],
-        "plans": {},
-        "failures": [],
-    }
-    print(f"{result['device']}, torch {torch.__version__}, commit {result['commit']}\n")
-    columns = {
-        "fwd ms": 11,
-        "bwd ms": 11,
-        "both ms": 11,
-        "TFLOP/s": 9,
-        "bwd": 9,
-        "roof": 8,
-        " bwd": 8,
-        "MB": 9,
-        "extra": 9,
-    }
-    print(" " * 40 + "".join(f"{name:>{width}}" for name, width in columns.items()))
-    for problem in problems:
-        if args.case not in (None, problem.name):
-            continue
-        result["cases"].append(asdict(problem))
+@dataclass
+class Report:
+    """What is known so far, in the file `out` as soon as it is known: a machine that is lent may go at any moment."""
+
+    device: str
+    out: Path | None
+    result: dict[str, Any]
+    faults: list[str] = field(default_factory=list)  # those that are not an implementation's
+
+    def write(self) -> None:
+        rows, plans = self.result["results"], self.result["plans"]
+        self.result["failures"] = self.faults + failures(rows)
+        self.result["ratios"] = ratios(rows)
+        self.result["targets"] = targets(rows, plans, self.device)
+        if self.out is not None:
+            self.out.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.result["results"].append(row)
+        self.write()
+
+    def time(self, what: Callable[[Problem, str, int], dict[str, float]], problem: Problem, repeats: int) -> None:
+        """Times that belong to a case and to no implementation."""
         try:
-            result["plans"][problem.name] = plan_times(problem, device, args.repeats)
-        except Exception as error:  # noqa: BLE001  the kernels are timed all the same, and the run fails in the end
-            result["failures"].append(f"{problem.name}: plan times: {type(error).__name__}: {str(error)[:300]}")
-        result["results"] += bench(
-            problem, device, args.repeats, lambda name: args.backend in (None, name) and name not in args.skip
-        )
-        result["failures"] += failures(result["results"], problem.name)
-        result["ratios"] = ratios(result["results"])
-        result["targets"] = targets(result["results"], result["plans"], device)
-        if args.out is not None:
-            args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            self.result["plans"].setdefault(problem.name, {}).update(what(problem, self.device, repeats))
+        except Exception as error:  # noqa: BLE001  the rest is timed all the same, and the run fails in the end
+            self.faults.append(f"{problem.name}: {what.__name__}: {type(error).__name__}: {str(error)[:300]}")
+        self.write()
+
+
+def run(report: Report, problems: list[Problem], args: argparse.Namespace) -> None:
+    """Our kernels in all cases, then what has to be compiled, then what may take longest."""
+    firsts: Firsts = {}
+    for kernels in (True, False):
+        for problem in problems:
+            if kernels:
+                report.time(plan_times, problem, args.repeats)
+            names = [
+                name
+                for name in (*OURS, *PEERS)
+                if (name in KERNELS) == kernels and args.backend in (None, name) and name not in args.skip
+            ]
+            for row in bench(problem, report.device, args.repeats, names, firsts) if names else ():
+                report.add(row)
+    for problem in problems if args.block_mask else []:
+        report.time(mask_times, problem, args.repeats)
+
+
+def print_summary(result: dict[str, Any]) -> None:
     print()
     for name, plan in result["plans"].items():
         print(f"{name:<26}" + ", ".join(f"{what} {seconds * 1e6:.1f} us" for what, seconds in plan.items()))
@@ -313,6 +319,34 @@ def main() -> int:
         print(f"{target['target']:<60} at {target['at']} {target['wanted']:g}: {got} {verdict}")
     for failure in result["failures"]:
         print(f"FAILED {failure}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    problems = GPU_PROBLEMS if device == "cuda" else CPU_PROBLEMS
+    # Masks of other trainers hold numbers that differ from case to case, and each is compiled again.
+    torch._dynamo.config.recompile_limit = 64
+    parser.add_argument("--case", choices=[problem.name for problem in problems], help="default: all")
+    parser.add_argument("--backend", help="one implementation, as named above; default: all")
+    parser.add_argument("--skip", action="append", default=[], help="an implementation to leave out")
+    parser.add_argument("--block-mask", action="store_true", help="also the time of create_block_mask")
+    parser.add_argument("--repeats", type=int, default=30 if device == "cuda" else 3)
+    parser.add_argument("--out", type=Path, help="file for the results, rewritten after each of them")
+    args = parser.parse_args()
+    chosen = [problem for problem in problems if args.case in (None, problem.name)]
+    result: dict[str, Any] = {
+        **stamp(device=device),
+        "threads": torch.get_num_threads(),
+        "command": " ".join(sys.argv),
+        "cases": [asdict(problem) for problem in chosen],
+        "results": [],
+        "plans": {},
+    }
+    print(f"{result['device']}, torch {torch.__version__}, commit {result['commit']}\n")
+    print(" " * 40 + "".join(f"{name:>{width}}" for name, width in COLUMNS.items()))
+    run(Report(device, args.out, result), chosen, args)
+    print_summary(result)
     return 1 if result["failures"] else 0
 
 

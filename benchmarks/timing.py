@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -44,6 +45,7 @@ def wall(work: Callable[[], Any], repeats: int, device: str) -> float:
     return statistics.median(taken[WARM_UP[device] :])
 
 
+@functools.cache
 def limits(device: str, dtype: torch.dtype) -> tuple[float, float]:
     """FLOP/s and bytes/s of the device: from the table, else of a large product and a large copy."""
     if device == "cuda" and torch.cuda.get_device_name() in DEVICES:
