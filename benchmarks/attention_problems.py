@@ -56,11 +56,11 @@ class Problem:
 
     def tensors(self, device: str) -> tuple[Tensor, ...]:
         """q, k_ctx, v_ctx, k_blk, v_blk."""
-        generator = torch.Generator().manual_seed(2)
+        generator = torch.Generator(device).manual_seed(2)
         slots, dtype = self.anchors * self.block, getattr(torch, self.dtype)
         shapes = [(slots, self.heads), *[(self.tokens, self.key_heads)] * 2, *[(slots, self.key_heads)] * 2]
         return tuple(
-            torch.randn(*shape, self.head_dim, generator=generator).to(device, dtype).requires_grad_()
+            torch.randn(*shape, self.head_dim, generator=generator, device=device).to(dtype).requires_grad_()
             for shape in shapes
         )
 

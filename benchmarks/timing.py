@@ -46,12 +46,19 @@ def wall(work: Callable[[], Any], repeats: int, device: str) -> float:
 
 
 @functools.cache
+def product_rate(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of a large product, here and now."""
+    side = 8192 if device == "cuda" else 2048
+    a = torch.randn(side, side, device=device).to(dtype)
+    return 2 * side**3 / wall(lambda: a @ a, 5, device)
+
+
+@functools.cache
 def limits(device: str, dtype: torch.dtype) -> tuple[float, float]:
     """FLOP/s and bytes/s of the device: from the table, else of a large product and a large copy."""
     if device == "cuda" and torch.cuda.get_device_name() in DEVICES:
         return DEVICES[torch.cuda.get_device_name()]
-    side, length = (8192, 1 << 29) if device == "cuda" else (2048, 1 << 26)
-    a = torch.randn(side, side, device=device).to(dtype)
+    length = 1 << 29 if device == "cuda" else 1 << 26
     source = torch.empty(length, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * side**3 / wall(lambda: a @ a, 5, device), 2 * length / wall(lambda: target.copy_(source), 5, device)
+    return product_rate(device, dtype), 2 * length / wall(lambda: target.copy_(source), 5, device)
