@@ -105,7 +105,8 @@ def bench(problem: Problem, kernel: str, repeats: int, device: str) -> dict[str,
     for part, what, count in (("forward", work.forward, flop[0]), ("backward", work.backward, flop[1])):
         seconds = median(what, repeats, device)
         row |= {f"{part}_s": seconds, f"{part}_tflops": count / seconds / 1e12}
-    return row | {"kernels_s": apart(work, device)}
+    # A single turn is for another profiler, such as ncu, beside which torch's gets no counters.
+    return row | {"kernels_s": apart(work, device) if repeats > 1 else {}}
 
 
 def usable(problem: Problem, device: str) -> list[str]:

@@ -26,7 +26,7 @@ MASK_TOKEN = 1
 @dataclass(frozen=True)
 class Case:
     """A row of documents of one length, `anchors` drawn from each, or one from each token with a successor if it has
-    fewer; `term` is the loss. The defaults are Qwen3-8B's."""
+    fewer; `term` is the loss; `recompute` is activation checkpointing. The defaults are Qwen3-8B's."""
 
     name: str
     documents: int = 1
@@ -43,6 +43,7 @@ class Case:
     taps: int = 5
     vocabulary: int = 151936
     block: int = 16
+    recompute: bool = False
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -57,6 +58,7 @@ GPU_CASES = (
     Case("1 document, kl", term="kl"),
     Case("3 documents", documents=3),
     Case("12 documents", documents=12),
+    Case("12 documents, recomputed", documents=12, recompute=True),
     Case("1 document, 1024 anchors", anchors=1024),
 )
 SMALL: dict[str, Any] = {"hidden": 64, "inner": 128, "heads": 4, "kv_heads": 2, "head_dim": 32, "layers": 2, "taps": 2}
@@ -67,6 +69,7 @@ CPU_CASES = (
     # Of 16 tokens: fewer than the anchors that a padded row holds of each.
     Case("4 documents, float32", 4, 24, 64, dtype="float32", **SMALL),
     Case("1 document, bfloat16", 1, 32, 256, **SMALL),
+    Case("1 document, recomputed, bfloat16", 1, 32, 256, recompute=True, **SMALL),
     Case("4 documents, kl, bfloat16", 4, 24, 64, "kl", **SMALL),
 )
 
@@ -152,7 +155,7 @@ def drafter_spec(case: Case) -> DrafterSpec:
 def make_drafter(case: Case, backend: str, device: str) -> Drafter:
     """Drawn as `Drafter.initialise` draws, but on the device: a billion numbers take a CPU long."""
     with torch.device(device):
-        drafter = Drafter(drafter_spec(case), backend)
+        drafter = Drafter(drafter_spec(case), backend, recompute=case.recompute)
     generator = torch.Generator(device).manual_seed(1)
     with torch.no_grad():
         for parameter in drafter.parameters():

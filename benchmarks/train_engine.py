@@ -39,6 +39,7 @@ def run_config(case: Case, options: Options) -> Config:
             "train": {
                 "precision": "bf16" if case.dtype == "bfloat16" else "fp32",
                 "rows_per_step": options.rows,
+                "activation_checkpointing": case.recompute,
             },
             "deepspeed": {"zero_optimization": {"stage": 2}},
         }
