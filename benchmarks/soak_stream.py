@@ -43,11 +43,11 @@ from dflash_scale.stream.receiver import STOP_SIGNAL, Receiver, ReceiverSpec, op
 from dflash_scale.stream.ring import COMMITTED, Ring  # noqa: E402
 from dflash_scale.verifier import verifier_shape  # noqa: E402
 from launch.demo.main import Demo, servers  # noqa: E402
-from launch.demo.verifier import make_verifier  # noqa: E402
+from launch.demo.verifier import STEPS, make_verifier  # noqa: E402
 
 RUN: Final = f"soak{os.getpid()}"
 SAMPLES: Final = 400
-VERIFIER: Final = REPO / ".cache" / "demo" / "verifier-180s"  # the demo's; made here if it is not there
+VERIFIER: Final = REPO / ".cache" / "demo" / f"verifier-{STEPS}"  # the demo's; made here if it is not there
 VOCABULARY: Final = 2048  # its own
 LOOK_S: Final = 5.0
 LIFE_S: Final = (2.0, 40.0)  # of a receiver
@@ -163,7 +163,7 @@ def make_data(folder: Path, verifier: Path) -> Path:
 
 
 def soak(folder: Path, minutes: float, vllm_python: str | None, seed: int) -> Soak:
-    verifier = make_verifier(VERIFIER, seconds=180)
+    verifier = make_verifier(VERIFIER)
     data, shipped = make_data(folder, verifier), REPO / "configs" / "demo.json"
     content = json.loads(shipped.read_text()) | {"verifier": {"model": str(verifier), "dtype": "float32"}}
     content["data"]["path"], content["train"]["epochs"] = str(data), 200

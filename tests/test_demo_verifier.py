@@ -38,7 +38,7 @@ def tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, files: tuple[list[Path], list[Path]]) -> None:
     """Three steps on a few files instead of minutes on hundreds."""
-    spec = functools.partial(verifier.TrainSpec, least_steps=3, batch=2, tokens=64)
+    spec = functools.partial(verifier.TrainSpec, batch=2, tokens=64)
     monkeypatch.setattr(verifier, "TrainSpec", spec)
     for module in (verifier, answers):
         monkeypatch.setattr(module, "library_files", lambda: files)
@@ -96,9 +96,9 @@ def test_sequences_are_conversations(tokenizer: PreTrainedTokenizerFast, texts: 
 
 @pytest.mark.usefixtures("small")
 def test_made_once_and_answered(tmp_path: Path, files: tuple[list[Path], list[Path]]) -> None:
-    folder = verifier.make_verifier(tmp_path / "verifier", seconds=0.1, threads=1)
+    folder = verifier.make_verifier(tmp_path / "verifier", steps=3, threads=1)
     made = (folder / "model.safetensors").stat().st_mtime_ns
-    assert verifier.make_verifier(folder, seconds=0.1, threads=1) == folder
+    assert verifier.make_verifier(folder, steps=3, threads=1) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == made, "the same recipe is not made twice"
     record = json.loads((folder / "recipe.json").read_text())
     assert record["steps"] == 3

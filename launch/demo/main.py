@@ -36,7 +36,7 @@ from dflash_scale.stream.receiver import read_status  # noqa: E402
 from dflash_scale.taps import tapped_layers  # noqa: E402
 from dflash_scale.verifier import verifier_shape  # noqa: E402
 from launch.demo.answers import AnswerSpec, make_answers  # noqa: E402
-from launch.demo.verifier import make_verifier  # noqa: E402
+from launch.demo.verifier import STEPS, make_verifier  # noqa: E402
 
 RANKS = SERVERS = 2
 # A vLLM server on a CPU takes what it is given; the demo's samples are short and its machine is small.
@@ -51,7 +51,7 @@ class Demo:
     cache: Path
     config: Path
     vllm_python: str | None
-    verifier_seconds: float
+    verifier_steps: int
     prompts: int
     overrides: tuple[str, ...] = ()  # section.key=value, of the run's configuration
 
@@ -183,10 +183,8 @@ def replace_folder(out: Path) -> None:
 def run(demo: Demo) -> dict[str, object]:
     stages = Stages()
     replace_folder(demo.out)
-    with stages.stage(
-        "verifier", f"a small one, trained for {demo.verifier_seconds:.0f} s unless it is in {demo.cache}"
-    ):
-        verifier = make_verifier(demo.cache / f"verifier-{demo.verifier_seconds:.0f}s", seconds=demo.verifier_seconds)
+    with stages.stage("verifier", f"a small one, trained for {demo.verifier_steps} steps unless it is in {demo.cache}"):
+        verifier = make_verifier(demo.cache / f"verifier-{demo.verifier_steps}", demo.verifier_steps)
     with stages.stage("answers", f"{demo.prompts} by the verifier itself"):
         held_in, held_out = conversations(demo, verifier)
         prepare([held_in], str(verifier), demo.out / "data", validation_fraction=0.03)
@@ -235,7 +233,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the run; replaced")
     parser.add_argument("--cache", type=Path, default=Path(".cache/demo"), help="folder of what is made once")
     parser.add_argument("--config", type=Path, default=REPO / "configs" / "demo.json")
-    parser.add_argument("--verifier-seconds", type=float, default=180, help="how long the verifier is trained")
+    parser.add_argument("--verifier-steps", type=int, default=STEPS, help="how long the verifier is trained")
     parser.add_argument("--prompts", type=int, default=1920, help="conversations to train on")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value")
     args = parser.parse_args()
@@ -244,7 +242,7 @@ def main() -> int:
         print(f"demo: no vLLM at {python}: run `make setup`, or set DFLASH_SCALE_VLLM_PYTHON", file=sys.stderr)
         return 2
     vllm = python if args.vllm else None
-    sizes = (args.verifier_seconds, args.prompts)
+    sizes = (args.verifier_steps, args.prompts)
     demo = Demo(args.out, args.cache, args.config, vllm, *sizes, overrides=tuple(args.set))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
     try:

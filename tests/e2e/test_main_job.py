@@ -2,6 +2,7 @@
 real vLLM, held against Transformers and against the training forward. And the same with a pruned vocabulary."""
 
 import json
+import math
 import os
 import signal
 from contextlib import AbstractContextManager
@@ -10,14 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from harness import Run, wait_for
 from safetensors.torch import load_file
 
+from dflash_scale.acceptance import Acceptance
 from dflash_scale.config import load_config
-from dflash_scale.evaluate import EvaluateSpec, Evaluation, evaluate
-from dflash_scale.evaluate_vllm import stop
-from dflash_scale.export import export_checkpoint, named_checkpoint
+from dflash_scale.evaluate import (
+    EvaluateSpec,
+    Evaluation,
+    GreedyVerifier,
+    evaluate,
+    read_prompts,
+    replayed,
+    speculate,
+    uniform_anchors,
+)
+from dflash_scale.evaluate_vllm import ServerSpec, answer_prompts, stop
+from dflash_scale.export import export_checkpoint, load_drafter, named_checkpoint
 from dflash_scale.prompts import prepare
+from dflash_scale.taps import causal_model
 from launch.demo.answers import AnswerSpec, make_answers
 from launch.demo.main import VLLM_FLAGS, Demo, Server, servers
 from launch.demo.verifier import make_verifier
@@ -27,8 +40,7 @@ pytestmark = pytest.mark.e2e
 REPO = Path(__file__).resolve().parents[2]
 VLLM_PYTHON = os.environ.get("DFLASH_SCALE_VLLM_PYTHON", str(REPO / ".venv-vllm" / "bin" / "python"))
 KILL_AT = 12  # the step at which one server dies
-
-
+VERIFIER_STEPS, PROMPTS, HELD_OUT, MAX_NEW_TOKENS = 240, 480, 24, 64
 VOCABULARY = 512  # of 2048, the pruned drafter's
 
 
@@ -43,7 +55,7 @@ class Material:
     def servers(self, vllm_python: str | None) -> AbstractContextManager[list[Server]]:
         """Two extraction servers: vLLM, or Transformers for None."""
         config = REPO / "configs" / "demo.json"
-        demo = Demo(self.folder, self.folder, config, vllm_python, 60, 480)
+        demo = Demo(self.folder, self.folder, config, vllm_python, VERIFIER_STEPS, PROMPTS)
         return servers(demo, load_config(config, [f"verifier.model={self.verifier}"]))
 
     def content(self, name: str, addresses: list[dict[str, str]], **drafter: int) -> dict[str, Any]:
@@ -58,10 +70,24 @@ class Material:
 
     def evaluate(self, run: Run) -> Evaluation:
         """Of the run's export, in Transformers and in a real vLLM."""
-        drafter = export_checkpoint(named_checkpoint(run.folder / "out"), run.folder / "drafter")
-        log = run.folder / "vllm-drafter.log"
-        spec = EvaluateSpec(str(self.verifier), drafter, self.held_out, 24, 64, VLLM_PYTHON, VLLM_FLAGS, log_file=log)
+        export_checkpoint(named_checkpoint(run.folder / "out"), run.folder / "drafter")
+        server = self.server(run)
+        spec = EvaluateSpec(
+            server.verifier,
+            server.drafter,
+            self.held_out,
+            HELD_OUT,
+            MAX_NEW_TOKENS,
+            server.python,
+            server.flags,
+            server.log_file,
+        )
         return evaluate(spec)
+
+    def server(self, run: Run) -> ServerSpec:
+        """A real vLLM that serves the run's export."""
+        log = run.folder / "vllm-drafter.log"
+        return ServerSpec(str(self.verifier), run.folder / "drafter", VLLM_PYTHON, log, VLLM_FLAGS)
 
 
 @dataclass
@@ -76,9 +102,9 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
     """A missing vLLM fails here."""
     folder = tmp_path_factory.mktemp("main-job")
     assert Path(VLLM_PYTHON).is_file(), f"no vLLM at {VLLM_PYTHON}: run `make setup` or set DFLASH_SCALE_VLLM_PYTHON"
-    verifier = make_verifier(folder / "verifier", seconds=60)
+    verifier = make_verifier(folder / "verifier", VERIFIER_STEPS)
     held_in, held_out = folder / "held-in.jsonl", folder / "held-out.jsonl"
-    make_answers(verifier, held_in, held_out, AnswerSpec(prompts=480, heldout=24))
+    make_answers(verifier, held_in, held_out, AnswerSpec(PROMPTS, heldout=HELD_OUT))
     prepare([held_in], str(verifier), folder / "data", validation_fraction=0.05)
     return Material(folder, verifier, held_out)
 
@@ -103,6 +129,22 @@ def trained(material: Material) -> Trained:
     return Trained(run, fleet[0].http, material.evaluate(run))
 
 
+def assert_alike(one: Acceptance, other: Acceptance) -> None:
+    """As alike as two drafts of the same text that are free to fall differently at each of their steps.
+
+    vLLM's sums are rounded otherwise than Transformers', so a near tie between two drafts may fall the other way, and
+    then all later anchors of that prompt may be others. The two are samples of the same acceptance from then on, and
+    lie within three standard deviations of their difference, by their own counts.
+    """
+    steps = (one.drafts, other.drafts)
+    assert min(steps) > 300
+    for slot, counts in enumerate(zip(one.per_position, other.per_position, strict=True), start=1):
+        share = sum(counts) / sum(steps)
+        bound = 3 * math.sqrt(share * (1 - share) * sum(1 / n for n in steps))
+        gap = abs(counts[0] / steps[0] - counts[1] / steps[1])
+        assert gap <= bound, f"slot {slot}: {counts} of {steps} accepted, {gap:.3f} apart, {bound:.3f} by chance"
+
+
 def test_the_run_outlives_a_killed_vllm_and_trains_every_sample_once(trained: Trained) -> None:
     trained.run.assert_every_sample_once_an_epoch()
     assert f"server {trained.killed} is unhealthy" in trained.run.log
@@ -120,9 +162,27 @@ def test_transformers_vllm_and_the_training_forward_agree(trained: Trained) -> N
     result = trained.evaluation
     assert result.vllm is not None and result.vllm_equal is not None
     assert result.equal == 1.0 and result.vllm_equal == 1.0
-    assert result.vllm.length == pytest.approx(result.speculative.length, rel=0.05)
-    assert result.replay_gap < 1.0
-    assert result.vllm.gap(result.replay) < 1.0
+    assert result.replay_gap < 1.0  # at the same anchors: near ties alone
+    assert_alike(result.vllm, result.replay)
+
+
+def test_each_draft_of_vllm_is_the_training_forwards(material: Material, trained: Trained) -> None:
+    """Two new tokens leave room for one draft, so vLLM drafts at exactly the anchors that are replayed: a near tie of
+    one draft moves no later anchor, and what is left to chance is these near ties alone."""
+    server = material.server(trained.run)
+    drafter = load_drafter(server.drafter)
+    verifier = GreedyVerifier(causal_model(server.verifier, torch.float32), drafter.spec.layer_ids)
+    size = drafter.spec.block_size
+    traces = [speculate(verifier, drafter, prompt, MAX_NEW_TOKENS) for prompt in read_prompts(material.held_out, 8)]
+    anchors = [uniform_anchors(trace, size) for trace in traces]
+    prompts = [trace.tokens[:anchor] for trace, some in zip(traces, anchors, strict=True) for anchor in some]
+    answers, served = answer_prompts(server, prompts, 2, size - 1)
+    assert [answer[0] for answer in answers] == [
+        trace.tokens[anchor] for trace, some in zip(traces, anchors, strict=True) for anchor in some
+    ]
+    replay = replayed(verifier, drafter, traces, anchors)
+    assert served.drafts == replay.drafts == len(prompts) > 300
+    assert served.gap(replay) < 1.0
 
 
 def test_streamed_states_are_the_verifiers(trained: Trained) -> None:
@@ -143,5 +203,4 @@ def test_a_pruned_drafter_is_accepted_in_vllm_as_its_evaluation_predicts(materia
     assert result.vllm is not None
     assert result.equal == 1.0 and result.vllm_equal == 1.0
     assert result.speculative.length > 1.5
-    assert result.vllm.length == pytest.approx(result.speculative.length, rel=0.05)
-    assert result.vllm.gap(result.replay) < 1.0
+    assert_alike(result.vllm, result.replay)
