@@ -4,15 +4,18 @@ Both are append-only files of one JSON object a line with a `step`. A resumed ru
 its checkpoint does not hold, so that a file never counts a step twice.
 """
 
+from __future__ import annotations
+
 import json
 import os
 from pathlib import Path
-from typing import Any
-
-from torch.utils.tensorboard import SummaryWriter
+from typing import TYPE_CHECKING, Any
 
 from dflash_scale.loss import TOP, BlockSums
 from dflash_scale.softmax_loss import TERMS
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 def keep_until(path: Path, step: int) -> None:
@@ -53,8 +56,11 @@ class Metrics:
 
     def __init__(self, folder: Path, first_step: int, tensorboard: bool) -> None:
         self._lines = JsonLines(folder / "metrics.jsonl", first_step)
-        board = folder / "tensorboard"
-        self._board = SummaryWriter(str(board), purge_step=first_step) if tensorboard else None
+        self._board: SummaryWriter | None = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # seconds, and a package that few kernels' machines have
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """kind: train or validation. Lists are kept in the JSON line only."""
