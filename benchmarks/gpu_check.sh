@@ -1,136 +1,146 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, on a machine with torch >= 2.10 and no network, in under 8 minutes:
+# What only a GPU can show, in two runs that end within six minutes each, on a machine with torch >= 2.10 and no network:
 #
-#     [OUT=folder] [PYTHON=python3] benchmarks/gpu_check.sh
+#     [OUT=folder] [PYTHON=python3] benchmarks/gpu_check.sh proof     are the kernels right, how fast, and if not, why
+#     [OUT=folder] [PYTHON=python3] benchmarks/gpu_check.sh product   a whole run, and the peers beside it
 #
-# Takes the compiled library that is there (built on any machine that has nvcc) and builds only if it does not load.
-# The most important comes first, each step has its own limit, and one that fails or hangs leaves the others their time.
-# summary.json in $OUT (else benchmarks/results) says how each step ended; the exit code is 1 if one failed.
+# Takes the compiled libraries and build/gpu as benchmarks/gpu_pack.sh made them on any machine that has nvcc; without
+# them it builds the kernels and leaves out what cannot be built. The most important comes first. Each step has its own
+# limit, prints to a file of its own, and one that fails or hangs leaves the others their time; after each,
+# $OUT/gpu-RUN.tgz is made anew with all files so far, so that a machine that is lost costs one step. The exit code is 1
+# if a step failed. WHAT=changed before "product" checks a kernel again that was mended after its proof.
 set -u
 cd "$(dirname "$0")/.." || exit 1
+run="${1:-}"
 python="${PYTHON:-python3}"
-out="${OUT:-benchmarks/results}"
+out="${OUT:-runs/gpu-check}"
+pack=build/gpu
+limit="${LIMIT:-345}" # seconds for all steps
+[[ $run == proof || $run == product ]] || { echo "usage: benchmarks/gpu_check.sh proof|product" >&2; exit 2; }
 mkdir -p "$out" || exit 1
 out="$(cd "$out" && pwd)"
-export PYTHONPATH="$PWD" PYTHONUNBUFFERED=1
-deadline=465 # seconds for all steps
+scratch="$(mktemp -d)"
+work="$scratch/results" # what is kept
+mkdir "$work"
+trap 'rm -rf "$scratch"' EXIT
+export PYTHONPATH="$PWD" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 failed=0
-steps=()
 
-note() { # name, outcome, seconds
-    steps+=("$1=$2=$3")
-    printf '== %s: %s (%s s)\n' "$1" "$2" "$3"
+keep() {
+    tar czf "$out/.archive" -C "$work" --exclude=checkpoints --exclude='*.safetensors' . 2>/dev/null &&
+        mv "$out/.archive" "$out/gpu-$run.tgz"
 }
 
 step() { # name, most seconds, command...
-    local name="$1" limit="$2" began="$SECONDS" left=$((deadline - SECONDS)) outcome code
+    local name="$1" most="$2" began="$SECONDS" left=$((limit - SECONDS)) code
     shift 2
-    if ((left < 10)); then
+    if ((left < 8)); then
         failed=1
-        note "$name" "not run: no time left" 0
+        printf '== %s: not run, %s s are left\n' "$name" "$left" | tee -a "$work/steps"
         return 1
     fi
     printf '\n== %s\n' "$name"
-    timeout --kill-after=5 "$((limit < left ? limit : left))" "$@" 2>&1
+    timeout --kill-after=5 "$((most < left ? most : left))" "$@" >"$work/$name.txt" 2>&1
     code=$?
-    case $code in
-        0) outcome=passed ;;
-        124 | 137) outcome="failed: out of time" ;;
-        *) outcome="failed: exit code $code" ;;
-    esac
     ((code == 0)) || failed=1
-    note "$name" "$outcome" "$((SECONDS - began))"
-    return "$code"
+    tail -n 14 "$work/$name.txt" | cut -c1-400
+    ((code == 124 || code == 137)) && code="$code (out of time)"
+    printf '== %s: exit %s, %s s\n' "$name" "$code" "$((SECONDS - began))" | tee -a "$work/steps"
+    keep
+    [[ $code == 0 ]]
 }
 
-loads() {
-    "$python" -c '
-from dflash_scale import attention_plan
-if attention_plan.MISSING or not attention_plan.COMPILED["cuda"]:
-    raise SystemExit(attention_plan.MISSING or "_kernels.so holds no CUDA code")
-print(attention_plan.LIBRARY, "loads")'
-}
-
-# Of the kernels that passed; without torch's cache of memory, in which overruns would hide.
-sanitize() { # tool, kernels...
-    local tool="$1" kernel
-    shift
-    for kernel in "$@"; do
-        step "$tool-$kernel" 40 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
-            --report-api-errors no --kernel-regex kns=dflash --error-exitcode 9 \
-            "$python" tests/gpu/check.py --backend "$kernel" --only "small cases" --only "no anchor"
-    done
-}
-
-summarise() {
-    "$python" - "$out/summary.json" "${steps[@]}" <<'PYTHON'
-import json, sys, time
+# The kernels of this machine, the fastest first, by its compute capability; Hopper's where that cannot be asked.
+kernels() {
+    local found
+    found="$(timeout 30 "$python" -c '
 import torch
-from tests.gpu.check import source_digest
-steps = [dict(zip(("step", "outcome", "seconds"), text.split("="))) for text in sys.argv[2:]]
-summary = {
-    "date": time.strftime("%Y-%m-%d"),
-    "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    "torch": torch.__version__,
-    "sources": {name: source_digest(name) for name in ("sm80", "sm90")},
-    "steps": steps,
+major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+print("sm90 sm80" if (major, minor) == (9, 0) else "sm80")')" || found="sm90 sm80"
+    echo "$found"
 }
-with open(sys.argv[1], "w") as file:
-    file.write(json.dumps(summary, indent=1) + "\n")
-PYTHON
+
+libraries() {
+    step loads 60 "$python" -c '
+import sys, torch
+from dflash_scale import attention_plan as plan
+print(torch.__version__, torch.cuda.is_available() and torch.cuda.get_device_name(), plan.MISSING, plan.COMPILED)
+sys.exit(not plan.COMPILED["cuda"])' ||
+        step build 150 "$python" setup.py -q build_ext --inplace --target kernels
+}
+
+# Why a kernel of Hopper is wrong or hangs: with waits that give up, and under memcheck.
+diagnose() {
+    cp -r dflash_scale tests "$scratch/" && cp "$pack/watchdog.so" "$scratch/dflash_scale/_kernels.so"
+    step watchdog 40 env PYTHONPATH="$scratch" "$python" "$scratch/tests/gpu/ladder.py" --seconds 35
+    step memcheck 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck \
+        --kernel-regex kns=dflash --error-exitcode 9 "$python" tests/gpu/ladder.py --seconds 55 --rung 1
+}
+
+proof() {
+    local kernel kernels good=() pytest=("$python" -m pytest -q -p no:cacheprovider)
+    read -ra kernels <<<"$(kernels)"
+    [[ ${kernels[0]} == sm90 ]] && step probe 30 "$pack/probe"
+    libraries
+    kernel="${kernels[0]}"
+    if step "ladder-$kernel" 40 "$python" tests/gpu/ladder.py --backend "$kernel" --seconds 35 --dump "$work/wrong.pt"; then
+        step "check-$kernel" 75 "$python" tests/gpu/check.py --backend "$kernel" --seconds 70 \
+            --out "$work/attention-check-$kernel.json" && good+=("$kernel")
+    elif [[ $kernel == sm90 ]]; then
+        diagnose
+    fi
+    step speed 45 "$python" benchmarks/bench_kernels.py --out "$work/kernels.json"
+    if ((${#good[@]})) && command -v ncu >/dev/null; then
+        # The forward is launched once to make the output, three times to warm up, and then timed.
+        step ncu 60 ncu --set full --clock-control none -k 'regex:forward|backward_d' --launch-skip 4 --launch-count 3 \
+            --export "$work/ncu" --force-overwrite "$python" benchmarks/bench_kernels.py --case "1 document" \
+            --kernel "${good[0]}" --repeats 1 && step ncu-text 20 ncu --import "$work/ncu.ncu-rep" --page details
+    fi
+    step loss 45 "${pytest[@]}" tests/gpu/test_gpu_loss.py
+    step pointwise 40 "${pytest[@]}" tests/gpu/test_gpu_pointwise.py
+    step rows 40 "${pytest[@]}" tests/gpu/test_gpu_rows.py
+    for kernel in "${kernels[@]:1}"; do
+        step "check-$kernel" 75 "$python" tests/gpu/check.py --backend "$kernel" --seconds 70 \
+            --out "$work/attention-check-$kernel.json" && good+=("$kernel")
+    done
+    step train 60 "$python" benchmarks/bench_train.py --attention "${good[0]:-auto}" --loss cuda \
+        --case "1 document" --case "3 documents" --case "12 documents, recomputed" --out "$work/train.json"
+}
+
+product() {
+    local kernel kernels tool site="$scratch/site"
+    read -ra kernels <<<"$(kernels)"
+    kernel="${kernels[0]}"
+    step wheels 60 "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" \
+        "$pack"/wheels/*.whl
+    [[ ${WHAT:-} == changed ]] && step "check-$kernel" 75 "$python" tests/gpu/check.py --backend "$kernel" --seconds 70 \
+        --out "$work/attention-check-$kernel.json"
+    step product 100 env PYTHONPATH="$PWD:$site" "$python" tests/gpu/product.py "$pack/demo/verifier" \
+        "$pack/demo/answers" "$work/product" --set drafter.head_dim=64 --set train.precision=bf16 \
+        --set "drafter.attention_backend=$kernel" --set loss.kernel=cuda
+    step train-peers 120 "$python" benchmarks/bench_train.py --attention "$kernel" --loss cuda --peers \
+        --case "1 document" --out "$work/train-peers.json"
+    step flex 90 "$python" benchmarks/bench_attention.py --case "1 document" --out "$work/attention.json"
+    step train-more 60 "$python" benchmarks/bench_train.py --attention "$kernel" --loss cuda \
+        --case "1 document, kl" --case "1 document, 1024 anchors" --out "$work/train-more.json"
+    step loss-speed 80 "$python" benchmarks/bench_loss.py --kernel cuda --rounds 4 --json "$work/loss.json"
+    # Without torch's cache of memory, in which overruns would hide.
+    for tool in memcheck racecheck; do
+        step "$tool" 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --kernel-regex kns=dflash \
+            --error-exitcode 9 "$python" tests/gpu/ladder.py --backend "$kernel" --seconds 44 --rung 1 --rung 3 --rung 7 --rung 9
+    done
 }
 
 main() {
-    local kernel kernels good=() skip=()
-    if ! "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
-        echo "gpu_check: $python has no torch that sees a GPU; name another with PYTHON=..."
-        return 1
-    fi
-    nvidia-smi --query-gpu=name,driver_version,clocks.sm --format=csv 2>&1
-    if ! loads; then
-        step build 200 "$python" setup.py -q build_ext --inplace
-        step library 30 "$python" -c 'from dflash_scale import attention_plan as p; assert p.COMPILED["cuda"], p.MISSING'
-    fi
-    if ! kernels="$("$python" -c 'from tests.gpu.check import usable; print(*usable("cuda"))')" || [[ -z $kernels ]]; then
-        failed=1
-        note usable "failed: no compiled kernel takes a plain case" 0
-    fi
-    # A process each: a kernel that faults takes its process's GPU context with it.
-    for kernel in $kernels; do
-        if step "$kernel" 75 "$python" tests/gpu/check.py --backend "$kernel" --out "$out/attention-check-$kernel.json"; then
-            good+=("$kernel")
-        else
-            skip+=(--skip "$kernel") # it may hang there too
-        fi
-    done
-    summarise
-    step benchmark 190 "$python" benchmarks/bench_attention.py "${skip[@]}" --out "$out/attention.json"
-    if command -v compute-sanitizer >/dev/null; then
-        sanitize memcheck "${good[@]}"
-        sanitize racecheck "${good[@]}"
-    else
-        note sanitizer "not run: compute-sanitizer is not installed" 0
-    fi
-    step loss-benchmark 80 "$python" benchmarks/bench_loss.py --kernel cuda --json "$out/loss.json"
-    step flex 90 "$python" tests/gpu/check.py --backend flex --only "small cases" --only "no anchor" \
-        --out "$out/attention-check-flex.json"
-    if "$python" -c 'import pytest, hypothesis' 2>/dev/null; then
-        step properties 60 "$python" -m pytest -q -p no:cacheprovider tests/gpu \
-            -k "(definition and not flex) or compiled or auto"
-        step loss 45 "$python" -m pytest -q -p no:cacheprovider tests/gpu/test_gpu_loss.py
-        if "$python" -c 'import numpy; from dflash_scale import _ring' 2>/dev/null; then
-            step rows 40 "$python" -m pytest -q -p no:cacheprovider tests/gpu/test_gpu_rows.py
-        else
-            note rows "not run: numpy is missing, or dflash_scale._ring is not built for this Python" 0
-        fi
-    else
-        note properties "not run: pytest or hypothesis is not installed" 0
-    fi
-    summarise
+    timeout 10 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit --format=csv | tee "$work/gpu.txt"
+    timeout 20 "$python" -m pip list >"$work/packages.txt" 2>/dev/null
+    "$run"
     printf '\n'
-    printf '%s\n' "${steps[@]}"
+    cat "$work/steps"
     return "$failed"
 }
 
-main 2>&1 | tee "$out/gpu-check.log"
-exit "${PIPESTATUS[0]}"
+main 2>&1 | tee "$out/gpu-$run.log"
+code="${PIPESTATUS[0]}"
+cp "$out/gpu-$run.log" "$work/log.txt" && keep
+exit "$code"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -124,6 +126,35 @@ def test_the_probe_passes_on_the_emulated_gpu() -> None:
     library.probe.restype = ctypes.c_char_p
     for seed in range(3):
         assert library.probe(seed) is None
+
+
+@pytest.mark.parametrize(
+    ("run", "first", "others"),
+    [
+        ("proof", "loads", {"check-sm80", "train", "rows", "loss", "pointwise", "speed"}),
+        ("product", "wheels", {"product", "train-peers", "flex", "memcheck"}),
+    ],
+)
+def test_the_script_keeps_what_each_step_said(tmp_path: Path, run: str, first: str, others: set[str]) -> None:
+    """With a Python that fails, and that hangs in the ladder: the archive is whole all the same."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@" | grep -q ladder.py.*wrong && exec sleep 60\necho no; exit 3\n')
+    python.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python), "OUT": str(tmp_path / "out"), "LIMIT": "16"}
+    script = check.ROOT / "benchmarks" / "gpu_check.sh"
+    done = subprocess.run([script, run], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"gpu-{run}.log", f"gpu-{run}.tgz"]
+    with tarfile.open(tmp_path / "out" / f"gpu-{run}.tgz") as archive:
+        files = {member.name.removeprefix("./"): archive.extractfile(member) for member in archive if member.isfile()}
+        steps = files["steps"].read().decode().splitlines()  # type: ignore[union-attr]
+        assert files[f"{first}.txt"].read() == b"no\n"  # type: ignore[union-attr]
+    outcomes = dict(line.removeprefix("== ").split(": ", 1) for line in steps)
+    assert outcomes[first].startswith("exit 3, ")
+    if run == "proof":
+        assert outcomes["ladder-sm90"].startswith("exit 124 (out of time)")
+        assert outcomes["train"].startswith("not run, ")
+    assert others <= set(outcomes)
 
 
 def test_the_digest_follows_includes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
