@@ -124,7 +124,7 @@ def find_tools() -> Tools:
 
 
 # Folders of csrc that make _kernels.so.
-OP_FOLDERS = ("attention", "loss")
+OP_FOLDERS = ("attention", "loss", "pointwise")
 # tile_isa.cpp is compiled once for each of these; the library picks one when it is loaded (csrc/attention/cpu.cpp).
 ISA_FLAGS = {
     "baseline": "",

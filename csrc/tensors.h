@@ -8,7 +8,18 @@
 #include <dlfcn.h>
 #endif
 
+#include "number.h"
+
 namespace dflash {
+
+inline Number number(const torch::stable::Tensor& t, const char* op) {
+  using torch::headeronly::ScalarType;
+  const ScalarType dtype = t.scalar_type();
+  if (dtype == ScalarType::Float) return Number::kFloat;
+  if (dtype == ScalarType::BFloat16) return Number::kBf16;
+  STD_TORCH_CHECK(dtype == ScalarType::Half, "dflash_scale: ", op, " takes float32, bfloat16 and float16");
+  return Number::kFp16;
+}
 
 template <typename T>
 const T* in(const torch::stable::Tensor& t) {

@@ -6,9 +6,6 @@
 
 namespace dflash::gpu {
 
-// What a launcher answers when it cannot run the arguments; cudaErrorInvalidValue.
-inline constexpr int kInvalidValue = 1;
-
 // Calls run.operator()<kType, kDim>() for the arguments' type and their head dim, one of kDims.
 template <int... kDims, typename Args, typename Run>
 int for_shape(const Args& args, const Run& run) {

@@ -164,6 +164,8 @@ int launch(void (*kernel)(Parameters), const Launch& how, const Parameters& para
 namespace dflash::gpu {
 
 inline constexpr float kLog2E = 1.4426950408889634f;
+// What a launcher answers when it cannot run the arguments; cudaErrorInvalidValue.
+inline constexpr int kInvalidValue = 1;
 
 // Sixteen bytes, as they are read and written; as 16-bit numbers, eight.
 struct alignas(16) Chunk {

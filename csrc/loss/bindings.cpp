@@ -16,14 +16,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Results = std::tuple<Tensor, Tensor>;
 
-Number number(const Tensor& logits) {
-  const ScalarType dtype = logits.scalar_type();
-  if (dtype == ScalarType::Float) return Number::kFloat;
-  if (dtype == ScalarType::BFloat16) return Number::kBf16;
-  STD_TORCH_CHECK(dtype == ScalarType::Half, "dflash_scale: softmax_loss_ takes float32, bfloat16 and float16");
-  return Number::kFp16;
-}
-
 // `verifier` has no rows where no soft term is wanted.
 SoftmaxLoss arguments(const Tensor& logits, const Tensor& labels, const Tensor& verifier, const Tensor& rows,
                       const std::vector<double>& weights, const Results& results) {
@@ -31,7 +23,8 @@ SoftmaxLoss arguments(const Tensor& logits, const Tensor& labels, const Tensor& 
                   "dflash_scale: softmax_loss_ takes rows without gaps");
   STD_TORCH_CHECK(weights.size() == kTerms, "dflash_scale: softmax_loss_ takes one weight per term");
   const bool soft = verifier.size(0) > 0;
-  SoftmaxLoss args{logits.size(0), logits.size(1), logits.stride(0), verifier.stride(0), number(logits)};
+  SoftmaxLoss args{logits.size(0), logits.size(1), logits.stride(0), verifier.stride(0),
+                   number(logits, "softmax_loss_")};
   args.logits = out<void>(logits);
   args.labels = in<int32_t>(labels);
   args.verifier = soft ? verifier.const_data_ptr() : nullptr;
@@ -48,7 +41,8 @@ Results empty_results(const Tensor& logits) {
 }
 
 Results softmax_cpu(Tensor logits, Tensor labels, Tensor verifier, Tensor rows, std::vector<double> weights) {
-  STD_TORCH_CHECK(number(logits) != Number::kFp16, "dflash_scale: softmax_loss_ on a CPU takes float32 and bfloat16");
+  STD_TORCH_CHECK(number(logits, "softmax_loss_") != Number::kFp16,
+                  "dflash_scale: softmax_loss_ on a CPU takes float32 and bfloat16");
   Results results = empty_results(logits);
   softmax_loss_cpu(arguments(logits, labels, verifier, rows, weights, results));
   return results;
@@ -56,7 +50,7 @@ Results softmax_cpu(Tensor logits, Tensor labels, Tensor verifier, Tensor rows, 
 
 #ifdef DFLASH_CUDA
 bool starts_at_packets(const Tensor& t) {
-  const int64_t bytes = number(t) == Number::kFloat ? 4 : 2;
+  const int64_t bytes = number(t, "softmax_loss_") == Number::kFloat ? 4 : 2;
   return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 && t.stride(0) * bytes % 16 == 0;
 }
 

@@ -16,14 +16,7 @@ int launch_softmax(const SoftmaxLoss& args, void* stream) {
 
 int softmax_loss_cuda(const SoftmaxLoss& args, void* stream) {
   if (args.rows == 0) return 0;
-  switch (args.number) {
-    case Number::kFloat:
-      return launch_softmax<Number::kFloat>(args, stream);
-    case Number::kBf16:
-      return launch_softmax<Number::kBf16>(args, stream);
-    default:
-      return launch_softmax<Number::kFp16>(args, stream);
-  }
+  return gpu::for_number(args.number, [&]<Number kNumber>() { return launch_softmax<kNumber>(args, stream); });
 }
 
 }  // namespace dflash

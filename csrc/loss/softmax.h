@@ -11,9 +11,9 @@
 
 #include <cstdint>
 
-namespace dflash {
+#include "number.h"
 
-enum class Number { kFloat, kBf16, kFp16 };
+namespace dflash {
 
 enum Term { kCe, kKl, kReverseKl, kTv, kTerms };
 

@@ -6,62 +6,34 @@
 #pragma once
 
 #include <cmath>
-#include <cstring>
 
-#include "attention/ptx.h"
+#include "chunks.h"
 #include "loss/softmax.h"
 
 namespace dflash::gpu {
 
-inline constexpr int kWarpLanes = 32;
 // More threads than a short row has chunks would only wait for each other.
 inline constexpr int kLongRow = 8192, kLongRowThreads = 256, kShortRowThreads = 128;
 inline constexpr float kLowest = -3.402823466e38f;  // not -inf: the difference of two stays a number
 
 DFLASH_DEVICE float exp_fast(float x) { return exp2_fast(x * kLog2E); }
 
+// The numbers of a row of any length.
 template <Number kNumber>
-struct Numbers {
-  static constexpr bool kFull = kNumber == Number::kFloat;
-  static constexpr Half kHalf = kNumber == Number::kFp16 ? Half::kFp16 : Half::kBf16;
-  static constexpr int kBytes = kFull ? 4 : 2;
-  static constexpr int kCount = 16 / kBytes;  // in a chunk
+struct Logits : Numbers<kNumber> {
+  using N = Numbers<kNumber>;
+  static constexpr int kBytes = N::kBytes, kCount = N::kCount;
 
-  DFLASH_DEVICE static void unpack_all(const Chunk& chunk, float (&x)[kCount]) {
-    if constexpr (kFull) {
-      memcpy(x, chunk.words, 16);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) unpack<kHalf>(chunk.words[i], x[2 * i], x[2 * i + 1]);
-    }
-  }
-  DFLASH_DEVICE static Chunk pack_all(const float (&x)[kCount]) {
-    Chunk chunk;
-    if constexpr (kFull) {
-      memcpy(chunk.words, x, 16);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) chunk.words[i] = pack<kHalf>(x[2 * i], x[2 * i + 1]);
-    }
-    return chunk;
-  }
   DFLASH_DEVICE static float load_one(const char* row, int64_t column) {
-    if constexpr (kFull) return reinterpret_cast<const float*>(row)[column];
+    if constexpr (N::kFull) return reinterpret_cast<const float*>(row)[column];
     float value, unused;
-    unpack<kHalf>(reinterpret_cast<const uint16_t*>(row)[column], value, unused);
+    unpack<N::kHalf>(reinterpret_cast<const uint16_t*>(row)[column], value, unused);
     return value;
-  }
-  DFLASH_DEVICE static void store_one(char* row, int64_t column, float value) {
-    if constexpr (kFull) {
-      reinterpret_cast<float*>(row)[column] = value;
-    } else {
-      reinterpret_cast<uint16_t*>(row)[column] = static_cast<uint16_t>(pack<kHalf>(value, 0.0f));
-    }
   }
   // The chunk at `column`, -inf past the row's end; memory past the end is not touched.
   DFLASH_DEVICE static void load(const char* row, int column, int vocabulary, float (&x)[kCount]) {
     if (column + kCount <= vocabulary) {
-      unpack_all(*reinterpret_cast<const Chunk*>(row + int64_t(column) * kBytes), x);
+      N::load_chunk(row, column, x);
       return;
     }
 #pragma unroll
@@ -69,12 +41,12 @@ struct Numbers {
   }
   DFLASH_DEVICE static void store(char* row, int column, int vocabulary, const float (&x)[kCount]) {
     if (column + kCount <= vocabulary) {
-      *reinterpret_cast<Chunk*>(row + int64_t(column) * kBytes) = pack_all(x);
+      N::store_chunk(row, column, x);
       return;
     }
 #pragma unroll
     for (int i = 0; i < kCount; ++i)
-      if (column + i < vocabulary) store_one(row, column + i, x[i]);
+      if (column + i < vocabulary) N::store_one(row, column + i, x[i]);
   }
 };
 
@@ -161,7 +133,7 @@ DFLASH_DEVICE float divergence(float p, float log_p, float log_q) { return p > 0
 
 template <Number kNumber, bool kSoft>
 struct RowLoss {
-  using N = Numbers<kNumber>;
+  using N = Logits<kNumber>;
   static constexpr int kCount = N::kCount;
 
   const SoftmaxLoss& args;

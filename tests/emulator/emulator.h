@@ -343,6 +343,7 @@ template <typename Parameters>
 int launch(void (*kernel)(Parameters), const Launch& how, const Parameters& parameters, void*) {
   Machine& m = machine();
   if (how.shared > kMostShared) throw Fault("shared memory: " + std::to_string(how.shared) + " bytes");
+  if (how.blocks < 1 || how.blocks > INT32_MAX) throw Fault(std::to_string(how.blocks) + " thread blocks");
   m.threads_per_block = how.threads;
   for (int64_t block = 0; block < how.blocks; ++block) {
     m.block = static_cast<int>(block);
