@@ -63,6 +63,11 @@ class DrafterSection(Section):
         description="Attention kernel; auto = the fastest that is proven on the device, any other name = that or an "
         "error.",
     )
+    pointwise: Literal["auto", "cuda", "torch"] = Field(
+        default="auto",
+        description="Kernels of norms, rotary embedding and SiLU; auto = cuda on a GPU once it is proven there, else "
+        "plain torch.",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> DrafterSection:

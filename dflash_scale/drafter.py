@@ -92,20 +92,21 @@ def drafter_spec(
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension, computed in fp32 (as vLLM's kernel does)."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, kernel: str) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
+        self.kernel = kernel
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, kernel=self.kernel)
 
 
 class HeadNorm(RMSNorm):
     """RMSNorm of each head, and then its rotary embedding. x (N, heads, D), cos and sin (N, D)."""
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[override]
-        return norm_rope(x, self.weight, self.eps, cos, sin)
+        return norm_rope(x, self.weight, self.eps, cos, sin, kernel=self.kernel)
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def pick(x: Tensor, rows: Tensor | None) -> Tensor:
 class Attention(nn.Module):
     """Block queries over context keys and block keys."""
 
-    def __init__(self, config: Qwen3Config, backend: str) -> None:
+    def __init__(self, config: Qwen3Config, backend: str, pointwise: str) -> None:
         super().__init__()
         self.heads = config.num_attention_heads
         self.kv_heads = cast(int, config.num_key_value_heads)
@@ -135,8 +136,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(hidden, self.kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(hidden, self.kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.heads * self.head_dim, hidden, bias=False)
-        self.q_norm = HeadNorm(self.head_dim, config.rms_norm_eps)
-        self.k_norm = HeadNorm(self.head_dim, config.rms_norm_eps)
+        self.q_norm = HeadNorm(self.head_dim, config.rms_norm_eps, pointwise)
+        self.k_norm = HeadNorm(self.head_dim, config.rms_norm_eps, pointwise)
 
     def keys_values(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """x (N, H) -> keys and values (N, Hkv, D)."""
@@ -155,25 +156,26 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Gated SiLU."""
 
-    def __init__(self, config: Qwen3Config) -> None:
+    def __init__(self, config: Qwen3Config, pointwise: str) -> None:
         super().__init__()
+        self.pointwise = pointwise
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x), kernel=self.pointwise))
 
 
 class Layer(nn.Module):
     """Pre-norm attention and MLP, each with its residual."""
 
-    def __init__(self, config: Qwen3Config, backend: str) -> None:
+    def __init__(self, config: Qwen3Config, backend: str, pointwise: str) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, backend)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, pointwise)
+        self.self_attn = Attention(config, backend, pointwise)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, pointwise)
+        self.mlp = MLP(config, pointwise)
 
     def forward(self, x: Tensor, context: Tensor, rope: Rope, plan: Plan, kept: Tensor | None = None) -> Tensor:
         x = pick(x, kept) + self.self_attn(self.input_layernorm(x), context, rope, plan, kept)
@@ -186,19 +188,22 @@ class Drafter(nn.Module):
     Args:
         spec: its definition.
         backend: attention backend (`attention.anchor_attention`).
+        pointwise: kernel of norms, rotary embedding and SiLU (pointwise.py).
         recompute: activation checkpointing: of each layer autograd keeps the input alone, and the backward computes the
             rest again, to the same bits.
     """
 
-    def __init__(self, spec: DrafterSpec, backend: str = "auto", *, recompute: bool = False) -> None:
+    def __init__(
+        self, spec: DrafterSpec, backend: str = "auto", pointwise: str = "auto", *, recompute: bool = False
+    ) -> None:
         super().__init__()
         config = spec.layers
         self.spec = spec
         self.recompute = recompute
         self.fc = nn.Linear(len(spec.layer_ids) * spec.context_size, config.hidden_size, bias=False)
-        self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.layers = nn.ModuleList(Layer(config, backend) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, pointwise)
+        self.layers = nn.ModuleList(Layer(config, backend, pointwise) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, pointwise)
         # Hidden from .to() and .bfloat16(): frequencies rounded to bf16 would turn far positions by whole radians.
         self._rotary = (Qwen3RotaryEmbedding(config),)
 

@@ -164,7 +164,8 @@ def set_up(
     spec = drafter_spec(config.drafter, shape, layouts.taps, mask)
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
     head = load_verifier_head(config.verifier.model, dtype, device)
-    drafter = Drafter(spec, config.drafter.attention_backend, recompute=train.activation_checkpointing)
+    backends = (config.drafter.attention_backend, config.drafter.pointwise)
+    drafter = Drafter(spec, *backends, recompute=train.activation_checkpointing)
     drafter.initialise(train.seed)
     if config.drafter.init_from is not None and not resume:
         drafter.load_state_dict(load_start(Path(config.drafter.init_from), spec))
@@ -177,6 +178,8 @@ def set_up(
     if rank == 0:
         checkpoints.clean()
     engine = make_engine(config, drafter, schedule.total_steps)
+    # Which kernels work out norms and SiLU is no part of it.
+    definition = config.drafter.model_dump(mode="json", exclude={"pointwise"})
     position = Position(
         step=0,
         best_acceptance_length=0.0,
@@ -186,7 +189,7 @@ def set_up(
         block_size=config.drafter.block_size,
         seed=train.seed,
         data=exclusion.fingerprint(prepared.fingerprint),
-        definition=json.dumps([config.verifier.model, layouts.taps, mask, config.drafter.model_dump(mode="json")]),
+        definition=json.dumps([config.verifier.model, layouts.taps, mask, definition]),
     )
     if resume:
         position = checkpoints.load(engine, position)

@@ -4,6 +4,7 @@ from typing import Any, get_args
 
 import pytest
 
+from dflash_scale import pointwise
 from dflash_scale.attention import BACKENDS
 from dflash_scale.config import (
     Config,
@@ -316,5 +317,5 @@ def test_shipped_configs_load(path: Path) -> None:
 
 
 def test_the_configuration_knows_every_backend() -> None:
-    annotation = DrafterSection.model_fields["attention_backend"].annotation
-    assert get_args(annotation) == BACKENDS
+    for key, names in (("attention_backend", BACKENDS), ("pointwise", pointwise.KERNELS)):
+        assert get_args(DrafterSection.model_fields[key].annotation) == names

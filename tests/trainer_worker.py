@@ -108,7 +108,8 @@ def main() -> None:
         "qwen3", HIDDEN, 4, 4, 2, 8, 48, VOCAB, 64, 1e-6, {"rope_type": "default", "rope_theta": 1e4}, False, "float32"
     )
     spec = drafter_spec(config.drafter, shape, (1, 3), VOCAB - 1)
-    drafter = Drafter(spec, config.drafter.attention_backend, recompute=train.activation_checkpointing)
+    backends = (config.drafter.attention_backend, config.drafter.pointwise)
+    drafter = Drafter(spec, *backends, recompute=train.activation_checkpointing)
     drafter.initialise(train.seed)
     generator = torch.Generator().manual_seed(1)
     matrices = [torch.randn(VOCAB, HIDDEN, generator=generator) for _ in range(2)]
