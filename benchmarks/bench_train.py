@@ -202,6 +202,7 @@ def parse(cases: tuple[Case, ...]) -> argparse.Namespace:
     parser.add_argument("--engine", action="store_true", help="also under DeepSpeed")
     parser.add_argument("--attention", default="auto", choices=BACKENDS)
     parser.add_argument("--loss", default="auto", choices=["auto", "cuda", "cpu", "torch"])
+    parser.add_argument("--pointwise", default="auto", choices=["auto", "cuda", "torch"], help="norms, RoPE and SiLU")
     parser.add_argument("--optimizer", default="fused", choices=["fused", "foreach"], help="kind of torch's AdamW")
     parser.add_argument("--rows", type=int, default=8, help="rows of an optimizer step")
     parser.add_argument("--repeats", type=int, default=8 if torch.cuda.is_available() else 3)
@@ -235,7 +236,7 @@ def main() -> int:
     torch._dynamo.config.recompile_limit = 64  # each case's mask is compiled anew
     if device == "cpu":
         torch.set_num_threads(1)  # more would wait for each other longer than these shapes take
-    options = Options(device, args.attention, args.loss, args.optimizer, args.rows, args.repeats)
+    options = Options(device, args.attention, args.loss, args.pointwise, args.optimizer, args.rows, args.repeats)
     variants = [OURS, *(PEERS if args.peers else ()), *([ENGINE] if args.engine else ())]
     results: list[dict[str, Any]] = []
     report = {**stamp(["transformers"], device), "command": " ".join(sys.argv), "results": results}

@@ -103,7 +103,7 @@ proof() {
         step "check-$kernel" 75 "$python" tests/gpu/check.py --backend "$kernel" --seconds 70 \
             --out "$work/attention-check-$kernel.json" && good+=("$kernel")
     done
-    step train 60 "$python" benchmarks/bench_train.py --attention "${good[0]:-auto}" --loss cuda \
+    step train 60 "$python" benchmarks/bench_train.py --attention "${good[0]:-auto}" --loss cuda --pointwise cuda \
         --case "1 document" --case "3 documents" --case "12 documents, recomputed" --out "$work/train.json"
 }
 
@@ -117,11 +117,11 @@ product() {
         --out "$work/attention-check-$kernel.json"
     step product 100 env PYTHONPATH="$PWD:$site" "$python" tests/gpu/product.py "$pack/demo/verifier" \
         "$pack/demo/answers" "$work/product" --set drafter.head_dim=64 --set train.precision=bf16 \
-        --set "drafter.attention_backend=$kernel" --set loss.kernel=cuda
-    step train-peers 120 "$python" benchmarks/bench_train.py --attention "$kernel" --loss cuda --peers \
+        --set "drafter.attention_backend=$kernel" --set loss.kernel=cuda --set drafter.pointwise=cuda
+    step train-peers 120 "$python" benchmarks/bench_train.py --attention "$kernel" --loss cuda --pointwise cuda --peers \
         --case "1 document" --out "$work/train-peers.json"
     step flex 90 "$python" benchmarks/bench_attention.py --case "1 document" --out "$work/attention.json"
-    step train-more 60 "$python" benchmarks/bench_train.py --attention "$kernel" --loss cuda \
+    step train-more 60 "$python" benchmarks/bench_train.py --attention "$kernel" --loss cuda --pointwise cuda \
         --case "1 document, kl" --case "1 document, 1024 anchors" --out "$work/train-more.json"
     step loss-speed 80 "$python" benchmarks/bench_loss.py --kernel cuda --rounds 4 --json "$work/loss.json"
     # Without torch's cache of memory, in which overruns would hide.

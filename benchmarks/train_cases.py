@@ -152,10 +152,10 @@ def drafter_spec(case: Case) -> DrafterSpec:
     return DrafterSpec(layers, tuple(range(case.taps)), case.hidden, case.block, MASK_TOKEN)
 
 
-def make_drafter(case: Case, backend: str, device: str) -> Drafter:
+def make_drafter(case: Case, backend: str, pointwise: str, device: str) -> Drafter:
     """Drawn as `Drafter.initialise` draws, but on the device: a billion numbers take a CPU long."""
     with torch.device(device):
-        drafter = Drafter(drafter_spec(case), backend, recompute=case.recompute)
+        drafter = Drafter(drafter_spec(case), backend, pointwise, recompute=case.recompute)
     generator = torch.Generator(device).manual_seed(1)
     with torch.no_grad():
         for parameter in drafter.parameters():

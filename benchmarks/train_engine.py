@@ -33,6 +33,7 @@ def run_config(case: Case, options: Options) -> Config:
                 "head_dim": case.head_dim,
                 "mask_token_id": MASK_TOKEN,
                 "attention_backend": options.attention,
+                "pointwise": options.pointwise,
             },
             "data": {"path": case.name, "row_tokens": case.tokens, "anchors_per_document": case.anchors},
             "loss": {"terms": {case.term: 1.0}, "kernel": options.loss},

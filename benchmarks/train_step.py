@@ -30,11 +30,12 @@ TOP_KERNELS = 40
 
 @dataclass(frozen=True)
 class Options:
-    """`rows` micro-steps make an optimizer step; `attention` and `loss` name this library's implementations."""
+    """`rows` micro-steps make an optimizer step; `attention`, `loss` and `pointwise` name this library's kernels."""
 
     device: str
     attention: str = "auto"
     loss: str = "auto"
+    pointwise: str = "auto"
     optimizer: str = "fused"
     rows: int = 8
     repeats: int = 8
@@ -94,7 +95,7 @@ class Step:
             self.row = padded(self.row, case.documents * case.anchors)
         self.embedding, head = make_ends(case, options.device)
         self.loss_of = make_loss(variant, self.row, head, spec)
-        self.drafter = make_drafter(case, options.attention, options.device)
+        self.drafter = make_drafter(case, options.attention, options.pointwise, options.device)
         self.evidence: Evidence | None = None
         self.take_over()
 

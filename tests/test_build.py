@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import ninja
@@ -69,12 +68,11 @@ def fatbin_architectures(blob: bytes) -> set[int]:
 
 def test_kernels_are_built_without_pythons_headers() -> None:
     """A machine with a GPU may have none: only the ring needs them."""
-    headers = sysconfig.get_path("include")
     for part, needs in (("kernels", False), ("ring", True)):
         command = [NINJA, "-C", ROOT / "build" / part, "-t", "commands"]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         assert f"csrc/{'attention' if part == 'kernels' else 'ring'}/bindings.cpp" in printed
-        assert (headers in printed) == needs
+        assert bool(re.search(r"/include/python3\.\d+", printed)) == needs
 
 
 def test_an_unknown_target_is_one_clear_sentence() -> None:
