@@ -15,7 +15,7 @@ from benchmarks.train_step import Options, Step
 from dflash_scale.config import Config, parse_config
 from dflash_scale.drafter import Drafter
 from dflash_scale.hidden_states import run_layouts
-from dflash_scale.plan import Sizes, gpu_memory
+from dflash_scale.memory import Sizes, gpu_memory
 from dflash_scale.verifier import VerifierShape
 
 

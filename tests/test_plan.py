@@ -12,7 +12,8 @@ from transformers import Qwen3Config
 
 from dflash_scale.config import Config, load_config, parse_config
 from dflash_scale.drafter import Drafter, DrafterSpec
-from dflash_scale.plan import activation_bytes, make_plan, print_plan, size
+from dflash_scale.memory import activation_bytes
+from dflash_scale.plan import make_plan, print_plan, size
 from dflash_scale.prompts import prepare
 from tests.test_conversations import chat, save_tokenizer
 
