@@ -23,6 +23,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO))  # started as a script
 
@@ -38,7 +40,8 @@ from dflash_scale.verifier import verifier_shape  # noqa: E402
 from launch.demo.answers import AnswerSpec, make_answers  # noqa: E402
 from launch.demo.verifier import STEPS, make_verifier  # noqa: E402
 
-RANKS = SERVERS = 2
+SERVERS = 2
+RANKS = min(2, torch.cuda.device_count() or 2)
 # A vLLM server on a CPU takes what it is given; the demo's samples are short and its machine is small.
 VLLM_FLAGS = ("--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "8", "--enforce-eager")
 
