@@ -15,23 +15,25 @@ inline constexpr int kPanelRowBytes = 128;
 inline constexpr int kSwizzleRows = 8;
 
 // Shared-memory matrix descriptor of wgmma (PTX ISA, "Matrix descriptor"): address / 16 in bits 0-13, leading byte
-// offset / 16 in 16-29, stride byte offset / 16 in 32-45, 128-byte swizzle = 1 in 62-63.
-DFLASH_DEVICE uint64_t descriptor(uint32_t address, uint32_t leading, uint32_t stride) {
-  return static_cast<uint64_t>((address & 0x3ffff) >> 4) | static_cast<uint64_t>(leading >> 4) << 16 |
-         static_cast<uint64_t>(stride >> 4) << 32 | uint64_t{1} << 62;
+// offset / 16 in 16-29, stride byte offset / 16 in 32-45, 128-byte swizzle = 1 in 62-63. The address is that of an
+// aligned tile and `further` bytes from there. No sum of the two reaches 2^18, so nothing is masked: where `further`
+// and the offsets are constants, they are encoded when this is compiled, and a descriptor costs one addition.
+DFLASH_DEVICE uint64_t descriptor(uint32_t tile, uint32_t further, uint32_t leading, uint32_t stride) {
+  const uint32_t low = (tile >> 4) + ((further >> 4) + (leading >> 4 << 16));
+  return static_cast<uint64_t>(stride >> 4 | 1u << 30) << 32 | low;
 }
 
 // Rows of the panels are rows of the operand (of A, or columns of B), depth runs along a row: step k of 16 starts 32
 // bytes further in the same panel. The stride is from 8 rows to the next 8; the leading offset is not used.
 DFLASH_DEVICE uint64_t operand(uint32_t panels, int panel_rows, int step) {
-  const uint32_t at = panels + static_cast<uint32_t>(step / 4 * panel_rows * kPanelRowBytes + step % 4 * 32);
-  return descriptor(at, 16, kSwizzleRows * kPanelRowBytes);
+  const uint32_t further = static_cast<uint32_t>(step / 4 * panel_rows * kPanelRowBytes + step % 4 * 32);
+  return descriptor(panels, further, 16, kSwizzleRows * kPanelRowBytes);
 }
 
 // Rows of the panels are the depth, columns are columns of B ("MN-major", transposed): step k of 16 starts 16 rows
 // further. The stride is from 8 rows to the next 8, the leading offset from one panel to the next.
 DFLASH_DEVICE uint64_t operand_transposed(uint32_t panels, int panel_rows, int step) {
-  return descriptor(panels + static_cast<uint32_t>(step * 16 * kPanelRowBytes),
+  return descriptor(panels, static_cast<uint32_t>(step * 16 * kPanelRowBytes),
                     static_cast<uint32_t>(panel_rows * kPanelRowBytes), kSwizzleRows * kPanelRowBytes);
 }
 
