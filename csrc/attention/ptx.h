@@ -81,16 +81,17 @@ DFLASH_DEVICE uint32_t pack(float low, float high) {
     return *reinterpret_cast<const uint32_t*>(&pair);
   }
 }
+// bf16 is the upper half of an fp32: one instruction a number, where the conversion of a pair takes two.
 template <Half kType>
 DFLASH_DEVICE void unpack(uint32_t bits, float& low, float& high) {
-  float2 pair;
   if constexpr (kType == Half::kBf16) {
-    pair = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&bits));
+    low = __uint_as_float(bits << 16);
+    high = __uint_as_float(bits & 0xffff0000u);
   } else {
-    pair = __half22float2(*reinterpret_cast<const __half2*>(&bits));
+    const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&bits));
+    low = pair.x;
+    high = pair.y;
   }
-  low = pair.x;
-  high = pair.y;
 }
 
 // Four 8 x 8 matrices of 16-bit numbers: lane l gives the address of row l % 8 of matrix l / 8, and gets of matrix m in

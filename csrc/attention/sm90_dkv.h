@@ -199,16 +199,26 @@ DFLASH_DEVICE void weigh(float (&d)[kUnitRows / 2], float scale_log2, const RowS
   }
 }
 
-// dP^T becomes dS^T.
-DFLASH_DEVICE void differentiate(float (&d)[kUnitRows / 2], const float (&weights)[kUnitRows / 2],
+// dP^T becomes dS^T, by the weights that dv is made with: in 16 bits, two in a register.
+template <Half kType>
+DFLASH_DEVICE void differentiate(float (&d)[kUnitRows / 2], const uint32_t (&weights)[kUnitRows / 4],
                                  const RowStatistics& rows) {
   const int lane = thread_index() % 32;
 #pragma unroll
-  for (int i = 0; i < kUnitRows / 2; i += 4) {
+  for (int i = 0; i < kUnitRows / 2; i += 2) {
     const Pair<float> delta = pair_at(rows.delta, register_column(lane, i));
-#pragma unroll
-    for (int j = 0; j < 4; ++j) d[i + j] = weights[i + j] * (d[i + j] - delta.x[j % 2]);
+    Pair<float> weight;
+    unpack<kType>(weights[i / 2], weight.x[0], weight.x[1]);
+    for (int j = 0; j < 2; ++j) d[i + j] = weight.x[j] * (d[i + j] - delta.x[j]);
   }
+}
+
+// d (64 x D) += a (64 x 64, registers) rows (64, D) of a unit; in the background.
+template <int kD, Half kType>
+DFLASH_DEVICE void accumulate_unit(float (&d)[kD / 2], const uint32_t (&a)[kUnitRows / 4], uint32_t rows) {
+#pragma unroll
+  for (int step = 0; step < kUnitRows / 16; ++step) accumulate<kD, kType>(d, a + 4 * step, rows, kUnitRows, step);
+  products_commit();
 }
 
 template <int kD, Half kType>
@@ -236,19 +246,16 @@ DFLASH_DEVICE void consume_dkv(const DkvParameters& p, const KeyTile& tile, int 
       products_wait<1>();
       settle(weights);
       weigh(weights, p.scale_log2, rows, cover.interior(first_key, kUnitRows), first_key);
-      products_wait<0>();
-      settle(scores);
-      differentiate(scores, weights, rows);
-      // Packed only now: sooner, the packed weights would be 16 registers more than there are.
       pack_all<kType>(weights, packed_weights);
+      // dv's product runs while dS^T is made, from the packed weights: the others' registers are dS^T's by now.
+      products_fence();
+      accumulate_unit<kD, kType>(dv, packed_weights, gradients);
+      products_wait<1>();
+      settle(scores);
+      differentiate<kType>(scores, packed_weights, rows);
       pack_all<kType>(scores, packed_scores);
       products_fence();
-#pragma unroll
-      for (int step = 0; step < kUnitRows / 16; ++step) {
-        accumulate<kD, kType>(dv, packed_weights + 4 * step, gradients, kUnitRows, step);
-        accumulate<kD, kType>(dk, packed_scores + 4 * step, queries, kUnitRows, step);
-      }
-      products_commit();
+      accumulate_unit<kD, kType>(dk, packed_scores, queries);
       products_wait<0>();
       settle(dv);
       settle(dk);
