@@ -65,7 +65,7 @@ using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, 
                                  CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
 // Looked up at run time: linking libcuda would keep the library from loading on a machine without a driver.
-inline EncodeTiled encode_function() {
+inline EncodeTiled find_encode_function() {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
   const cudaError_t error =
@@ -76,7 +76,7 @@ inline EncodeTiled encode_function() {
 
 // Returns a cudaError_t.
 inline int encode(TensorMap* map, const TensorShape& shape, Half type) {
-  const EncodeTiled encode_tiled = encode_function();
+  static const EncodeTiled encode_tiled = find_encode_function();
   if (encode_tiled == nullptr) return static_cast<int>(cudaErrorNotSupported);
   const cuuint32_t steps[3] = {1, 1, 1};
   const CUresult result =
