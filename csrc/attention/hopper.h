@@ -169,7 +169,6 @@ DFLASH_DEVICE void settle(float (&d)[kCount]) {
 
 // Operand lists: numbers of the registers in the text, and the registers themselves.
 #define DFLASH_TEXT_8 "%0, %1, %2, %3, %4, %5, %6, %7"
-#define DFLASH_TEXT_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define DFLASH_TEXT_32                                                     \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -207,12 +206,10 @@ DFLASH_DEVICE void settle(float (&d)[kCount]) {
 // a (64 x 16) and b (kN x 16) both by rows, depth along the rows.
 template <int kN, Half kType>
 DFLASH_DEVICE void product(float* d, uint64_t a, uint64_t b, bool add) {
-  static_assert(kN == 16 || kN == 32 || kN == 64 || kN == 128);
+  static_assert(kN == 16 || kN == 64 || kN == 128);
   constexpr bool kBf16 = kType == Half::kBf16;
   if constexpr (kN == 16 && kBf16) DFLASH_SS(8, "16", "bf16", "0", "8", "9", "10");
   if constexpr (kN == 16 && !kBf16) DFLASH_SS(8, "16", "f16", "0", "8", "9", "10");
-  if constexpr (kN == 32 && kBf16) DFLASH_SS(16, "32", "bf16", "0", "16", "17", "18");
-  if constexpr (kN == 32 && !kBf16) DFLASH_SS(16, "32", "f16", "0", "16", "17", "18");
   if constexpr (kN == 64 && kBf16) DFLASH_SS(32, "64", "bf16", "0", "32", "33", "34");
   if constexpr (kN == 64 && !kBf16) DFLASH_SS(32, "64", "f16", "0", "32", "33", "34");
   if constexpr (kN == 128 && kBf16) DFLASH_SS(64, "128", "bf16", "0", "64", "65", "66");
@@ -222,10 +219,8 @@ DFLASH_DEVICE void product(float* d, uint64_t a, uint64_t b, bool add) {
 // a (64 x 16) in registers, b (16 x kN) by rows, columns along the rows.
 template <int kN, Half kType>
 DFLASH_DEVICE void product_transposed(float* d, const uint32_t* a, uint64_t b, bool add) {
-  static_assert(kN == 32 || kN == 64 || kN == 128);
+  static_assert(kN == 64 || kN == 128);
   constexpr bool kBf16 = kType == Half::kBf16;
-  if constexpr (kN == 32 && kBf16) DFLASH_RS(16, "32", "bf16", "1", "16", "17", "18", "19", "20", "21");
-  if constexpr (kN == 32 && !kBf16) DFLASH_RS(16, "32", "f16", "1", "16", "17", "18", "19", "20", "21");
   if constexpr (kN == 64 && kBf16) DFLASH_RS(32, "64", "bf16", "1", "32", "33", "34", "35", "36", "37");
   if constexpr (kN == 64 && !kBf16) DFLASH_RS(32, "64", "f16", "1", "32", "33", "34", "35", "36", "37");
   if constexpr (kN == 128 && kBf16) DFLASH_RS(64, "128", "bf16", "1", "64", "65", "66", "67", "68", "69");

@@ -215,7 +215,7 @@ DFLASH_DEVICE void differentiate(float (&d)[kUnitRows / 2], const uint32_t (&wei
 
 // d (64 x D) += a (64 x 64, registers) rows (64, D) of a unit; in the background.
 template <int kD, Half kType>
-DFLASH_DEVICE void accumulate_unit(float (&d)[kD / 2], const uint32_t (&a)[kUnitRows / 4], uint32_t rows) {
+DFLASH_DEVICE void accumulate_unit(Sums<kD>& d, const uint32_t (&a)[kUnitRows / 4], uint32_t rows) {
 #pragma unroll
   for (int step = 0; step < kUnitRows / 16; ++step) accumulate<kD, kType>(d, a + 4 * step, rows, kUnitRows, step);
   products_commit();
@@ -227,7 +227,7 @@ DFLASH_DEVICE void consume_dkv(const DkvParameters& p, const KeyTile& tile, int 
   const int index = thread_index() / kWarpgroup - 1;
   const uint32_t keys = stages.base + static_cast<uint32_t>(index * kUnitRows * kPanelRowBytes);
   const int first_key = tile.first_key + index * kUnitRows;
-  float dk[kD / 2] = {}, dv[kD / 2] = {};
+  Sums<kD> dk = {}, dv = {};
   Cursor<Shape::kStages> cursor;
   barrier_wait(stages.keys_full(), 0);
   for (int unit = 0; unit < tile.units; ++unit) {

@@ -93,7 +93,7 @@ struct DqConsumer {
 
   // kN keys from row `row` of the tile on, the first of them key `at`. Both scores run in the background at once.
   template <int kN>
-  DFLASH_DEVICE void keys(int at, int row, bool interior, float (&dq)[kD / 2]) {
+  DFLASH_DEVICE void keys(int at, int row, bool interior, Sums<kD>& dq) {
     float weights[kN / 2], scores[kN / 2];
     uint32_t packed[kN / 4];
     const uint32_t offset = static_cast<uint32_t>(row * kPanelRowBytes);
@@ -122,7 +122,7 @@ struct DqConsumer {
     settle(dq);
   }
 
-  DFLASH_DEVICE void run(KeyWalk walk, float (&dq)[kD / 2]) {
+  DFLASH_DEVICE void run(KeyWalk walk, Sums<kD>& dq) {
     mine.see(p.rows, Segment::kContext, sees);
     for (; !walk.done() && walk.segment == Segment::kContext; walk.advance(kKeys)) {
       if (unit.count == 0 || unit.context.dead(walk.p, kKeys)) {
@@ -170,7 +170,7 @@ DFLASH_DEVICE void consume_dq(const DqParameters& p, int item, int head, char* s
     consumer.lse[r] = at < 0 ? 0.0f : p.lse[at] * kLog2E;
     consumer.delta[r] = delta[row];
   }
-  float dq[kD / 2] = {};
+  Sums<kD> dq = {};
   if (consumer.unit.count > 0) barrier_wait(unit_full<Shape>(base, index), 0);
   consumer.run(item_walk(p.rows, item), dq);
   const float factor[2] = {p.scale, p.scale};

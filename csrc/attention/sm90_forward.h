@@ -87,7 +87,7 @@ struct ForwardConsumer {
     score<kKeys, kD, kType>(scores, queries, kUnitRows, rings.keys(keys.stage), kKeys);
     products_commit();
   }
-  DFLASH_DEVICE void multiply_values(float (&out)[kD / 2], const uint32_t (&weights)[kKeys / 4]) {
+  DFLASH_DEVICE void multiply_values(Sums<kD>& out, const uint32_t (&weights)[kKeys / 4]) {
 #pragma unroll
     for (int step = 0; step < kKeys / 16; ++step)
       accumulate<kD, kType>(out, weights + 4 * step, rings.values(values.stage), kKeys, step);
@@ -123,7 +123,7 @@ struct ForwardConsumer {
   }
 
   // Scores of the tile at key row `at`, and meanwhile the values of the tile before.
-  DFLASH_DEVICE void next_tile(int at, float (&out)[kD / 2], uint32_t (&weights)[kKeys / 4]) {
+  DFLASH_DEVICE void next_tile(int at, Sums<kD>& out, uint32_t (&weights)[kKeys / 4]) {
     float scores[kKeys / 2], rescale[2];
     barrier_wait(rings.keys_full(keys.stage), keys.parity);
     barrier_wait(rings.values_full(values.stage), values.parity);
@@ -143,7 +143,7 @@ struct ForwardConsumer {
     pack_all<kType>(scores, weights);
   }
 
-  DFLASH_DEVICE void last_values(float (&out)[kD / 2], const uint32_t (&weights)[kKeys / 4]) {
+  DFLASH_DEVICE void last_values(Sums<kD>& out, const uint32_t (&weights)[kKeys / 4]) {
     barrier_wait(rings.values_full(values.stage), values.parity);
     products_fence();
     multiply_values(out, weights);
@@ -153,7 +153,7 @@ struct ForwardConsumer {
   }
 
   // A tile of own rows, in steps of 16 keys, those that this unit's blocks hold.
-  DFLASH_DEVICE void own_tile(int at, float (&out)[kD / 2]) {
+  DFLASH_DEVICE void own_tile(int at, Sums<kD>& out) {
     const Interval own = unit.own(p.rows);
     barrier_wait(rings.keys_full(keys.stage), keys.parity);
     barrier_wait(rings.values_full(values.stage), values.parity);
@@ -186,7 +186,7 @@ struct ForwardConsumer {
   DFLASH_DEVICE bool dead(const KeyWalk& walk) const { return unit.count == 0 || unit.context.dead(walk.p, kKeys); }
 
   // The tiles that a unit needs follow one another: others come before and after.
-  DFLASH_DEVICE void run(KeyWalk walk, float (&out)[kD / 2]) {
+  DFLASH_DEVICE void run(KeyWalk walk, Sums<kD>& out) {
     mine.see(p.rows, Segment::kContext, sees);
     for (; in_context(walk) && dead(walk); walk.advance(kKeys)) skip();
     if (in_context(walk)) {
@@ -216,7 +216,7 @@ DFLASH_DEVICE void consume_forward(const ForwardParameters& p, int item, int hea
                                       {},
                                       {},
                                       {}};
-  float out[kD / 2] = {};
+  Sums<kD> out = {};
   if (consumer.unit.count > 0) barrier_wait(unit_full<Shape>(base, index), 0);
   consumer.run(item_walk(p.rows, item), out);
 

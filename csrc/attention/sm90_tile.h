@@ -24,6 +24,12 @@ DFLASH_HOST_DEVICE constexpr int panels(int head_dim) { return (head_dim + kPane
 // A head dim that fills only half of its last panel has zeros there, from the copies' bounds.
 DFLASH_HOST_DEVICE constexpr int tile_bytes(int head_dim, int rows) { return panels(head_dim) * rows * kPanelRowBytes; }
 
+// A thread's registers of a warpgroup's sums (64 x D). They are of whole panels, because products are: the columns
+// beyond D are never stored, and what they cost (D = 96) is the price of using no product of half a swizzled panel,
+// which CUTLASS, for one, never issues.
+template <int kD>
+using Sums = float[panels(kD) * kPanel / 2];
+
 // (A*S, Hq, D) by units: a box is `unit_positions` positions of one group of heads, in the order of packed rows.
 inline int encode_queries(TensorMap* map, const void* base, const AttentionShape& s, Half type) {
   const int group = s.q_heads / s.kv_heads;
@@ -115,18 +121,8 @@ DFLASH_DEVICE void score(float* d, uint32_t left, int left_rows, uint32_t right,
 
 // d (64 x D) += a (64 x 16, registers) right (16 rows from 16 * step on, D); in the background.
 template <int kD, Half kType>
-DFLASH_DEVICE void accumulate(float* d, const uint32_t* a, uint32_t right, int rows, int step) {
-  constexpr int kWhole = kD / 128 * 128, kRest = kD - kWhole;
-  const uint32_t panel = static_cast<uint32_t>(rows * kPanelRowBytes);
-#pragma unroll
-  for (int at = 0; at < kWhole; at += 128)
-    product_transposed<128, kType>(d + at / 2, a, operand_transposed(right + at / kPanel * panel, rows, step), true);
-  if constexpr (kRest >= 64)
-    product_transposed<64, kType>(d + kWhole / 2, a, operand_transposed(right + kWhole / kPanel * panel, rows, step),
-                                  true);
-  if constexpr (kRest % 64 != 0)
-    product_transposed<32, kType>(d + (kD - 32) / 2, a, operand_transposed(right + kD / kPanel * panel, rows, step),
-                                  true);
+DFLASH_DEVICE void accumulate(Sums<kD>& d, const uint32_t* a, uint32_t right, int rows, int step) {
+  product_transposed<panels(kD) * kPanel, kType>(d, a, operand_transposed(right, rows, step), true);
 }
 
 // A warpgroup's accumulator (64 x 2 kCount) in 16 bits: left operands of 16 columns, four registers each.
@@ -183,7 +179,7 @@ DFLASH_DEVICE void release(uint32_t barrier) {
 // `staging`: panels of `staging_rows` rows in shared memory whose first 64 rows nothing else uses any more. place(row)
 // is where a row goes, or nullptr.
 template <int kD, Half kType, typename Place>
-DFLASH_DEVICE void store_rows(const float (&d)[kD / 2], const float (&factor)[2], char* staging, int staging_rows,
+DFLASH_DEVICE void store_rows(const Sums<kD>& d, const float (&factor)[2], char* staging, int staging_rows,
                               const Place& place) {
   const int thread = thread_index() % kWarpgroup, lane = thread % 32;
   const auto at = [&](int row, int column) {
@@ -332,7 +328,7 @@ DFLASH_DEVICE void run_item(uint32_t base, const Feed& feed, const Consume& cons
 // A consumer's accumulator, row r times factor[r], to its unit's rows of `tensor`, (A*S, Hq, D), through the shared
 // memory of its queries.
 template <int kD, Half kType, typename Parameters>
-DFLASH_DEVICE void store_unit(const float (&d)[kD / 2], const float (&factor)[2], char* staging, void* tensor,
+DFLASH_DEVICE void store_unit(const Sums<kD>& d, const float (&factor)[2], char* staging, void* tensor,
                               const Parameters& p, int item, int head) {
   const int index = thread_index() / kWarpgroup - 1;
   store_rows<kD, kType>(d, factor, staging, kUnitRows, [&](int row) -> void* {
