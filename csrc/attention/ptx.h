@@ -54,6 +54,7 @@ DFLASH_DEVICE void sync_warp() { __syncwarp(); }
 DFLASH_DEVICE void sync_named(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+DFLASH_DEVICE int shuffle(int value, int lane) { return __shfl_sync(kAllLanes, value, lane); }
 DFLASH_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(kAllLanes, value, mask); }
 DFLASH_DEVICE int shuffle_xor(int value, int mask) { return __shfl_xor_sync(kAllLanes, value, mask); }
 DFLASH_DEVICE int shuffle_up(int value, int delta) { return __shfl_up_sync(kAllLanes, value, delta); }

@@ -224,7 +224,7 @@ DFLASH_DEVICE void accumulate_unit(Sums<kD>& d, const uint32_t (&a)[kUnitRows / 
 template <int kD, Half kType>
 DFLASH_DEVICE void consume_dkv(const DkvParameters& p, const KeyTile& tile, int head, const DkvStages<kD>& stages) {
   using Shape = DkvShape<kD>;
-  const int index = thread_index() / kWarpgroup - 1;
+  const int index = consumer_index();
   const uint32_t keys = stages.base + static_cast<uint32_t>(index * kUnitRows * kPanelRowBytes);
   const int first_key = tile.first_key + index * kUnitRows;
   Sums<kD> dk = {}, dv = {};

@@ -151,7 +151,7 @@ template <int kD, Half kType>
 DFLASH_DEVICE void consume_dq(const DqParameters& p, int item, int head, char* shared) {
   using Shape = DqShape<kD>;
   const uint32_t base = shared_address(shared);
-  const int index = thread_index() / kWarpgroup - 1;
+  const int index = consumer_index();
   float* delta = reinterpret_cast<float*>(shared + Shape::kDelta) + index * kUnitRows;
   make_delta<kD, kType>(p, item, head, delta);
   DqConsumer<kD, kType> consumer{p,

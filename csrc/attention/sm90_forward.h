@@ -206,7 +206,7 @@ template <int kD, Half kType>
 DFLASH_DEVICE void consume_forward(const ForwardParameters& p, int item, int head, char* shared) {
   using Shape = ForwardShape<kD>;
   const uint32_t base = shared_address(shared);
-  const int index = thread_index() / kWarpgroup - 1;
+  const int index = consumer_index();
   ForwardConsumer<kD, kType> consumer{p,
                                       item_rings<Shape>(base),
                                       base + index * Shape::kUnit,

@@ -30,6 +30,10 @@ DFLASH_HOST_DEVICE constexpr int tile_bytes(int head_dim, int rows) { return pan
 template <int kD>
 using Sums = float[panels(kD) * kPanel / 2];
 
+// Which consumer a thread belongs to. All lanes have lane 0's answer, so that the compiler knows it to be the same:
+// what follows from it, descriptors above all, is then worked out once a warp.
+DFLASH_DEVICE int consumer_index() { return shuffle(thread_index() / kWarpgroup - 1, 0); }
+
 // (A*S, Hq, D) by units: a box is `unit_positions` positions of one group of heads, in the order of packed rows.
 inline int encode_queries(TensorMap* map, const void* base, const AttentionShape& s, Half type) {
   const int group = s.q_heads / s.kv_heads;

@@ -403,6 +403,7 @@ std::array<Value, kWarp> gather_warp(const char* what, Value value) {
 }
 
 inline int lane_index() { return thread_index() % kWarp; }
+inline int shuffle(int value, int lane) { return gather_warp("shuffle", value)[lane]; }
 inline float shuffle_xor(float value, int mask) { return gather_warp("shuffle_xor", value)[lane_index() ^ mask]; }
 inline int shuffle_xor(int value, int mask) { return gather_warp("shuffle_xor", value)[lane_index() ^ mask]; }
 inline int shuffle_up(int value, int delta) {
