@@ -301,30 +301,31 @@ def test_repeated_anchors() -> None:
     check_all(Case(anchors=(60,) * 40, block_size=2))
 
 
-def test_scores_of_any_size() -> None:
+@pytest.mark.parametrize("kernel", [80, 90])
+@pytest.mark.parametrize("highest", [60, 6, 2])
+def test_scores_of_any_size(highest: int, kernel: int) -> None:
     """Peaks rise late, in steps that may lag: growing scores, and rows whose first tiles are masked."""
     case = Case(lengths=(400,), padding=0, anchors=(30, 200, 399), block_size=16, window=380)
-    run = Run.of(case)
-    growing = torch.linspace(-60, 60, 400)[:, None, None]
+    run = Run.of(case, kernel)
+    growing = torch.linspace(-highest, highest, 400)[:, None, None]
     run.buffers["k_ctx"].tensor[:] = growing * torch.ones(64)
     run.buffers["q"].tensor[:] = 1 / 8
     run.call("forward", 0)
     scores = growing[:, 0, 0].half().double()  # 64 products of 1 / 8, times 1 / sqrt(64)
-    seen = visible_context(case.plan())
     own = torch.einsum("abd->ab", run.buffers["k_blk"].tensor.double().view(3, 16, 64)) / 64
-    own_seen = visible_block(case.plan())
-    wanted = torch.logsumexp(
-        torch.cat(
-            [
-                torch.where(seen, scores, -torch.inf),
-                torch.where(own_seen, own[:, None, :], torch.tensor(-torch.inf, dtype=torch.float64)),
-            ],
-            -1,
-        ),
-        -1,
-    )
+    seen, own_seen = visible_context(case.plan()), visible_block(case.plan())
+    nothing = torch.tensor(-torch.inf, dtype=torch.float64)
+    weights = torch.cat([torch.where(seen, scores, nothing), torch.where(own_seen, own[:, None, :], nothing)], -1)
     got = run.buffers["lse"].tensor.double().view(3, 16, 2)
-    assert (got - wanted[:, :, None]).abs().max() < 1e-4
+    assert (got - torch.logsumexp(weights, -1)[:, :, None]).abs().max() < 1e-4
+    values, own_values = (
+        run.buffers["v_ctx"].tensor.double()[:, 0],
+        run.buffers["v_blk"].tensor.double().view(3, 16, 64),
+    )
+    weights = torch.softmax(weights, -1)
+    wanted = weights[..., :400] @ values + weights[..., 400:] @ own_values
+    out = run.buffers["out"].tensor.double().view(3, 16, 2, 64)
+    assert (out - wanted[:, :, None]).abs().max() < 4e-3
 
 
 @pytest.mark.parametrize("kernel", [80, 90])

@@ -29,14 +29,20 @@ struct ForwardShape {
   static constexpr int kShared = kBarriers + 8 * (kConsumers + Rings::kBarriers);
 };
 
-// Online softmax of a thread's two rows; `total` is this thread's part of the sum.
+// Online softmax of a thread's two rows; `total` is this thread's part of the sum. What is subtracted from a row's
+// scores follows the row's largest score only where that is kSlack higher (to base 2), because earlier results then
+// have to be rescaled (as FlashAttention-4 does). Weights reach 2^kSlack, which 16-bit numbers hold as precisely as 1.
 struct Softmax {
+  static constexpr float kSlack = 8;
+
   float peak[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};
 
-  // Turns scores into exp2((score - peak) * scale); `rescale` is what earlier results must be multiplied with.
+  // Turns scores into exp2((score - peak) * scale). Where the answer, which a warp has in common, is true, earlier
+  // results must be multiplied with `rescale`; elsewhere that is 1.
   template <int kCount>
-  DFLASH_DEVICE void step(float (&d)[kCount], float scale, float (&rescale)[2]) {
+  DFLASH_DEVICE bool step(float (&d)[kCount], float scale, float (&rescale)[2]) {
     float used[2];
+    bool rises = false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float highest = peak[r];
@@ -45,17 +51,22 @@ struct Softmax {
         if (register_row(i) == r) highest = fmaxf(highest, d[i]);
       highest = fmaxf(highest, shuffle_xor(highest, 1));
       highest = fmaxf(highest, shuffle_xor(highest, 2));
+      // A row's first key is higher than -inf by any measure.
+      const bool follows = highest * scale > peak[r] * scale + kSlack;
+      const float earlier = peak[r] * scale;
+      if (follows) peak[r] = highest;
       // A row that has not seen a key yet: -inf - (-inf) would be NaN.
-      used[r] = highest == -INFINITY ? 0.0f : highest * scale;
-      rescale[r] = exp2_fast(peak[r] * scale - used[r]);
-      peak[r] = highest;
+      used[r] = peak[r] == -INFINITY ? 0.0f : peak[r] * scale;
+      rescale[r] = follows ? exp2_fast(earlier - used[r]) : 1.0f;
       total[r] *= rescale[r];
+      rises |= follows;
     }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       d[i] = exp2_fast(d[i] * scale - used[register_row(i)]);
       total[register_row(i)] += d[i];
     }
+    return ballot(rises) != 0;
   }
 };
 
@@ -134,12 +145,12 @@ struct ForwardConsumer {
     settle(scores);
     release_keys();
     if (!unit.context.interior(at, kKeys)) hide(scores, at, sees, -INFINITY);
-    softmax.step(scores, p.scale_log2, rescale);
+    const bool rises = softmax.step(scores, p.scale_log2, rescale);
     before_wait(softmax.total[0] + softmax.total[1]);
     products_wait<0>();
     settle(out);
     release_values();
-    multiply_rows(out, rescale);
+    if (rises) multiply_rows(out, rescale);
     pack_all<kType>(scores, weights);
   }
 
@@ -169,8 +180,7 @@ struct ForwardConsumer {
       products_wait<0>();
       settle(scores);
       hide(scores, key, sees, -INFINITY);
-      softmax.step(scores, p.scale_log2, rescale);
-      multiply_rows(out, rescale);
+      if (softmax.step(scores, p.scale_log2, rescale)) multiply_rows(out, rescale);
       pack_all<kType>(scores, weights);
       products_fence();
       accumulate<kD, kType>(out, weights, rings.values(values.stage), kKeys, step);
