@@ -63,7 +63,7 @@ class Problem(ctypes.Structure):
         ("scale", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in PLAN),
         *((name, ctypes.c_void_p) for name in ("q", "k_ctx", "v_ctx", "k_blk", "v_blk", "dout")),
-        *((name, ctypes.c_void_p) for name in ("out", "lse", "delta", *GRADIENTS)),
+        *((name, ctypes.c_void_p) for name in ("out", "lse", "delta", *GRADIENTS, "taken")),
     )
 
 
@@ -189,6 +189,7 @@ class Run:
             buffers[name] = Guarded.poisoned(tuple(inputs["q"].shape[:2]), torch.float32)
         for name in GRADIENTS:
             buffers[name] = Guarded.poisoned(tuple(inputs[name[1:]].shape), case.dtype)
+        buffers["taken"] = Guarded(torch.tensor([-3], dtype=torch.int32))
         problem = Problem(
             inputs["k_ctx"].shape[0], len(case.anchors), case.block_size, case.key_heads * case.group, case.key_heads,
             case.head_dim, case.window or 0, case.causal_block, case.dtype == torch.float16, plan["order"].numel(),
@@ -326,6 +327,17 @@ def test_scores_of_any_size(highest: int, kernel: int) -> None:
     wanted = weights[..., :400] @ values + weights[..., 400:] @ own_values
     out = run.buffers["out"].tensor.double().view(3, 16, 2, 64)
     assert (out - wanted[:, :, None]).abs().max() < 4e-3
+
+
+@pytest.mark.parametrize("machine", range(4))
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_many_items(head_dim: int, machine: int) -> None:
+    """On Hopper one block of threads takes them all: items of several tiles and of one, and one with half its rows."""
+    anchors = (0, *range(5, 300, 40), *range(301, 309))
+    case = Case(
+        lengths=(300, *([1] * 10)), padding=0, anchors=anchors, block_size=8, group=8, key_heads=2, head_dim=head_dim
+    )
+    check_all(case, machine)
 
 
 @pytest.mark.parametrize("kernel", [80, 90])

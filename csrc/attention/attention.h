@@ -72,7 +72,8 @@ struct GpuForward {
   Half type;
   const void *q, *k_ctx, *v_ctx, *k_blk, *v_blk;
   void* out;
-  float* lse;  // (A*S, Hq) natural logarithm of the sum of exponentials
+  float* lse;      // (A*S, Hq) natural logarithm of the sum of exponentials
+  int32_t* taken;  // (1,) scratch: work items that blocks of threads have taken
 };
 
 struct GpuBackward {
@@ -82,7 +83,8 @@ struct GpuBackward {
   Half type;
   const void *dout, *q, *k_ctx, *v_ctx, *k_blk, *v_blk, *out;
   const float* lse;
-  float* delta;  // (A*S, Hq) scratch: the row sums of dout * out
+  float* delta;    // (A*S, Hq) scratch: the row sums of dout * out
+  int32_t* taken;  // (1,) scratch, as in the forward
   void *dq, *dk_ctx, *dv_ctx, *dk_blk, *dv_blk;
 };
 

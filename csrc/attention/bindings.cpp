@@ -173,6 +173,7 @@ std::tuple<Tensor, Tensor> forward_cuda(Tensor q, Tensor k_ctx, Tensor v_ctx, Te
   const PlanRefs plan{starts, ends, tile_ranges, order, tile_order, block_size, window, causal_block, scale};
   Tensor result = torch::stable::empty_like(q);
   Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1)}, ScalarType::Float);
+  const Tensor taken = torch::stable::new_empty(q, {1}, ScalarType::Int);
   if (starts.numel() == 0) return {result, lse};
   const GpuForward forward{shape(q, k_ctx, plan),
                            in<int32_t>(order),
@@ -184,7 +185,8 @@ std::tuple<Tensor, Tensor> forward_cuda(Tensor q, Tensor k_ctx, Tensor v_ctx, Te
                            in_gpu(k_blk),
                            in_gpu(v_blk),
                            out<void>(result),
-                           out<float>(lse)};
+                           out<float>(lse),
+                           out<int32_t>(taken)};
   check_launch((kernel == 90 ? forward_sm90 : forward_sm80)(forward, device.stream()),
                kernel == 90 ? "sm90 forward" : "sm80 forward");
   return {result, lse};
@@ -204,7 +206,7 @@ GradientTensors backward_cuda(Tensor dout, Tensor q, Tensor k_ctx, Tensor v_ctx,
     torch::stable::zero_(dv_ctx);
     return grads;
   }
-  const Tensor delta = torch::stable::empty_like(lse);
+  const Tensor delta = torch::stable::empty_like(lse), taken = torch::stable::new_empty(q, {1}, ScalarType::Int);
   GpuBackward backward{shape(q, k_ctx, plan), in<int32_t>(order), in<int32_t>(tile_ranges), in<int32_t>(tile_order)};
   backward.items = static_cast<int32_t>(order.numel());
   backward.type = type;
@@ -217,6 +219,7 @@ GradientTensors backward_cuda(Tensor dout, Tensor q, Tensor k_ctx, Tensor v_ctx,
   backward.out = in_gpu(result);
   backward.lse = in<float>(lse);
   backward.delta = out<float>(delta);
+  backward.taken = out<int32_t>(taken);
   backward.dq = out<void>(dq);
   backward.dk_ctx = out<void>(dk_ctx);
   backward.dv_ctx = out<void>(dv_ctx);

@@ -154,10 +154,10 @@ DFLASH_DEVICE void find_orders(const PlanArgs& args, int tiles, const PlanScratc
   const auto weight_of_item = [&](int item) { return item_weight(args, item); };
   const auto weight_of_tile = [&](int tile) { return tile_weight(args, tile); };
   for (int i = thread_index(); i < items; i += kPlanThreads) {
-    atomic_add_shared(&scratch.item_places[weight_of_item(i)], 1);
+    atomic_add(&scratch.item_places[weight_of_item(i)], 1);
   }
   for (int t = thread_index(); t < tiles; t += kPlanThreads) {
-    atomic_add_shared(&scratch.tile_places[weight_of_tile(t)], 1);
+    atomic_add(&scratch.tile_places[weight_of_tile(t)], 1);
   }
   sync_threads();
   first_places(scratch.item_places, scratch.partial);

@@ -39,6 +39,12 @@ inline constexpr unsigned kAllLanes = 0xffffffffu;
 inline constexpr int kSharedAlign = 1024;
 
 DFLASH_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+// For a loop's body: what is worked out from this is not kept in registers from one turn to the next.
+DFLASH_DEVICE int fresh_thread_index() {
+  int index = thread_index();
+  asm volatile("" : "+r"(index));
+  return index;
+}
 DFLASH_DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
 DFLASH_DEVICE int block_threads() { return static_cast<int>(blockDim.x); }
 DFLASH_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
@@ -60,7 +66,8 @@ DFLASH_DEVICE int shuffle_xor(int value, int mask) { return __shfl_xor_sync(kAll
 DFLASH_DEVICE int shuffle_up(int value, int delta) { return __shfl_up_sync(kAllLanes, value, delta); }
 DFLASH_DEVICE unsigned ballot(bool predicate) { return __ballot_sync(kAllLanes, predicate); }
 DFLASH_DEVICE unsigned match_any(int value) { return __match_any_sync(kAllLanes, value); }
-DFLASH_DEVICE int atomic_add_shared(int* p, int value) { return atomicAdd(p, value); }
+// Shared or device memory; returns what was there.
+DFLASH_DEVICE int atomic_add(int* p, int value) { return atomicAdd(p, value); }
 DFLASH_DEVICE int popc(unsigned bits) { return __popc(bits); }
 DFLASH_DEVICE int clz(unsigned bits) { return __clz(static_cast<int>(bits)); }
 
@@ -138,6 +145,18 @@ DFLASH_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" :
 template <int kPending>
 DFLASH_DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Multiprocessors of the current device. Returns a cudaError_t.
+inline int count_multiprocessors(int* count) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return static_cast<int>(error);
+  return static_cast<int>(cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device));
+}
+// Zeros in device memory, in the stream's order. Returns a cudaError_t.
+inline int clear(void* memory, size_t bytes, void* stream) {
+  return static_cast<int>(cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(stream)));
 }
 
 struct Launch {

@@ -3,7 +3,7 @@
 //   P = exp2(S - lse), dP = dout V^T, dS = P (dP - delta), dq += dS K
 #pragma once
 
-#include "attention/sm90_tile.h"
+#include "attention/sm90_items.h"
 
 namespace dflash::gpu::sm90 {
 
@@ -11,8 +11,8 @@ struct DqParameters {
   Rows rows;
   TensorMap q, dout;
   KeyMaps keys;
-  const int32_t* order;
-  int q_heads, kv_heads;
+  WorkList list;
+  int q_heads;
   float scale, scale_log2;
   const void *dout_rows, *out_rows;  // (A*S, Hq, D)
   const float* lse;
@@ -22,23 +22,19 @@ struct DqParameters {
 
 template <int kD>
 struct DqShape {
-  static constexpr int kKeys = 128;
-  static constexpr int kStages = kD <= 64 ? 3 : 2;
-  static constexpr int kUnit = tile_bytes(kD, kUnitRows);
-  using Rings = KeyRings<kD, kKeys, kStages>;
-  // Queries of both units, gradients of both, the rings, delta, the barriers: one for each unit, then the rings'.
-  static constexpr int kGradients = kConsumers * kUnit, kRings = 2 * kGradients, kDelta = kRings + Rings::kBytes;
-  static constexpr int kBarriers = kDelta + kConsumers * kUnitRows * 4;
-  static constexpr int kShared = kBarriers + 8 * (kConsumers + Rings::kBarriers);
+  // Units are queries and gradients.
+  using Memory = ItemMemory<kD, 2, kD <= 64 ? 2 : 1, kD <= 64 ? 3 : 2>;
+  // Behind it both units' delta.
+  static constexpr int kDelta = Memory::kBytes, kShared = kDelta + kConsumers * kUnitRows * 4;
 };
 
 // A warp's 16 rows of delta, half a warp a row, to global memory and to `delta`, (64,) in shared memory. All of a
 // lane's loads are issued before the first is waited for.
 template <int kD, Half kType>
-DFLASH_DEVICE void make_delta(const DqParameters& p, int item, int head, float* delta) {
+DFLASH_DEVICE void make_delta(const DqParameters& p, const Work& work, float* delta) {
   constexpr int kPairs = 8;
-  const int index = thread_index() / kWarpgroup - 1, warp = thread_index() % kWarpgroup / 32,
-            lane = thread_index() % 32;
+  const int thread = fresh_thread_index();
+  const int index = thread / kWarpgroup - 1, warp = thread % kWarpgroup / 32, lane = thread % 32;
   const int chunk = smaller(lane % 16, kD / 8 - 1);
   const Chunk *dout = static_cast<const Chunk*>(p.dout_rows), *out = static_cast<const Chunk*>(p.out_rows);
   float sums[kPairs];
@@ -46,7 +42,8 @@ DFLASH_DEVICE void make_delta(const DqParameters& p, int item, int head, float* 
 #pragma unroll
   for (int pair = 0; pair < kPairs; ++pair) {
     const int row = warp * 16 + pair * 2 + lane / 16;
-    rows[pair] = query_row(p.rows, p.q_heads, head, p.rows.item_position(item, index * kUnitRows + row), row);
+    const int position = p.rows.item_position(work.item, index * kUnitRows + row);
+    rows[pair] = query_row(p.rows, p.q_heads, work.head, position, row);
     // Padding reads row 0, and throws it away.
     const int64_t at = (rows[pair] < 0 ? 0 : rows[pair]) * (kD / 8) + chunk;
     sums[pair] = dot<kType>(dout[at], out[at]);
@@ -65,16 +62,16 @@ DFLASH_DEVICE void make_delta(const DqParameters& p, int item, int head, float* 
 
 template <int kD, Half kType>
 struct DqConsumer {
-  using Shape = DqShape<kD>;
-  static constexpr int kKeys = Shape::kKeys;
+  using Memory = typename DqShape<kD>::Memory;
+  static constexpr int kKeys = Memory::kKeys;
 
   const DqParameters& p;
-  typename Shape::Rings rings;
+  typename Memory::Rings rings;
   uint32_t queries, gradients;
-  ThreadRows mine;
-  UnitCover unit;
+  typename Memory::Ring& ring;
+  int item;
+  Cover context;
   float lse[2], delta[2];  // lse to base 2
-  Cursor<Shape::kStages> ring;
   Interval sees[2];
 
   DFLASH_DEVICE void wait_tile() {
@@ -123,18 +120,19 @@ struct DqConsumer {
   }
 
   DFLASH_DEVICE void run(KeyWalk walk, Sums<kD>& dq) {
-    mine.see(p.rows, Segment::kContext, sees);
+    ThreadRows::of(p.rows, item).see(p.rows, Segment::kContext, sees);
     for (; !walk.done() && walk.segment == Segment::kContext; walk.advance(kKeys)) {
-      if (unit.count == 0 || unit.context.dead(walk.p, kKeys)) {
+      if (context.dead(walk.p, kKeys)) {
         skip();
         continue;
       }
       wait_tile();
-      keys<kKeys>(walk.p, 0, unit.context.interior(walk.p, kKeys), dq);
+      keys<kKeys>(walk.p, 0, context.interior(walk.p, kKeys), dq);
       release_tile();
     }
-    mine.see(p.rows, Segment::kOwn, sees);
-    const Interval own = unit.own(p.rows);
+    // From the start again: kept, it would be too many registers for the loop.
+    ThreadRows::of(p.rows, item).see(p.rows, Segment::kOwn, sees);
+    const Interval own = Unit::of(p.rows, item, consumer_index()).own(p.rows);
     for (; !walk.done(); walk.advance(kKeys)) {
       wait_tile();
       for (int row = 0; row < kKeys; row += kOwnStep) {
@@ -148,46 +146,48 @@ struct DqConsumer {
 };
 
 template <int kD, Half kType>
-DFLASH_DEVICE void consume_dq(const DqParameters& p, int item, int head, char* shared) {
+DFLASH_DEVICE void consume_dq(const DqParameters& p, const typename DqShape<kD>::Memory& memory) {
   using Shape = DqShape<kD>;
-  const uint32_t base = shared_address(shared);
-  const int index = consumer_index();
-  float* delta = reinterpret_cast<float*>(shared + Shape::kDelta) + index * kUnitRows;
-  make_delta<kD, kType>(p, item, head, delta);
-  DqConsumer<kD, kType> consumer{p,
-                                 item_rings<Shape>(base),
-                                 base + index * Shape::kUnit,
-                                 base + Shape::kGradients + index * Shape::kUnit,
-                                 ThreadRows::of(p.rows, item),
-                                 UnitCover::of(p.rows, (2 * item + index) * p.rows.unit_positions),
-                                 {},
-                                 {},
-                                 {},
-                                 {}};
-  for (int r = 0; r < 2; ++r) {
-    const int row = consumer.mine.row[r];
-    const int64_t at = query_row(p.rows, p.q_heads, head, consumer.mine.position[r], row);
-    consumer.lse[r] = at < 0 ? 0.0f : p.lse[at] * kLog2E;
-    consumer.delta[r] = delta[row];
+  // A consumer's index is asked for where it is used: kept, it would be one register too many for the loop over tiles.
+  typename Shape::Memory::Ring ring;
+  for (typename Shape::Memory::Sets sets;; sets.advance()) {
+    const Work work = memory.next_work(ring);
+    if (work.item < 0) return;
+    const int index = consumer_index();
+    float* delta = reinterpret_cast<float*>(memory.shared + Shape::kDelta) + index * kUnitRows;
+    make_delta<kD, kType>(p, work, delta);
+    const uint32_t queries = memory.unit(sets.stage, 0, index), gradients = memory.unit(sets.stage, 1, index);
+    DqConsumer<kD, kType> consumer{p,
+                                   memory.rings(),
+                                   queries,
+                                   gradients,
+                                   ring,
+                                   work.item,
+                                   Unit::of(p.rows, work.item, index).context(p.rows),
+                                   {},
+                                   {},
+                                   {}};
+    const ThreadRows mine = ThreadRows::of(p.rows, work.item);
+    for (int r = 0; r < 2; ++r) {
+      const int64_t at = query_row(p.rows, p.q_heads, work.head, mine.position[r], mine.row[r]);
+      consumer.lse[r] = at < 0 ? 0.0f : p.lse[at] * kLog2E;
+      consumer.delta[r] = delta[mine.row[r]];
+    }
+    Sums<kD> dq = {};
+    memory.wait_units(sets);
+    consumer.run(item_walk(p.rows, work.item), dq);
+    const float factor[2] = {p.scale, p.scale};
+    memory.template store_unit<kType>(dq, factor, p.dq, p, work, sets);
   }
-  Sums<kD> dq = {};
-  if (consumer.unit.count > 0) barrier_wait(unit_full<Shape>(base, index), 0);
-  consumer.run(item_walk(p.rows, item), dq);
-  const float factor[2] = {p.scale, p.scale};
-  store_unit<kD, kType>(dq, factor, shared + index * Shape::kUnit, p.dq, p, item, head);
 }
 
 template <int kD, Half kType>
 DFLASH_GLOBAL void DFLASH_BOUNDS(kThreads, 1) backward_dq(const DFLASH_PARAMETER DqParameters p) {
 #ifdef DFLASH_HOPPER
-  using Shape = DqShape<kD>;
   char* shared = shared_memory();
-  const uint32_t base = shared_address(shared);
-  const int item = p.order[block_index() / p.kv_heads], head = block_index() % p.kv_heads;
+  const typename DqShape<kD>::Memory memory{shared, shared_address(shared)};
   const TensorMap* const tensors[] = {&p.q, &p.dout};
-  run_item<Shape>(
-      base, [&] { feed_item<kD, Shape>(p.rows, tensors, p.keys, item, head, base); },
-      [&] { consume_dq<kD, kType>(p, item, head, shared); });
+  run_items(memory, [&] { memory.feed(p.list, p.rows, tensors, p.keys); }, [&] { consume_dq<kD, kType>(p, memory); });
 #endif
 }
 
@@ -197,9 +197,8 @@ int launch_dq(const GpuBackward& args, void* stream) {
   const AttentionShape& s = args.shape;
   DqParameters p{};
   p.rows = Rows::of(s);
-  p.order = args.order;
+  p.list = {args.order, args.taken, args.items, s.kv_heads};
   p.q_heads = s.q_heads;
-  p.kv_heads = s.kv_heads;
   p.scale = static_cast<float>(s.scale);
   p.scale_log2 = p.scale * kLog2E;
   p.dout_rows = args.dout;
@@ -210,11 +209,10 @@ int launch_dq(const GpuBackward& args, void* stream) {
   int error = encode_queries(&p.q, args.q, s, kType);
   if (error == 0) error = encode_queries(&p.dout, args.dout, s, kType);
   if (error == 0)
-    error =
-        encode_key_maps(&p.keys, {args.k_ctx, args.v_ctx, args.k_blk, args.v_blk}, s, Shape::kKeys, kOwnStep, kType);
+    error = encode_key_maps(&p.keys, {args.k_ctx, args.v_ctx, args.k_blk, args.v_blk}, s, Shape::Memory::kKeys,
+                            kOwnStep, kType);
   if (error != 0) return error;
-  return launch(backward_dq<kD, kType>, {static_cast<int64_t>(args.items) * s.kv_heads, kThreads, Shape::kShared}, p,
-                stream);
+  return launch_items(backward_dq<kD, kType>, Shape::kShared, p, stream);
 }
 
 }  // namespace dflash::gpu::sm90

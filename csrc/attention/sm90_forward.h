@@ -1,9 +1,10 @@
-// Forward on Hopper. A block of threads is one work item of one kv head: each of its two consumer warpgroups keeps a
-// unit's 64 query rows and its 64 x D accumulator in registers, and both walk the item's key tiles. While a tile's
-// values are multiplied, the next tile's scores already are (as FlashAttention-3 does, arXiv 2407.08608, section 3.2).
+// Forward on Hopper. A block of threads takes one work item of one kv head after another: each of its two consumer
+// warpgroups keeps a unit's 64 query rows and its 64 x D accumulator in registers, and both walk the item's key tiles.
+// While a tile's values are multiplied, the next tile's scores already are (as FlashAttention-3 does, arXiv 2407.08608,
+// section 3.2).
 #pragma once
 
-#include "attention/sm90_tile.h"
+#include "attention/sm90_items.h"
 
 namespace dflash::gpu::sm90 {
 
@@ -11,23 +12,15 @@ struct ForwardParameters {
   Rows rows;
   TensorMap q;
   KeyMaps keys;
-  const int32_t* order;
-  int q_heads, kv_heads;
+  WorkList list;
+  int q_heads;
   float scale_log2;  // scale * log2(e): exponentials are taken to base 2
   void* out;
   float* lse;
 };
 
 template <int kD>
-struct ForwardShape {
-  static constexpr int kKeys = 128;
-  static constexpr int kStages = kD <= 64 ? 4 : 2;
-  static constexpr int kUnit = tile_bytes(kD, kUnitRows);
-  using Rings = KeyRings<kD, kKeys, kStages>;
-  // Queries of both units, the rings, the barriers: one for each unit's queries, then the rings'.
-  static constexpr int kRings = kConsumers * kUnit, kBarriers = kRings + Rings::kBytes;
-  static constexpr int kShared = kBarriers + 8 * (kConsumers + Rings::kBarriers);
-};
+using ForwardMemory = ItemMemory<kD, 1, 2, kD <= 64 ? 4 : 2>;
 
 // Online softmax of a thread's two rows; `total` is this thread's part of the sum. What is subtracted from a row's
 // scores follows the row's largest score only where that is kSlack higher (to base 2), because earlier results then
@@ -76,19 +69,19 @@ DFLASH_DEVICE void multiply_rows(float (&d)[kCount], const float (&factor)[2]) {
   for (int i = 0; i < kCount; ++i) d[i] *= factor[register_row(i)];
 }
 
-// One consumer warpgroup's way through the walk.
+// One consumer warpgroup's way through an item's walk.
 template <int kD, Half kType>
 struct ForwardConsumer {
-  using Shape = ForwardShape<kD>;
-  static constexpr int kKeys = Shape::kKeys;
+  using Memory = ForwardMemory<kD>;
+  static constexpr int kKeys = Memory::kKeys;
 
   const ForwardParameters& p;
-  typename Shape::Rings rings;
+  typename Memory::Rings rings;
   uint32_t queries;
-  ThreadRows mine;
-  UnitCover unit;
+  typename Memory::Ring &keys, &values;
+  int item;
+  Cover context;
   Softmax softmax;
-  Cursor<Shape::kStages> keys, values;
   Interval sees[2];
 
   // `out` and `weights` are the caller's locals, so that they stay registers: the output so far, and the weights of a
@@ -128,7 +121,7 @@ struct ForwardConsumer {
     products_wait<0>();
     settle(scores);
     release_keys();
-    if (!unit.context.interior(at, kKeys)) hide(scores, at, sees, -INFINITY);
+    if (!context.interior(at, kKeys)) hide(scores, at, sees, -INFINITY);
     softmax.step(scores, p.scale_log2, rescale);  // the output is still zero: nothing to rescale
     pack_all<kType>(scores, weights);
   }
@@ -144,7 +137,7 @@ struct ForwardConsumer {
     products_wait<1>();
     settle(scores);
     release_keys();
-    if (!unit.context.interior(at, kKeys)) hide(scores, at, sees, -INFINITY);
+    if (!context.interior(at, kKeys)) hide(scores, at, sees, -INFINITY);
     const bool rises = softmax.step(scores, p.scale_log2, rescale);
     before_wait(softmax.total[0] + softmax.total[1]);
     products_wait<0>();
@@ -164,8 +157,7 @@ struct ForwardConsumer {
   }
 
   // A tile of own rows, in steps of 16 keys, those that this unit's blocks hold.
-  DFLASH_DEVICE void own_tile(int at, Sums<kD>& out) {
-    const Interval own = unit.own(p.rows);
+  DFLASH_DEVICE void own_tile(int at, const Interval& own, Sums<kD>& out) {
     barrier_wait(rings.keys_full(keys.stage), keys.parity);
     barrier_wait(rings.values_full(values.stage), values.parity);
     for (int step = 0; step < kKeys / kOwnStep; ++step) {
@@ -193,11 +185,11 @@ struct ForwardConsumer {
   }
 
   DFLASH_DEVICE bool in_context(const KeyWalk& walk) const { return !walk.done() && walk.segment == Segment::kContext; }
-  DFLASH_DEVICE bool dead(const KeyWalk& walk) const { return unit.count == 0 || unit.context.dead(walk.p, kKeys); }
+  DFLASH_DEVICE bool dead(const KeyWalk& walk) const { return context.dead(walk.p, kKeys); }
 
   // The tiles that a unit needs follow one another: others come before and after.
   DFLASH_DEVICE void run(KeyWalk walk, Sums<kD>& out) {
-    mine.see(p.rows, Segment::kContext, sees);
+    ThreadRows::of(p.rows, item).see(p.rows, Segment::kContext, sees);
     for (; in_context(walk) && dead(walk); walk.advance(kKeys)) skip();
     if (in_context(walk)) {
       uint32_t weights[kKeys / 4];
@@ -207,74 +199,69 @@ struct ForwardConsumer {
       last_values(out, weights);
     }
     for (; in_context(walk); walk.advance(kKeys)) skip();
-    mine.see(p.rows, Segment::kOwn, sees);
-    for (; !walk.done(); walk.advance(kKeys)) own_tile(walk.p, out);
+    ThreadRows::of(p.rows, item).see(p.rows, Segment::kOwn, sees);
+    const Interval own = Unit::of(p.rows, item, consumer_index()).own(p.rows);
+    for (; !walk.done(); walk.advance(kKeys)) own_tile(walk.p, own, out);
   }
 };
 
 template <int kD, Half kType>
-DFLASH_DEVICE void consume_forward(const ForwardParameters& p, int item, int head, char* shared) {
-  using Shape = ForwardShape<kD>;
-  const uint32_t base = shared_address(shared);
-  const int index = consumer_index();
-  ForwardConsumer<kD, kType> consumer{p,
-                                      item_rings<Shape>(base),
-                                      base + index * Shape::kUnit,
-                                      ThreadRows::of(p.rows, item),
-                                      UnitCover::of(p.rows, (2 * item + index) * p.rows.unit_positions),
-                                      {},
-                                      {},
-                                      {},
-                                      {}};
-  Sums<kD> out = {};
-  if (consumer.unit.count > 0) barrier_wait(unit_full<Shape>(base, index), 0);
-  consumer.run(item_walk(p.rows, item), out);
+DFLASH_DEVICE void consume_forward(const ForwardParameters& p, const ForwardMemory<kD>& memory) {
+  typename ForwardMemory<kD>::Ring keys, values;
+  for (typename ForwardMemory<kD>::Sets sets;; sets.advance()) {
+    const Work work = memory.next_work(keys);
+    if (work.item < 0) return;
+    const int index = consumer_index();
+    const uint32_t queries = memory.unit(sets.stage, 0, index);
+    ForwardConsumer<kD, kType> consumer{
+        p, memory.rings(), queries, keys, values, work.item, Unit::of(p.rows, work.item, index).context(p.rows), {},
+        {}};
+    Sums<kD> out = {};
+    memory.wait_units(sets);
+    consumer.run(item_walk(p.rows, work.item), out);
 
-  float inverse[2];
-  for (int r = 0; r < 2; ++r) {
-    float total = consumer.softmax.total[r];
-    total += shuffle_xor(total, 1);
-    total += shuffle_xor(total, 2);
-    inverse[r] = 1.0f / total;
-    const int64_t at = query_row(p.rows, p.q_heads, head, consumer.mine.position[r], consumer.mine.row[r]);
-    if (at >= 0 && thread_index() % 4 == 0) p.lse[at] = consumer.softmax.peak[r] * p.scale_log2 * kLn2 + logf(total);
+    const ThreadRows mine = ThreadRows::of(p.rows, work.item);
+    float inverse[2];
+    for (int r = 0; r < 2; ++r) {
+      float total = consumer.softmax.total[r];
+      total += shuffle_xor(total, 1);
+      total += shuffle_xor(total, 2);
+      inverse[r] = 1.0f / total;
+      const int64_t at = query_row(p.rows, p.q_heads, work.head, mine.position[r], mine.row[r]);
+      if (at >= 0 && thread_index() % 4 == 0) p.lse[at] = consumer.softmax.peak[r] * p.scale_log2 * kLn2 + logf(total);
+    }
+    memory.template store_unit<kType>(out, inverse, p.out, p, work, sets);
   }
-  store_unit<kD, kType>(out, inverse, shared + index * Shape::kUnit, p.out, p, item, head);
 }
 
 template <int kD, Half kType>
 DFLASH_GLOBAL void DFLASH_BOUNDS(kThreads, 1) forward(const DFLASH_PARAMETER ForwardParameters p) {
 #ifdef DFLASH_HOPPER
-  using Shape = ForwardShape<kD>;
   char* shared = shared_memory();
-  const uint32_t base = shared_address(shared);
-  const int item = p.order[block_index() / p.kv_heads], head = block_index() % p.kv_heads;
+  const ForwardMemory<kD> memory{shared, shared_address(shared)};
   const TensorMap* const tensors[] = {&p.q};
-  run_item<Shape>(
-      base, [&] { feed_item<kD, Shape>(p.rows, tensors, p.keys, item, head, base); },
-      [&] { consume_forward<kD, kType>(p, item, head, shared); });
+  run_items(
+      memory, [&] { memory.feed(p.list, p.rows, tensors, p.keys); }, [&] { consume_forward<kD, kType>(p, memory); });
 #endif
 }
 
 template <int kD, Half kType>
 int launch_forward(const GpuForward& args, void* stream) {
-  using Shape = ForwardShape<kD>;
+  using Memory = ForwardMemory<kD>;
   const AttentionShape& s = args.shape;
   ForwardParameters p{};
   p.rows = Rows::of(s);
-  p.order = args.order;
+  p.list = {args.order, args.taken, args.items, s.kv_heads};
   p.q_heads = s.q_heads;
-  p.kv_heads = s.kv_heads;
   p.scale_log2 = static_cast<float>(s.scale) * kLog2E;
   p.out = args.out;
   p.lse = args.lse;
   int error = encode_queries(&p.q, args.q, s, kType);
   if (error == 0)
     error =
-        encode_key_maps(&p.keys, {args.k_ctx, args.v_ctx, args.k_blk, args.v_blk}, s, Shape::kKeys, kOwnStep, kType);
+        encode_key_maps(&p.keys, {args.k_ctx, args.v_ctx, args.k_blk, args.v_blk}, s, Memory::kKeys, kOwnStep, kType);
   if (error != 0) return error;
-  return launch(forward<kD, kType>, {static_cast<int64_t>(args.items) * s.kv_heads, kThreads, Shape::kShared}, p,
-                stream);
+  return launch_items(forward<kD, kType>, Memory::kBytes, p, stream);
 }
 
 }  // namespace dflash::gpu::sm90

@@ -88,24 +88,23 @@ struct Cursor {
   }
 };
 
-// What one warpgroup's unit of query positions sees: [position, position + count) and, in closed form, a Cover of the
-// context. Rows of padding are left out: what is computed for them is not stored.
-struct UnitCover {
+// One warpgroup's unit of query positions: [position, position + count).
+struct Unit {
   int position, count;
-  Cover context;
 
-  DFLASH_DEVICE static UnitCover of(const Rows& rows, int position) {
-    UnitCover unit{position, larger(0, smaller(rows.unit_positions, rows.positions - position)), {}};
-    if (unit.count == 0) return unit;
+  DFLASH_DEVICE static Unit of(const Rows& rows, int item, int index) {
+    const int position = (2 * item + index) * rows.unit_positions;
+    return {position, larger(0, smaller(rows.unit_positions, rows.positions - position))};
+  }
+  // What it sees of the context, in closed form. Rows of padding are left out: what is computed for them is not stored.
+  DFLASH_DEVICE Cover context(const Rows& rows) const {
+    if (count == 0) return {};
     const int first = rows.block_size.quotient(position);
-    const int last = rows.block_size.quotient(position + unit.count - 1);
+    const int last = rows.block_size.quotient(position + count - 1);
     // Bounds never decrease from block to block; a window's lower bound is highest at the last block's last slot.
     const int highest = rows.ends[last] + rows.block_size.by - rows.window;
-    unit.context.first = rows.starts[first];
-    unit.context.last = rows.ends[last];
-    unit.context.from = rows.window > 0 ? larger(rows.starts[last], highest) : rows.starts[last];
-    unit.context.until = rows.ends[first];
-    return unit;
+    return {rows.starts[first], rows.ends[last],
+            rows.window > 0 ? larger(rows.starts[last], highest) : rows.starts[last], rows.ends[first]};
   }
   // Own rows, counted over all blocks, that the unit's rows may see.
   DFLASH_DEVICE Interval own(const Rows& rows) const {
@@ -157,7 +156,7 @@ struct ThreadRows {
   int row[2], position[2];
 
   DFLASH_DEVICE static ThreadRows of(const Rows& rows, int item) {
-    const int thread = thread_index() % kWarpgroup, warpgroup = thread_index() / kWarpgroup - 1;
+    const int index = fresh_thread_index(), thread = index % kWarpgroup, warpgroup = index / kWarpgroup - 1;
     ThreadRows mine;
     for (int r = 0; r < 2; ++r) {
       mine.row[r] = thread / 32 * 16 + thread % 32 / 4 + 8 * r;
@@ -252,17 +251,15 @@ struct KeyRings {
     }
   }
 
-  // The producer's part, by one thread: every tile of the walk, keys then values.
-  DFLASH_DEVICE void feed(KeyWalk walk, const KeyMaps& maps, int head) const {
-    Cursor<kStages> cursor;
-    for (; !walk.done(); walk.advance(kKeys), cursor.advance()) {
-      const bool own = walk.segment == Segment::kOwn;
-      const int steps = own ? smaller(kKeys, walk.limits().hi - walk.p + kOwnStep - 1) / kOwnStep : 0;
-      barrier_wait(keys_empty(cursor.stage), cursor.parity ^ 1);
-      load(own ? &maps.k_blk : &maps.k_ctx, keys(cursor.stage), keys_full(cursor.stage), head, walk.p, steps);
-      barrier_wait(values_empty(cursor.stage), cursor.parity ^ 1);
-      load(own ? &maps.v_blk : &maps.v_ctx, values(cursor.stage), values_full(cursor.stage), head, walk.p, steps);
-    }
+  // The producer's part, by one thread: the tile that the walk is at, keys then values.
+  DFLASH_DEVICE void feed(const KeyWalk& walk, const KeyMaps& maps, int head, Cursor<kStages>& ring) const {
+    const bool own = walk.segment == Segment::kOwn;
+    const int steps = own ? smaller(kKeys, walk.limits().hi - walk.p + kOwnStep - 1) / kOwnStep : 0;
+    barrier_wait(keys_empty(ring.stage), ring.parity ^ 1);
+    load(own ? &maps.k_blk : &maps.k_ctx, keys(ring.stage), keys_full(ring.stage), head, walk.p, steps);
+    barrier_wait(values_empty(ring.stage), ring.parity ^ 1);
+    load(own ? &maps.v_blk : &maps.v_ctx, values(ring.stage), values_full(ring.stage), head, walk.p, steps);
+    ring.advance();
   }
 
  private:
@@ -277,68 +274,5 @@ struct KeyRings {
     }
   }
 };
-
-// --- a block of threads that is a work item of one kv head: the forward and dq ---
-//
-// Its shared memory starts with the units' tiles, one tensor after another, and ends with the barriers: one for each
-// unit, then the rings'. Shape says where.
-
-template <typename Shape>
-DFLASH_DEVICE typename Shape::Rings item_rings(uint32_t base) {
-  return {base + Shape::kRings, base + Shape::kBarriers + 8 * kConsumers};
-}
-template <typename Shape>
-DFLASH_DEVICE uint32_t unit_full(uint32_t base, int index) {
-  return base + Shape::kBarriers + 8 * index;
-}
-DFLASH_DEVICE KeyWalk item_walk(const Rows& rows, int item) {
-  return KeyWalk::of(rows, 2 * item * rows.unit_positions, 2 * rows.unit_positions);
-}
-
-// The producer's part, by one thread: the units' rows of each tensor, then the tiles of keys.
-template <int kD, typename Shape, int kTensors>
-DFLASH_DEVICE void feed_item(const Rows& rows, const TensorMap* const (&tensors)[kTensors], const KeyMaps& keys,
-                             int item, int head, uint32_t base) {
-  for (int index = 0; index < kConsumers; ++index) {
-    const int position = (2 * item + index) * rows.unit_positions;
-    if (position >= rows.positions) break;
-    barrier_arrive_expect(unit_full<Shape>(base, index), kTensors * unit_bytes<kD>(rows));
-    for (int tensor = 0; tensor < kTensors; ++tensor)
-      copy_unit<kD>(base + (tensor * kConsumers + index) * Shape::kUnit, tensors[tensor], unit_full<Shape>(base, index),
-                    rows, head, position);
-  }
-  item_rings<Shape>(base).feed(item_walk(rows, item), keys, head);
-}
-
-// feed() in one thread of the producer, consume() in both consumers.
-template <typename Shape, typename Feed, typename Consume>
-DFLASH_DEVICE void run_item(uint32_t base, const Feed& feed, const Consume& consume) {
-  if (thread_index() == 0) {
-    for (int index = 0; index < kConsumers; ++index) barrier_init(unit_full<Shape>(base, index), 1);
-    item_rings<Shape>(base).init();
-    barrier_init_fence();
-    async_fence();
-  }
-  sync_threads();
-  if (thread_index() < kWarpgroup) {
-    give_registers<24>();
-    if (thread_index() == 0) feed();
-  } else {
-    take_registers<240>();
-    consume();
-  }
-}
-
-// A consumer's accumulator, row r times factor[r], to its unit's rows of `tensor`, (A*S, Hq, D), through the shared
-// memory of its queries.
-template <int kD, Half kType, typename Parameters>
-DFLASH_DEVICE void store_unit(const Sums<kD>& d, const float (&factor)[2], char* staging, void* tensor,
-                              const Parameters& p, int item, int head) {
-  const int index = thread_index() / kWarpgroup - 1;
-  store_rows<kD, kType>(d, factor, staging, kUnitRows, [&](int row) -> void* {
-    const int64_t at = query_row(p.rows, p.q_heads, head, p.rows.item_position(item, index * kUnitRows + row), row);
-    return at < 0 ? nullptr : static_cast<char*>(tensor) + at * kD * 2;
-  });
-}
 
 }  // namespace dflash::gpu::sm90

@@ -15,7 +15,7 @@ struct Problem {
   double scale;
   const int32_t *starts, *ends, *order, *tile_ranges, *tile_order;
   const void *q, *k_ctx, *v_ctx, *k_blk, *v_blk, *dout;
-  void *out, *lse, *delta, *dq, *dk_ctx, *dv_ctx, *dk_blk, *dv_blk;
+  void *out, *lse, *delta, *dq, *dk_ctx, *dv_ctx, *dk_blk, *dv_blk, *taken;
 
   AttentionShape shape() const {
     return {tokens, anchors, block_size, q_heads, kv_heads, head_dim, window, causal_block != 0, scale, starts, ends};
@@ -35,7 +35,8 @@ const char* forward(const Problem* p, int kernel, unsigned seed) {
                         p->k_blk,
                         p->v_blk,
                         p->out,
-                        static_cast<float*>(p->lse)};
+                        static_cast<float*>(p->lse),
+                        static_cast<int32_t*>(p->taken)};
   return emulate(seed, [&] { return kernel == 90 ? forward_sm90(args, nullptr) : forward_sm80(args, nullptr); });
 }
 
@@ -55,6 +56,7 @@ const char* backward(const Problem* p, int kernel, unsigned seed) {
                          p->out,
                          static_cast<const float*>(p->lse),
                          static_cast<float*>(p->delta),
+                         static_cast<int32_t*>(p->taken),
                          p->dq,
                          p->dk_ctx,
                          p->dv_ctx,

@@ -337,6 +337,15 @@ struct Launch {
   int shared;
 };
 
+inline int count_multiprocessors(int* count) {
+  *count = 2;
+  return 0;
+}
+inline int clear(void* memory, size_t bytes, void*) {
+  std::memset(memory, 0, bytes);
+  return 0;
+}
+
 inline constexpr int kMostShared = 232448 - 1024;  // what one block may have on an H100, less the alignment
 
 template <typename Parameters>
@@ -357,6 +366,7 @@ int launch(void (*kernel)(Parameters), const Launch& how, const Parameters& para
 // --- what ptx.h promises ---
 
 inline int thread_index() { return machine().current->index; }
+inline int fresh_thread_index() { return thread_index(); }
 inline int block_index() { return machine().block; }
 inline int block_threads() { return machine().threads_per_block; }
 inline char* shared_memory() { return machine().shared.get(); }
@@ -422,7 +432,7 @@ inline unsigned match_any(int value) {
   for (int l = 0; l < kWarp; ++l) bits |= static_cast<unsigned>(all[l] == value) << l;
   return bits;
 }
-inline int atomic_add_shared(int* p, int value) {
+inline int atomic_add(int* p, int value) {
   const int old = *p;
   *p += value;
   return old;
