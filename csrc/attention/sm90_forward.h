@@ -19,8 +19,32 @@ struct ForwardParameters {
   float* lse;
 };
 
+// The consumers issue products in turns, so that one's softmax runs beside the other's products (as FlashAttention-3
+// does, arXiv 2407.08608, section 3.1). Each has one turn for each tile of the context, also where it skips the tile.
+struct Turns {
+  uint32_t mine, other;  // barriers
+  int parity;
+
+  DFLASH_DEVICE void take() {
+    barrier_wait(mine, parity);
+    parity ^= 1;
+  }
+  DFLASH_DEVICE void give() const { release(other); }
+};
+
 template <int kD>
-using ForwardMemory = ItemMemory<kD, 1, 2, kD <= 64 ? 4 : 2>;
+struct ForwardMemory : ItemMemory<kD, 1, 2, kD <= 64 ? 4 : 2> {
+  using Items = ItemMemory<kD, 1, 2, kD <= 64 ? 4 : 2>;
+  static constexpr int kTurns = Items::kBytes, kBytes = kTurns + 8 * kConsumers;
+
+  DFLASH_DEVICE uint32_t turn(int index) const { return Items::base + kTurns + 8 * index; }
+  DFLASH_DEVICE void init() const {
+    Items::init();
+    for (int index = 0; index < kConsumers; ++index) barrier_init(turn(index), kWarpgroup / 32);
+  }
+  // The first consumer begins: the phase before a barrier's first counts as over.
+  DFLASH_DEVICE Turns turns(int index) const { return {turn(index), turn(1 - index), 1 - index}; }
+};
 
 // Online softmax of a thread's two rows; `total` is this thread's part of the sum. What is subtracted from a row's
 // scores follows the row's largest score only where that is kSlack higher (to base 2), because earlier results then
@@ -79,6 +103,7 @@ struct ForwardConsumer {
   typename Memory::Rings rings;
   uint32_t queries;
   typename Memory::Ring &keys, &values;
+  Turns& turns;
   int item;
   Cover context;
   Softmax softmax;
@@ -108,6 +133,8 @@ struct ForwardConsumer {
 
   DFLASH_DEVICE void skip() {
     barrier_wait(rings.keys_full(keys.stage), keys.parity);
+    turns.take();
+    turns.give();
     release_keys();
     barrier_wait(rings.values_full(values.stage), values.parity);
     release_values();
@@ -116,8 +143,10 @@ struct ForwardConsumer {
   DFLASH_DEVICE void first_tile(int at, uint32_t (&weights)[kKeys / 4]) {
     float scores[kKeys / 2], rescale[2];
     barrier_wait(rings.keys_full(keys.stage), keys.parity);
+    turns.take();
     products_fence();
     score_tile(scores);
+    turns.give();
     products_wait<0>();
     settle(scores);
     release_keys();
@@ -131,9 +160,11 @@ struct ForwardConsumer {
     float scores[kKeys / 2], rescale[2];
     barrier_wait(rings.keys_full(keys.stage), keys.parity);
     barrier_wait(rings.values_full(values.stage), values.parity);
+    turns.take();
     products_fence();
     score_tile(scores);
     multiply_values(out, weights);
+    turns.give();
     products_wait<1>();
     settle(scores);
     release_keys();
@@ -208,14 +239,17 @@ struct ForwardConsumer {
 template <int kD, Half kType>
 DFLASH_DEVICE void consume_forward(const ForwardParameters& p, const ForwardMemory<kD>& memory) {
   typename ForwardMemory<kD>::Ring keys, values;
+  Turns turns = memory.turns(consumer_index());
   for (typename ForwardMemory<kD>::Sets sets;; sets.advance()) {
     const Work work = memory.next_work(keys);
     if (work.item < 0) return;
     const int index = consumer_index();
     const uint32_t queries = memory.unit(sets.stage, 0, index);
-    ForwardConsumer<kD, kType> consumer{
-        p, memory.rings(), queries, keys, values, work.item, Unit::of(p.rows, work.item, index).context(p.rows), {},
-        {}};
+    ForwardConsumer<kD, kType> consumer{p,         memory.rings(),
+                                        queries,   keys,
+                                        values,    turns,
+                                        work.item, Unit::of(p.rows, work.item, index).context(p.rows),
+                                        {},        {}};
     Sums<kD> out = {};
     memory.wait_units(sets);
     consumer.run(item_walk(p.rows, work.item), out);
@@ -238,7 +272,7 @@ template <int kD, Half kType>
 DFLASH_GLOBAL void DFLASH_BOUNDS(kThreads, 1) forward(const DFLASH_PARAMETER ForwardParameters p) {
 #ifdef DFLASH_HOPPER
   char* shared = shared_memory();
-  const ForwardMemory<kD> memory{shared, shared_address(shared)};
+  const ForwardMemory<kD> memory{{shared, shared_address(shared)}};
   const TensorMap* const tensors[] = {&p.q};
   run_items(
       memory, [&] { memory.feed(p.list, p.rows, tensors, p.keys); }, [&] { consume_forward<kD, kType>(p, memory); });
