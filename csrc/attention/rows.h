@@ -121,20 +121,22 @@ struct KeyWalk {
   const int32_t* ends;
   int first_block, last_block, block_size;  // blocks first .. last
   int block;                                // the first that may still need a tile
+  int until;                                // where its interval ends: most steps need no look at memory
   Segment segment;
   int p;  // the tile's first key row
 
   DFLASH_HOST_DEVICE static KeyWalk of(const Rows& rows, int position, int count) {
     const int last = smaller(position + count, rows.positions) - 1;
     const int first_block = rows.block_size.quotient(position);
-    KeyWalk walk{rows.starts,        rows.ends,   first_block,       rows.block_size.quotient(last),
-                 rows.block_size.by, first_block, Segment::kContext, 0};
+    KeyWalk walk{
+        rows.starts,       rows.ends, first_block, rows.block_size.quotient(last), rows.block_size.by, first_block, 0,
+        Segment::kContext, 0};
     walk.settle();
     return walk;
   }
   DFLASH_HOST_DEVICE void advance(int keys) {
     p += keys;
-    if (segment == Segment::kContext) settle();
+    if (segment == Segment::kContext && p >= until) settle();
   }
   DFLASH_HOST_DEVICE bool done() const { return segment == Segment::kOwn && p >= (last_block + 1) * block_size; }
   DFLASH_HOST_DEVICE Interval limits() const {
@@ -147,7 +149,8 @@ struct KeyWalk {
   DFLASH_HOST_DEVICE void settle() {
     for (; block <= last_block; ++block) {
       p = larger(p, starts[block]);
-      if (p < ends[block]) return;
+      until = ends[block];
+      if (p < until) return;
     }
     segment = Segment::kOwn;
     p = first_block * block_size;

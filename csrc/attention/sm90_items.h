@@ -2,9 +2,8 @@
 //
 // There are as many blocks of threads as multiprocessors, and each takes one item of one kv head after another, the
 // heaviest that nobody has taken, until there is none. The producer runs ahead: it copies the next item's first tiles
-// while the consumers finish an item, so only a block's first item waits for memory. Who takes an item, and when, does
-// not change its result. A counter and not a fixed share, because other kernels (a collective's) may hold some
-// multiprocessors for a while.
+// while the consumers finish an item. Who takes an item, and when, does not change its result. A counter and not fixed
+// shares, because other kernels (a collective's) may hold some multiprocessors for a while.
 #pragma once
 
 #include "attention/sm90_tile.h"
