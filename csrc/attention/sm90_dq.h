@@ -24,8 +24,11 @@ template <int kD>
 struct DqShape {
   // Units are queries and gradients.
   using Memory = ItemMemory<kD, 2, kD <= 64 ? 2 : 1, kD <= 64 ? 3 : 2>;
-  // Behind it both units' delta.
-  static constexpr int kDelta = Memory::kBytes, kShared = kDelta + kConsumers * kUnitRows * 4;
+  // Behind it both units' results on their way out, so that the next item's units, which have no second set at D = 128,
+  // are copied meanwhile, and delta.
+  static constexpr int kStaging = (Memory::kBytes + kSharedAlign - 1) / kSharedAlign * kSharedAlign;
+  static constexpr int kDelta = kStaging + kConsumers * Memory::kUnit;
+  static constexpr int kShared = kDelta + kConsumers * kUnitRows * 4;
 };
 
 // A warp's 16 rows of delta, half a warp a row, to global memory and to `delta`, (64,) in shared memory. All of a
@@ -176,8 +179,10 @@ DFLASH_DEVICE void consume_dq(const DqParameters& p, const typename DqShape<kD>:
     Sums<kD> dq = {};
     memory.wait_units(sets);
     consumer.run(item_walk(p.rows, work.item), dq);
+    memory.release_units(sets);
     const float factor[2] = {p.scale, p.scale};
-    memory.template store_unit<kType>(dq, factor, p.dq, p, work, sets);
+    char* staging = memory.shared + Shape::kStaging + consumer_index() * Shape::Memory::kUnit;
+    store_unit<kD, kType>(dq, factor, staging, p.dq, p, work);
   }
 }
 

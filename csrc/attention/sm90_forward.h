@@ -264,7 +264,9 @@ DFLASH_DEVICE void consume_forward(const ForwardParameters& p, const ForwardMemo
       const int64_t at = query_row(p.rows, p.q_heads, work.head, mine.position[r], mine.row[r]);
       if (at >= 0 && thread_index() % 4 == 0) p.lse[at] = consumer.softmax.peak[r] * p.scale_log2 * kLn2 + logf(total);
     }
-    memory.template store_unit<kType>(out, inverse, p.out, p, work, sets);
+    char* staging = memory.shared + (memory.unit(sets.stage, 0, consumer_index()) - memory.base);
+    store_unit<kD, kType>(out, inverse, staging, p.out, p, work);
+    memory.release_units(sets);
   }
 }
 

@@ -32,8 +32,7 @@ DFLASH_DEVICE KeyWalk item_walk(const Rows& rows, int item) {
 
 // Shared memory: sets of units' tiles, one for each of kTensors tensors and each consumer; the rings of key tiles; the
 // barriers: full and empty for each consumer's units of each set, then the rings'; the work that a tile of keys, an
-// item's first, begins. A consumer's units are full when they are copied, and empty when its results, which leave
-// through them, are stored.
+// item's first, begins.
 template <int kD, int kTensors, int kSets, int kStages>
 struct ItemMemory {
   static constexpr int kKeys = 128;
@@ -95,21 +94,10 @@ struct ItemMemory {
   DFLASH_DEVICE void wait_units(const Sets& sets) const {
     barrier_wait(units_full(sets.stage, consumer_index()), sets.parity);
   }
-  // A consumer's accumulator, row r times factor[r], to its unit's rows of `tensor`, (A*S, Hq, D), through the shared
-  // memory of its first tensor's unit, and the end of its use of units.
-  template <Half kType, typename Parameters>
-  DFLASH_DEVICE void store_unit(const Sums<kD>& d, const float (&factor)[2], void* tensor, const Parameters& p,
-                                const Work& work, const Sets& sets) const {
-    const int index = consumer_index();
-    char* staging = shared + (unit(sets.stage, 0, index) - base);
-    store_rows<kD, kType>(d, factor, staging, kUnitRows, [&](int row) -> void* {
-      const int position = p.rows.item_position(work.item, index * kUnitRows + row);
-      const int64_t at = query_row(p.rows, p.q_heads, work.head, position, row);
-      return at < 0 ? nullptr : static_cast<char*>(tensor) + at * kD * 2;
-    });
-    // Ordinary reads and writes were here, and copies write here next.
+  // Copies write the units next, where ordinary writes may have been: results leave the forward through its queries.
+  DFLASH_DEVICE void release_units(const Sets& sets) const {
     async_fence();
-    release(units_empty(sets.stage, index));
+    release(units_empty(sets.stage, consumer_index()));
   }
 
  private:
@@ -141,6 +129,19 @@ DFLASH_DEVICE void run_items(const Memory& memory, const Feed& feed, const Consu
     take_registers<232>();
     consume();
   }
+}
+
+// A consumer's accumulator, row r times factor[r], to its unit's rows of `tensor`, (A*S, Hq, D), through `staging`,
+// panels of a unit's rows.
+template <int kD, Half kType, typename Parameters>
+DFLASH_DEVICE void store_unit(const Sums<kD>& d, const float (&factor)[2], char* staging, void* tensor,
+                              const Parameters& p, const Work& work) {
+  const int index = consumer_index();
+  store_rows<kD, kType>(d, factor, staging, kUnitRows, [&](int row) -> void* {
+    const int position = p.rows.item_position(work.item, index * kUnitRows + row);
+    const int64_t at = query_row(p.rows, p.q_heads, work.head, position, row);
+    return at < 0 ? nullptr : static_cast<char*>(tensor) + at * kD * 2;
+  });
 }
 
 // A multiprocessor holds one block of threads: its registers are all taken.
