@@ -16,8 +16,9 @@ inline constexpr int kSwizzleRows = 8;
 
 // Shared-memory matrix descriptor of wgmma (PTX ISA, "Matrix descriptor"): address / 16 in bits 0-13, leading byte
 // offset / 16 in 16-29, stride byte offset / 16 in 32-45, 128-byte swizzle = 1 in 62-63. The address is that of an
-// aligned tile and `further` bytes from there. No sum of the two reaches 2^18, so nothing is masked: where `further`
-// and the offsets are constants, they are encoded when this is compiled, and a descriptor costs one addition.
+// aligned tile and `further` bytes from there. No sum of the two reaches 2^18 where blocks of threads form no clusters
+// (a cluster's addresses carry the block's rank above that), so nothing is masked: where `further` and the offsets are
+// constants, they are encoded when this is compiled, and a descriptor costs one addition.
 DFLASH_DEVICE uint64_t descriptor(uint32_t tile, uint32_t further, uint32_t leading, uint32_t stride) {
   const uint32_t low = (tile >> 4) + ((further >> 4) + (leading >> 4 << 16));
   return static_cast<uint64_t>(stride >> 4 | 1u << 30) << 32 | low;

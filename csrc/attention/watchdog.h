@@ -1,5 +1,6 @@
-// Diagnosis of a hang (`setup.py build_ext --target watchdog`): a wait that takes two seconds is given up, and who
-// waited for what is kept for benchmarks/gpu_ladder.py to print. What the kernel computes is then wrong.
+// Diagnosis of a hang (`setup.py build_ext --target watchdog`): a thread that waits for two seconds ends, and who
+// waited for what is kept for tests/gpu/ladder.py to print. It ends, and does not go on: it could take old work for new
+// and wait again, for ever. Who waits for it then ends two seconds later, and so the kernel.
 //
 // Included by hopper.h inside a CUDA file; each such file keeps records of its own and exports them by
 // DFLASH_EXPORT_STUCK.
@@ -44,7 +45,8 @@ DFLASH_DEVICE void watched_wait(uint32_t barrier, int parity) {
     if (nanoseconds() - began < kPatience) continue;
     const unsigned record = atomicAdd(&stuck.count, 1u);
     if (record < kStuckRecords) stuck.waits[record] = {block_index(), thread_index(), barrier, parity};
-    return;
+    __threadfence_system();
+    asm volatile("exit;");
   }
 }
 

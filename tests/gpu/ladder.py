@@ -61,6 +61,8 @@ RUNGS = (
     Rung("window", 2048, (300, 1500, 1600), window=200),
     Rung("padding rows (G 5)", 1024, (500, 700, 900), group=5),
     Rung("heads", 1024, (10, 200, 500, 700), key_heads=8),
+    # Of one tile or two each, several for every thread block: a block that takes one after another.
+    Rung("many small items", 256, tuple(range(1, 256, 2)), key_heads=8),
     Rung("many blocks", 4096, tuple(range(5, 4096, 32)), key_heads=8),
 )
 

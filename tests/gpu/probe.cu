@@ -184,7 +184,7 @@ DFLASH_GLOBAL void DFLASH_BOUNDS(128, 1) value_kernel(const DFLASH_PARAMETER Val
     const uint16_t* pair = p.left + (row + i % 2 * 8) * kK + i / 4 * 16 + lane % 4 * 2 + i / 2 % 2 * 8;
     a[i] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
   }
-  float d[kD / 2] = {};
+  sm90::Sums<kD> d = {};
   products_fence();
 #pragma unroll
   for (int step = 0; step < kK / 16; ++step) sm90::accumulate<kD, Half::kBf16>(d, a + 4 * step, base, kK, step);
