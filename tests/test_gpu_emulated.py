@@ -29,8 +29,9 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "emulator"
 FLAGS = ("-std=c++20", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DDFLASH_EMULATE")
 GUARD = 256  # bytes before and after each buffer that nobody may touch
-# Largest norm of a row's error, in parts of the row's norm and the tensor's mean norm.
-TOLERANCE = {torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+# Largest norm of a row's error, in parts of the row's norm, the tensor's mean norm and 1. Where a gradient cancels, the
+# rounding of `out`, which the backward gets, is most of it.
+TOLERANCE = {torch.bfloat16: 2.5e-2, torch.float16: 3e-3}
 PLAN = ("starts", "ends", "order", "tile_ranges", "tile_order")
 GRADIENTS = ("dq", "dk_ctx", "dv_ctx", "dk_blk", "dv_blk")
 
