@@ -4,9 +4,9 @@
 
 Each rung calls the operators, forward and then backward, beside the definition, and prints a line of JSON per tensor:
 its largest error as a share of the row's size and, where it is wrong, how the error lies (errors.py). The first wrong
-rung says which part of the kernel is; its tensors go to --dump. A hang ends after --seconds with the line at which it
-waits; of a library built with `setup.py build_ext --target watchdog` the ladder also prints which waits of which
-thread block were given up.
+rung says which part of the kernel is; its tensors go to --dump, if they are few. A hang ends after --seconds with the
+line at which it waits; of a library built with `setup.py build_ext --target watchdog` the ladder also prints which
+waits of which thread block were given up.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from tests.gpu.errors import TOLERANCE, row_errors, where  # noqa: E402
 
 DTYPE = torch.bfloat16
 GRADIENTS = ("dq", "dk_ctx", "dv_ctx", "dk_blk", "dv_blk")
+MOST_DUMPED = 4 << 20  # bytes: the archive that they go into has to come back from another machine
 MOST_EXACT = 1 << 18  # pairs of slot and token up to which the definition is computed in float64, beyond in float32
 
 
@@ -133,7 +134,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--backend", default="sm90", choices=KERNELS)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--rung", type=int, action="append", choices=range(len(RUNGS)), help="default: all")
-    parser.add_argument("--dump", type=Path, help="file for the first wrong rung's tensors")
+    parser.add_argument("--dump", type=Path, help="file for the first wrong rung's tensors, if they are few")
     parser.add_argument("--seconds", type=int, help="after so many it says where it hangs, and ends")
     args = parser.parse_args(arguments)
     if args.seconds is not None:
@@ -143,7 +144,8 @@ def main(arguments: list[str]) -> int:
         rung = RUNGS[number]
         print(json.dumps({"begins": rung.name, "rung": number}), flush=True)
         right, tensors = climb(rung, number, args.backend, args.device)
-        if not right and good and args.dump is not None:
+        small = sum(tensor.nbytes for tensor in tensors.values()) <= MOST_DUMPED
+        if not right and good and small and args.dump is not None:
             torch.save(tensors, args.dump)
         good = good and right
     return 0 if good else 1
