@@ -8,7 +8,7 @@
 # them it builds the kernels and leaves out what cannot be built. The most important comes first. Each step has its own
 # limit, prints to a file of its own, and one that fails or hangs leaves the others their time; after each,
 # $OUT/gpu-RUN.tgz is made anew with all files so far, so that a machine that is lost costs one step. The exit code is 1
-# if a step failed. WHAT=changed before "product" checks a kernel again that was mended after its proof.
+# if a step failed. With CHECK_AGAIN=1 the product's run first checks the kernel as the proof does: for one that was mended.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 run="${1:-}"
@@ -113,7 +113,7 @@ product() {
     kernel="${kernels[0]}"
     step wheels 60 "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" \
         "$pack"/wheels/*.whl
-    [[ ${WHAT:-} == changed ]] && step "check-$kernel" 75 "$python" tests/gpu/check.py --backend "$kernel" --seconds 70 \
+    [[ -n ${CHECK_AGAIN:-} ]] && step "check-$kernel" 75 "$python" tests/gpu/check.py --backend "$kernel" --seconds 70 \
         --out "$work/attention-check-$kernel.json"
     step product 100 env PYTHONPATH="$PWD:$site" "$python" tests/gpu/product.py "$pack/demo/verifier" \
         "$pack/demo/answers" "$work/product" --set drafter.head_dim=64 --set train.precision=bf16 \
