@@ -3,7 +3,7 @@
     1 verifier   trains a small verifier on the standard library's sources (once; kept in .cache/)
     2 answers    lets it answer prompts cut from those sources, and prepares the data set
     3 servers    starts two extraction servers
-    4 training   deepspeed launch/train.py --config configs/demo.json, two ranks, ZeRO-2, hidden states over ZeroMQ
+    4 training   deepspeed launch/train.py --config configs/demo.json, two ranks (or one GPU), ZeRO-2, over ZeroMQ
     5 export     writes the folder that vLLM serves
     6 evaluation drafts on held-out prompts, in Transformers and, with --vllm, in a real vLLM
 
