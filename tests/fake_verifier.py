@@ -51,7 +51,7 @@ def answer_to(prompt: list[int], most: int) -> list[int]:
 
 def bad_frames(word: str, ticket: Ticket, token_ids: bytes) -> Iterator[Frames]:
     """What is sent for an attempt under the word `word`."""
-    layout = LAYOUT.asked_by(ticket)
+    layout = ticket.part_of(LAYOUT)
     good = payload.data_frames(ticket, layout, token_ids, states(token_ids, layout))
     match word:
         case "corrupt":

@@ -90,7 +90,7 @@ def until(condition: Callable[[], bool], what: str) -> None:
 
 def receive(socket: "zmq.Socket[bytes]", request: Finished) -> None:
     assert socket.poll(30_000), f"{request.request_id} did not arrive"
-    layout = LAYOUT.asked_by(request.ticket)
+    layout = request.ticket.part_of(LAYOUT)
     header, ids, raw = payload.decode_data(socket.recv_multipart(), layout=layout, max_tokens=256)
     assert header.ticket == request.ticket
     assert memoryview(ids).cast("i").tolist() == list(request.token_ids)

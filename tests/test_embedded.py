@@ -233,7 +233,7 @@ def test_concurrent_requests_arrive_whole_and_equal_to_lone_ones(folder: Path, s
             header = wire.decode(frames[0], max_tokens=256)
             assert isinstance(header, wire.Header)
             sample = header.ticket.sample
-            layout = hello.layout.asked_by(ticket_of(sample))
+            layout = ticket_of(sample).part_of(hello.layout)
             header, ids, raw = payload.decode_data(frames, layout=layout, max_tokens=256)
             seen.add(sample)
             assert memoryview(ids).cast("i").tolist() == prompts[sample]

@@ -98,7 +98,7 @@ class Copies:
         return f"{need} bytes of hidden states, the server's pool has {have}" if need > have else None
 
     def _nbytes(self, finished: Finished) -> int:
-        layout = self._publisher.layout.asked_by(finished.ticket)
+        layout = finished.ticket.part_of(self._publisher.layout)
         return len(finished.token_ids) * layout.bytes_per_token
 
     def _copy(self, finished: Finished, piece: Piece) -> None:

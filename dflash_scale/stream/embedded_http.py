@@ -178,7 +178,7 @@ def parse_request(body: bytes, model: str, limits: Limits) -> Request:
         raise ValueError(f"seed must be an integer from 0 to {wire.MAX_INT}, got {seed!r:.40}")
     ticket = wire.Ticket.from_request(content.get("kv_transfer_params"))
     if ticket is not None:
-        limits.layout.asked_by(ticket)
+        ticket.part_of(limits.layout)
     ignore_eos = content.get("ignore_eos") is True
     return Request(tuple(token_ids), max_tokens, ignore_eos, ticket, float(temperature), seed)
 

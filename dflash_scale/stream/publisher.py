@@ -145,7 +145,7 @@ class Publisher:
         have been sent or dropped. With it, the memory is the caller's to bound, and nothing is refused.
         Raises WireError if the sizes do not fit each other.
         """
-        layout = self.layout.asked_by(ticket)
+        layout = ticket.part_of(self.layout)
         want = len(token_ids) // wire.TOKEN_ID_BYTES * layout.bytes_per_token
         if len(token_ids) % wire.TOKEN_ID_BYTES or not token_ids or len(hidden_states) != want:
             raise wire.WireError(
@@ -259,7 +259,7 @@ class Publisher:
                 self._count("refused", f"{item.ticket}: {item.reason}")
                 out = _Outgoing([wire.encode(item)], 0, _nothing, time.monotonic())
             else:
-                layout = self.layout.asked_by(item.ticket)
+                layout = item.ticket.part_of(self.layout)
                 frames = payload.data_frames(item.ticket, layout, item.token_ids, item.hidden_states)
                 nbytes = len(item.token_ids) + len(item.hidden_states)
                 out = _Outgoing(frames, nbytes, item.released, time.monotonic())

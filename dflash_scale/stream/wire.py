@@ -101,10 +101,6 @@ class Layout:
             )
         return part
 
-    def asked_by(self, ticket: "Ticket") -> "Layout":
-        """What a ticket wants of it. Raises WireError as `only` does."""
-        return self.only(ticket.layer_ids, ticket.dtype)
-
     @classmethod
     def from_params(cls, params: object) -> "Layout":
         fields = _fields("layout", params, ("layer_ids", "hidden_size", "dtype"))
@@ -133,6 +129,10 @@ class Ticket:
             raise WireError(f"answer must be true or false, got {self.answer!r:.40}")
         for field in ("epoch", "sample", "attempt"):
             _check_int(field, getattr(self, field), 0, MAX_INT)
+
+    def part_of(self, offered: Layout) -> Layout:
+        """What it wants of what a server offers. Raises WireError as `Layout.only` does."""
+        return offered.only(self.layer_ids, self.dtype)
 
     def to_params(self) -> dict[str, Any]:
         return asdict(self)
