@@ -146,12 +146,10 @@ def test_no_server_ends_the_run_and_the_rank_sees_it(
     receiver = run.spawn()
     with (
         Ring.open(receiver.ring_names[0], timeout=60) as ring,
-        pytest.raises(PeerDied, match="its own message on stderr"),
+        pytest.raises(PeerDied, match=f"pid {receiver.process.pid}.*its own message on stderr"),
     ):
         ring.next_record(timeout=60)
     assert receiver.process.wait(60) == 1
-    with pytest.raises(RuntimeError, match="ended with status 1"):
-        receiver.check()
     assert "no server has been healthy for 1 s" in capfd.readouterr().err
 
 
@@ -343,7 +341,6 @@ def test_a_rank_starts_its_stream_with_one_call(make_run: Callable[..., Run]) ->
     rows = run.rows(1, 0, first_step=3)
     got = consume(stream.ring, rows, run.samples, run.config.stream.lookahead_rows)
     assert set(got) == expected(rows)
-    stream.check()
     stream.close()
     assert stream.status()["servers"][0]["healthy"]
     assert stream.receiver is not None

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 from proxy import Fault, Proxy
-from receiver_run import FakeServer, Run, drain, expected
+from receiver_run import FakeServer, Run, drain, expected, read_all
 
-from dflash_scale.stream.ring import COMMITTED, QUARANTINED
+from dflash_scale.stream import ring as ring_module
+from dflash_scale.stream.ring import COMMITTED, QUARANTINED, PeerStuck, Ring
 
 pytest_plugins = ("receiver_run",)
 
@@ -254,3 +255,27 @@ def test_a_server_that_does_not_fit_joins_in_vain(
     assert f"server {other.addresses['http']} is not healthy yet: server {other.addresses['http']} sends layers" in log
     assert status["servers"][1]["samples"] == 0
     assert not status["servers"][1]["healthy"]
+
+
+def test_a_stopped_receiver_ends_the_run(make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run([FakeServer().start()])
+    receiver = run.spawn()
+    with Ring.open(receiver.ring_names[0], timeout=60) as ring:
+        assert ring.next_record(timeout=60) is not None
+        monkeypatch.setattr(ring_module, "SILENCE_S", 1.0)
+        receiver.process.send_signal(signal.SIGSTOP)
+        with pytest.raises(
+            PeerStuck, match=rf"pid {receiver.process.pid}\).*not moved for 1 s.*continue with --resume"
+        ):
+            read_all(ring)
+
+
+def test_a_receiver_that_waits_for_the_trainer_is_not_stuck(
+    make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run([FakeServer().start()])
+    receiver = run.spawn()
+    with Ring.open(receiver.ring_names[0], timeout=60) as ring:
+        assert ring.next_record(timeout=60) is not None
+        monkeypatch.setattr(ring_module, "SILENCE_S", 0.5)
+        read_all(ring)  # and then waits ten seconds for rows that its mark does not ask for

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 
+from dflash_scale.stream import ring as ring_module
 from dflash_scale.stream.ring import (
     COMMITTED,
     QUARANTINED,
     PeerDied,
+    PeerStuck,
     Ring,
     own_ring_name,
     record_span,
@@ -69,11 +72,10 @@ def test_a_record_comes_out_as_it_went_in(pair: tuple[Ring, Ring]) -> None:
     assert bytes(record.payload) == b"hidden states"
     assert record.payload.readonly
     assert np.frombuffer(record.payload, np.uint8).ctypes.data % 64 == 0
-    assert (writer.committed, writer.released) == (1, 0)
+    assert writer.released == 0
     reader.release()
-    assert (reader.committed, reader.released) == (1, 1)
+    assert (writer.released, reader.released) == (1, 1)
     assert reader.read() is None
-    assert writer.free_bytes == writer.capacity
 
 
 def test_nothing_is_visible_before_the_commit(pair: tuple[Ring, Ring]) -> None:
@@ -84,9 +86,9 @@ def test_nothing_is_visible_before_the_commit(pair: tuple[Ring, Ring]) -> None:
     assert reader.read() is None
     writer.abandon()
     assert reader.read() is None
-    assert writer.free_bytes == writer.capacity
-    assert put(writer, 1, b"next")
-    assert take(reader) == (1, b"next")
+    halves = [bytes([sample]) * (writer.capacity // 2 - 64) for sample in range(2)]
+    assert [put(writer, sample, half) for sample, half in enumerate(halves)] == [True] * 2, "all of it is free again"
+    assert [take(reader), take(reader)] == list(enumerate(halves))
 
 
 def test_an_empty_record_carries_its_status(pair: tuple[Ring, Ring]) -> None:
@@ -103,7 +105,6 @@ def test_a_full_ring_gives_none_until_the_reader_releases(pair: tuple[Ring, Ring
     writer, reader = pair
     payload = b"a" * 960  # 1024 with its header: four fill the ring exactly
     assert [put(writer, i, payload) for i in range(5)] == [True] * 4 + [False]
-    assert writer.free_bytes == 0
     assert take(reader) == (0, payload)
     assert put(writer, 4, payload)
     assert [take(reader) for _ in range(5)] == [(i, payload) for i in (1, 2, 3, 4)] + [None]
@@ -115,17 +116,16 @@ def test_a_reader_holds_several_records_and_releases_the_oldest(pair: tuple[Ring
     assert [put(writer, sample, payload) for sample, payload in enumerate(payloads)] == [True] * 4 + [False]
     held = [reader.read() for _ in range(5)]
     assert [record and record.sample for record in held] == [0, 1, 2, 3, None]
-    assert (writer.free_bytes, writer.released) == (0, 0)
+    assert writer.released == 0
     for released in range(1, 4):
         reader.release()
-        assert (writer.free_bytes, writer.released) == (1024 * released, released)
-    while put(writer, 4, payloads[4]):
-        pass
+        assert writer.released == released
+    assert [put(writer, 4, payloads[4]) for _ in range(4)] == [True] * 3 + [False]
     assert held[3] is not None and bytes(held[3].payload) == payloads[3], "what is held is not overwritten"
     assert [reader.read() is not None for _ in range(4)] == [True] * 3 + [False]
     for _ in range(4):
         reader.release()
-    assert writer.free_bytes == writer.capacity
+    assert writer.released == 7
     with pytest.raises(ValueError, match="without a record"):
         reader.release()
 
@@ -265,14 +265,42 @@ def test_a_ring_has_one_reader_and_a_name_one_owner(pair: tuple[Ring, Ring]) -> 
         writer.unlink()
 
 
-def test_mark_and_beat_cross_over(pair: tuple[Ring, Ring]) -> None:
+def test_the_mark_crosses_over(pair: tuple[Ring, Ring]) -> None:
     writer, reader = pair
     reader.reader_mark = 41
     assert writer.reader_mark == 41
     with pytest.raises(ValueError, match="for the reader"):
         writer.reader_mark = 1
+
+
+def test_a_writer_that_does_not_beat_is_stuck(pair: tuple[Ring, Ring], monkeypatch: pytest.MonkeyPatch) -> None:
+    writer, reader = pair
+    monkeypatch.setattr(ring_module, "SILENCE_S", 0.05)
+    assert reader.next_record(timeout=0.1) is None, "what comes before the first beat takes long"
+    for _ in range(4):  # a beat between two looks of the reader is enough, records are not needed
+        writer.beat()
+        assert reader.next_record(timeout=0.04) is None
+    with pytest.raises(PeerStuck, match=f"pid {os.getpid()}.* has not moved for"):
+        reader.next_record(timeout=10)
+
+
+def test_a_writer_that_never_beats_has_longer(pair: tuple[Ring, Ring], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ring_module, "START_SILENCE_S", 0.05)
+    with pytest.raises(PeerStuck, match="has not moved"):
+        pair[1].next_record(timeout=10)
+
+
+def test_silence_is_what_the_reader_has_waited(pair: tuple[Ring, Ring], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sides may be stopped together, or the machine sleep: the clock goes on, and nobody is stuck."""
+    writer, reader = pair
+    monkeypatch.setattr(ring_module, "SILENCE_S", 60.0)
+    clock = time.monotonic
     writer.beat()
-    assert reader.writer_beat == 1
+    assert reader.next_record(timeout=0.01) is None
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + 3600)
+    assert reader.next_record(timeout=0.01) is None
+    assert put(writer, 1, b"next")
+    assert take(reader) == (1, b"next")
 
 
 WRITER = """
@@ -292,7 +320,7 @@ for sample in range(records):
         time.sleep(60)
     slot[half:] = payload[half:]
     ring.commit(sample=sample, epoch=int.from_bytes(hashlib.sha1(payload).digest()[:4]), status=0, tokens=len(payload))
-while ring.free_bytes != ring.capacity:
+while ring.released != records:
     time.sleep(0.001)
 ring.close()
 """

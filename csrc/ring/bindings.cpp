@@ -85,9 +85,7 @@ PYBIND11_MODULE(_ring, m) {
       .def("peer_pid", &Ring::peer_pid)
       .def_property("reader_mark", &Ring::reader_mark, &Ring::set_reader_mark)
       .def_property_readonly("writer_beat", &Ring::writer_beat)
-      .def_property_readonly("committed", &Ring::committed)
       .def_property_readonly("released", &Ring::released)
-      .def_property_readonly("free_bytes", &Ring::free_bytes)
       .def_property_readonly("capacity", &Ring::capacity)
       .def_property_readonly("name", &Ring::name);
   m.def("record_span", &dflash::ring::record_span, py::arg("payload"));

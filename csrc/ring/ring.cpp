@@ -223,12 +223,6 @@ std::uint64_t Ring::writer_beat() const { return page().writer.beat.load(std::me
 std::uint64_t Ring::committed() const { return page().writer.committed.load(std::memory_order_acquire); }
 std::uint64_t Ring::released() const { return page().reader.released.load(std::memory_order_acquire); }
 
-std::size_t Ring::free_bytes() const {
-  const std::uint64_t tail = page().reader.tail.load(std::memory_order_acquire);
-  const std::uint64_t head = page().writer.head.load(std::memory_order_acquire);
-  return capacity_ - static_cast<std::size_t>(head - tail);
-}
-
 std::uint64_t Ring::peer() const { return is_writer_ ? page().reader.process.load() : page().writer.process.load(); }
 
 int Ring::peer_pid() const { return process_pid(peer()); }

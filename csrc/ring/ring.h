@@ -67,7 +67,7 @@ struct alignas(kLine) IdentityLine {
 struct alignas(kLine) WriterLine {
   Word<std::uint64_t> head;
   Word<std::uint64_t> committed;  // records, not bytes; one more than `head` says while it is being published
-  Word<std::uint64_t> beat;       // moves as long as the writer's loop does
+  Word<std::uint64_t> beat;       // moves as long as the writer's loop does: the reader tells a stuck writer by it
   Word<std::uint64_t> process;    // see process_id(); another number once this side has closed
 };
 
@@ -145,7 +145,6 @@ class Ring {
   std::uint64_t committed() const;
   std::uint64_t released() const;
   std::size_t capacity() const { return capacity_; }
-  std::size_t free_bytes() const;  // not reserved ones included
   const std::string& name() const { return name_; }
   bool peer_attached() const;
   bool peer_alive() const;  // attached, its process runs, and it has not closed

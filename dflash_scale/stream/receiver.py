@@ -4,7 +4,8 @@
 
 The first rank of a node starts it (`Stream.start`) and it ends with that rank: on SIGUSR1, when the rank dies (the
 kernel's parent-death signal, and a look at the parent's pid once a second), or when every sample is delivered. When it
-fails, its traceback is on stderr, its exit status is not 0, and every rank sees a dead writer in its ring.
+fails, its traceback is on stderr, its exit status is not 0, and every rank sees a dead writer in its ring; when it
+hangs, every rank sees one that does not beat.
 
 Once a second it writes a status file (JSON, replaced atomically) for progress and reports:
 state "starting" | "running" | "complete" | "stopped" · pid · rings [names] · issued, retried, committed,
@@ -85,12 +86,6 @@ class Receiver:
     ring_names: tuple[str, ...]
     spec: ReceiverSpec
 
-    def check(self) -> None:
-        """Raises RuntimeError if the process ended in failure."""
-        code = self.process.poll()
-        if code not in (None, 0):
-            raise RuntimeError(f"the receiver ended with status {code}; its own message on stderr says why")
-
     def close(self) -> None:
         """Ends the process if it still runs, and removes what it could not remove itself."""
         if self.process.poll() is None:
@@ -160,11 +155,6 @@ class Stream:
         """How the servers of this node's receiver do, those that were not removed: what tells which one is slow."""
         servers = self.status().get("servers", [])
         return [{key: server[key] for key in PACE} for server in servers if not server["retired"]]
-
-    def check(self) -> None:
-        """Raises RuntimeError if the receiver failed; a rank without it learns that from its ring."""
-        if self.receiver is not None:
-            self.receiver.check()
 
     def close(self) -> None:
         """Leaves the ring and ends the receiver. Call it when nothing reads the ring any more."""

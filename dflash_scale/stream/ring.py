@@ -4,9 +4,10 @@ Channel: the writer makes the segment, one reader opens it, the writer unlinks t
 so that nothing stays in /dev/shm however the processes end; `reclaim()` covers a death before that.
 Ordering: records come out in the order of their commits. Loss: none while both live; a record that was reserved but not
 committed never existed. Back-pressure: `reserve()` gives None when the ring is full. Who may die: either side; the
-other sees it through `peer_alive()` (pid and start time), and a reader still gets all that was committed before. A
-reader may hold any number of records and releases them in the order in which it read them. Its place is free once it
-has closed or died; the next one begins with the first record that was not released.
+other sees it through `peer_alive()` (pid and start time), and a reader still gets all that was committed before. Who
+may hang: the reader alone; a writer's loop has to `beat()`. A reader may hold any number of records and releases them
+in the order in which it read them. Its place is free once it has closed or died; the next one begins with the first
+record that was not released.
 
 An object may be used by one thread at a time.
 """
@@ -25,10 +26,19 @@ QUARANTINED: Final = 1  # no payload: the sample failed everywhere and is to be 
 LINE: Final = 64  # bytes; alignment of records and payloads
 SHORTEST_WAIT_S: Final = 20e-6
 LONGEST_WAIT_S: Final = 2e-3
+# How long a reader waits for a writer that does not beat. A file server that fails over stops the receiver's loop for a
+# minute or two; torch.distributed, whose error says less, gives up after ten or more.
+SILENCE_S: Final = 300.0
+# Before the first beat: the receiver makes its other rings, reads the data set and counts the files of the cache.
+START_SILENCE_S: Final = 1800.0
 
 
 class PeerDied(RuntimeError):
     """The other side of the ring is gone."""
+
+
+class PeerStuck(RuntimeError):
+    """The writer of the ring runs and does nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +89,8 @@ class Ring:
 
     def __init__(self, native: _ring.Ring) -> None:
         self._native = native
+        self._beat = 0  # the writer's last one that this side has seen
+        self._silence_s = 0.0  # that this side has waited since
 
     @classmethod
     def create(cls, name: str, capacity: int) -> Ring:
@@ -132,7 +144,7 @@ class Ring:
         self._native.abandon()
 
     def beat(self) -> None:
-        """Tells the reader that the writer's loop moves."""
+        """Tells the reader that the writer's loop moves; much more often than every SILENCE_S."""
         self._native.beat()
 
     # The reader's side.
@@ -158,6 +170,7 @@ class Ring:
 
         Raises:
             PeerDied: the writer is gone and all that it committed has been read.
+            PeerStuck: the writer has not beaten for SILENCE_S of such waiting.
         """
         deadline = time.monotonic() + timeout
         wait = SHORTEST_WAIT_S
@@ -168,18 +181,34 @@ class Ring:
                     return record
                 raise PeerDied(
                     f"the receiver (pid {self.peer_pid}) that fills ring {self.name} is gone after "
-                    f"{self.released} records; its own message on stderr says why"
+                    f"{self.released} records; its own message on stderr says why, and where there is none it was "
+                    "killed, by the kernel if memory ran out"
                 )
             left = deadline - time.monotonic()
             if left <= 0:
                 return None
             time.sleep(min(wait, left))
+            self._listen(min(wait, left))
             wait = min(2 * wait, LONGEST_WAIT_S)
         return record
 
+    def _listen(self, waited_s: float) -> None:
+        """Adds a wait to the writer's silence, or ends that. Not the clock's: that goes on while both are stopped."""
+        beat = self._native.writer_beat
+        if beat != self._beat:
+            self._beat, self._silence_s = beat, 0.0
+            return
+        self._silence_s += waited_s
+        if self._silence_s >= (SILENCE_S if beat else START_SILENCE_S):
+            raise PeerStuck(
+                f"the receiver (pid {self.peer_pid}) that fills ring {self.name} runs, but its loop has not moved for "
+                f"{self._silence_s:.0f} s, after {self.released} records: it was stopped, or a file system that it "
+                "uses hangs (stream.cache, data.path, train.output_dir); mend that and continue with --resume"
+            )
+
     @property
     def reader_mark(self) -> int:
-        """Rows that the reader has finished; the writer fetches ahead of it."""
+        """The row from which on the writer may fetch, its look-ahead further; rows before it may still be in use."""
         return self._native.reader_mark
 
     @reader_mark.setter
@@ -197,23 +226,9 @@ class Ring:
         return self._native.capacity
 
     @property
-    def free_bytes(self) -> int:
-        """Bytes that hold no published record; what is free in one piece may be less."""
-        return self._native.free_bytes
-
-    @property
-    def committed(self) -> int:
-        """Records published so far; one more if the writer died inside of `commit()`."""
-        return self._native.committed
-
-    @property
     def released(self) -> int:
         """Records given back so far; one less if a reader died inside of `release()`."""
         return self._native.released
-
-    @property
-    def writer_beat(self) -> int:
-        return self._native.writer_beat
 
     @property
     def peer_pid(self) -> int:
