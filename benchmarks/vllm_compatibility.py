@@ -139,10 +139,13 @@ def worst_error(server: VllmServer, verifier: TappedVerifier, length: int, *, an
         if not socket.poll(60_000):
             raise TimeoutError("no hidden states within 60 s")
         frames = socket.recv_multipart()
-    first = wire.decode(frames[0], max_tokens=SIZES.length)
-    if isinstance(first, wire.Refusal):
-        raise wire.WireError(first.reason)
-    header, raw_ids, raw = payload.decode_data(frames, layout=verifier.layout, max_tokens=SIZES.length)
+    header = wire.decode(frames[0], max_tokens=SIZES.length)
+    if isinstance(header, wire.Refusal):
+        raise wire.WireError(header.reason)
+    if not isinstance(header, wire.Header) or header.layout != verifier.layout:
+        raise wire.WireError(f"states of {verifier.layout} were asked for, {header} came")
+    raw_ids, raw = frames[1:]
+    payload.check_payload(header, raw_ids, raw)
     said = reply["choices"][0]["token_ids"] if answer else []
     if memoryview(raw_ids).cast("i").tolist() != [*token_ids, *said]:
         raise ValueError("the token ids are not those of prompt and answer")

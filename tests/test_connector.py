@@ -16,7 +16,8 @@ import pytest
 import torch
 import zmq
 
-from dflash_scale.stream import keys, payload, sockets, wire
+from dflash_scale.stream import keys, sockets, wire
+from tests.data_messages import decode_data
 
 SOURCE = Path(__file__).parents[1] / "dflash_scale" / "stream" / "connector.py"
 BLOCKS, LAYERS, BLOCK_SIZE, HIDDEN = 9, 3, 4, 8
@@ -128,7 +129,7 @@ def test_a_finished_request_reaches_its_receiver(connector: ModuleType, layer_id
         assert worker.get_finished(set()) == (None, None)
         layout = wire.Layout(layer_ids, HIDDEN, "float32")
         assert socket.poll(10_000), "nothing arrived"
-        header, ids, raw = payload.decode_data(socket.recv_multipart(), layout=layout, max_tokens=10)
+        header, ids, raw = decode_data(socket.recv_multipart(), layout=layout, max_tokens=10)
         assert header.ticket == ticket
         assert memoryview(ids).cast("i").tolist() == list(range(100, 110))
         got = torch.frombuffer(bytearray(raw), dtype=torch.float32).view(10, len(layer_ids), HIDDEN)

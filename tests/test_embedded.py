@@ -21,11 +21,12 @@ import torch
 import zmq
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from dflash_scale.stream import keys, payload, sockets, wire
+from dflash_scale.stream import keys, sockets, wire
 from dflash_scale.stream.embedded import EmbeddedServer, Options, TappedVerifier, _next_token, parse
 from dflash_scale.stream.encoding import encode
 from dflash_scale.taps import default_layer_ids
 from dflash_scale.verifier_head import load_verifier_head
+from tests.data_messages import decode_data
 from tests.verifier_families import FAMILIES, HIDDEN, LAYERS, make_verifier, residuals_and_logits
 
 SIZES: dict[str, Any] = {
@@ -171,7 +172,7 @@ def test_a_ticket_for_the_answer_brings_its_states(folder: Path, server: Embedde
         answer = reply["choices"][0]["token_ids"]
         assert answer == again["choices"][0]["token_ids"], "temperature and seed do not reach the model"
         assert socket.poll(10_000)
-        header, ids, raw = payload.decode_data(socket.recv_multipart(), layout=server.layout, max_tokens=27)
+        header, ids, raw = decode_data(socket.recv_multipart(), layout=server.layout, max_tokens=27)
         assert header.ticket == ticket
         assert memoryview(ids).cast("i").tolist() == [*prompt(20), *answer]
         want = states_by_transformers(folder, [*prompt(20), *answer[:-1]], (0, 1, 3))
@@ -234,7 +235,7 @@ def test_concurrent_requests_arrive_whole_and_equal_to_lone_ones(folder: Path, s
             assert isinstance(header, wire.Header)
             sample = header.ticket.sample
             layout = ticket_of(sample).part_of(hello.layout)
-            header, ids, raw = payload.decode_data(frames, layout=layout, max_tokens=256)
+            header, ids, raw = decode_data(frames, layout=layout, max_tokens=256)
             seen.add(sample)
             assert memoryview(ids).cast("i").tolist() == prompts[sample]
             want, answer = alone.run(prompts[sample], 1, True, hello.layout.layer_ids[sample % 3 :])
@@ -322,7 +323,7 @@ def test_ipv6_with_keys(folder: Path, tmp_path: Path) -> None:
         assert status == 200
         assert socket.poll(10_000), "nothing came"
         layout = server.layout.only((1,))
-        assert payload.decode_data(socket.recv_multipart(), layout=layout, max_tokens=5)[0].ticket == ticket
+        assert decode_data(socket.recv_multipart(), layout=layout, max_tokens=5)[0].ticket == ticket
     finally:
         context.destroy(linger=0)
         server.close()

@@ -28,7 +28,9 @@ class Bench:
     def __init__(self, servers: int, limits: Limits = LIMITS, healthy: bool = True) -> None:
         self.now = 100.0
         self.cuts: list[int] = []
-        self.fleet = Fleet([f"http://s{i}" for i in range(servers)], limits, self.now)
+        self.fleet = Fleet(limits, self.now)
+        for i in range(servers):
+            self.fleet.add_server(f"http://s{i}", self.now)
         if healthy:
             for action in self.poll():
                 assert isinstance(action, Probe)

@@ -53,7 +53,9 @@ class World:
         self.now = 0.0
         self.events: list[tuple[float, int, Callable[[], None]]] = []
         self.machines = [Machine() for _ in range(servers)]
-        self.fleet = Fleet([f"http://s{i}" for i in range(servers)], LIMITS, self.now)
+        self.fleet = Fleet(LIMITS, self.now)
+        for i in range(servers):
+            self.fleet.add_server(f"http://s{i}", self.now)
         self.links = 0
         self.serial = 0
         self.kinds: dict[Key, str] = {}

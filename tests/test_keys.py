@@ -16,9 +16,10 @@ import pytest
 import zmq
 
 from dflash_scale import cli
-from dflash_scale.stream import payload, sockets, wire
+from dflash_scale.stream import sockets, wire
 from dflash_scale.stream.keys import KeysError, ReceiverKeys, make_keys, receiver_keys, server_keys
 from dflash_scale.stream.publisher import Publisher
+from tests.data_messages import decode_data
 from tests.publisher_process import LAYOUT
 
 ROOT = Path(__file__).parents[1]
@@ -184,7 +185,7 @@ def test_the_largest_sample_passes_with_keys(context: "zmq.Context[zmq.Socket[by
     assert greet(socket)
     publisher.send(wire.Ticket("run", "rx", 0, 1, 0, LAYOUT.layer_ids, LAYOUT.dtype), ids, states)
     assert socket.poll(10_000), "nothing came"
-    _, got_ids, got_states = payload.decode_data(socket.recv_multipart(), layout=LAYOUT, max_tokens=tokens)
+    _, got_ids, got_states = decode_data(socket.recv_multipart(), layout=LAYOUT, max_tokens=tokens)
     assert (bytes(got_ids), bytes(got_states)) == (ids, states)
     publisher.close()
 
@@ -311,7 +312,7 @@ def test_half_open_connections_end_and_others_are_served_meanwhile(
     for _ in range(5):
         sample = server.ask("send 500")
         assert receiver.poll(10_000), "the receiver starves"
-        header, _, _ = payload.decode_data(receiver.recv_multipart(), layout=LAYOUT, max_tokens=500)
+        header, _, _ = decode_data(receiver.recv_multipart(), layout=LAYOUT, max_tokens=500)
         assert header.ticket.sample == int(sample)
     assert greet(dealer(context, server.endpoint, receiver_keys(folder))), "no new receiver gets in"
     assert server.rss() - before < 32 * MIB

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from dflash_scale.stream import payload, sockets, wire
 from dflash_scale.stream.publisher import Publisher
 from dflash_scale.stream.wire import Header, Hello, HelloReply, Incompatible, Layout, Origin, Refusal, Ticket, WireError
+from tests.data_messages import decode_data
 
 LAYOUT = Layout((2, 4, 6), 8, "bfloat16")
 TICKET = Ticket("run-1", "node0.rank:1", 3, 12345, 1, LAYOUT.layer_ids, LAYOUT.dtype)
@@ -184,7 +185,7 @@ def test_data_message_round_trip() -> None:
     frames = payload.data_frames(TICKET, LAYOUT, ids, states)
     assert frames[1] is ids, "the payload must not be copied"
     assert frames[2] is states, "the payload must not be copied"
-    header, got_ids, got_states = payload.decode_data(frames, layout=LAYOUT, max_tokens=5)
+    header, got_ids, got_states = decode_data(frames, layout=LAYOUT, max_tokens=5)
     assert (header.ticket, header.tokens) == (TICKET, 5)
     assert (bytes(got_ids), bytes(got_states)) == (ids, states)
 
@@ -202,9 +203,9 @@ def test_damaged_data_messages() -> None:
         ([wire.encode(Refusal(TICKET, "no")), ids, states], "expected a data header"),
     ):
         with pytest.raises(WireError, match=reason):
-            payload.decode_data(bad, layout=LAYOUT, max_tokens=5)
+            decode_data(bad, layout=LAYOUT, max_tokens=5)
     with pytest.raises(WireError, match="layout"):
-        payload.decode_data(frames, layout=Layout((2, 3, 6), 8, "bfloat16"), max_tokens=5)
+        decode_data(frames, layout=Layout((2, 3, 6), 8, "bfloat16"), max_tokens=5)
 
 
 @pytest.fixture
@@ -234,7 +235,7 @@ def test_publisher_sends_in_order_to_the_receiver_named(context: "zmq.Context[zm
     for sample, (ids, states) in enumerate(sent):
         socket = ends["ab"[sample % 2]]
         assert socket.poll(10_000), f"sample {sample} did not arrive"
-        header, got_ids, got_states = payload.decode_data(socket.recv_multipart(), layout=LAYOUT, max_tokens=7)
+        header, got_ids, got_states = decode_data(socket.recv_multipart(), layout=LAYOUT, max_tokens=7)
         assert header.ticket.sample == sample
         assert (bytes(got_ids), bytes(got_states)) == (ids, states)
     publisher.refuse(Ticket("run-1", "a", 0, 7, 2, LAYOUT.layer_ids, LAYOUT.dtype), "x" * 9999)
@@ -316,7 +317,7 @@ def test_publisher_waits_for_a_receiver_that_connects_late(context: "zmq.Context
     time.sleep(0.2)
     socket = sockets.connect_dealer(context, publisher.endpoint, TICKET.receiver, max_message_bytes=1 << 20)
     assert socket.poll(10_000)
-    assert payload.decode_data(socket.recv_multipart(), layout=LAYOUT, max_tokens=5)[0].ticket == TICKET
+    assert decode_data(socket.recv_multipart(), layout=LAYOUT, max_tokens=5)[0].ticket == TICKET
     publisher.close()
 
 

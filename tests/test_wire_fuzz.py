@@ -16,6 +16,7 @@ import pytest
 
 from dflash_scale.stream import payload, wire
 from dflash_scale.stream.wire import Header, Hello, HelloReply, Incompatible, Layout, Origin, Refusal, Ticket, WireError
+from tests.data_messages import decode_data
 
 INPUTS = 250_000  # of each reader
 MAX_TOKENS = 64
@@ -129,7 +130,7 @@ def read_data(draw: random.Random) -> tuple[Any, Callable[[], Any]]:
                 cut = bytearray(frames[at] or b"\x00")
                 cut[draw.randrange(len(cut))] ^= 1 << draw.randrange(8)
                 frames[at] = bytes(cut)
-    return frames, lambda: payload.decode_data(frames, layout=LAYOUT, max_tokens=MAX_TOKENS)
+    return frames, lambda: decode_data(frames, layout=LAYOUT, max_tokens=MAX_TOKENS)
 
 
 REQUEST = {"dflash": json.loads(json.dumps(TICKET.to_params()))}

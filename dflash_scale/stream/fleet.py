@@ -37,7 +37,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
 
 from dflash_scale.stream.attempts import Attempts
 from dflash_scale.stream.choice import Round, suspect
@@ -65,7 +64,7 @@ class NoServerError(RuntimeError):
 class Fleet:
     """The state machine. Times are seconds of any monotonic clock."""
 
-    def __init__(self, addresses: Sequence[str], limits: Limits, now: float) -> None:
+    def __init__(self, limits: Limits, now: float) -> None:
         self.servers: list[Server] = []
         self.limits = limits
         self.blocked = ""  # why the first waiting sample is not requested, see `choice.Round`
@@ -73,8 +72,6 @@ class Fleet:
         self._faults = Faults(self.servers, self._attempts, limits)
         self._last_healthy = now
         self._next_scan = now
-        for address in addresses:
-            self.add_server(address, now)
 
     # What is wanted and how far it is.
 

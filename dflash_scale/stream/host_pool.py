@@ -39,12 +39,6 @@ class HostPool:
     def nbytes(self) -> int:
         return self._slab.numel()
 
-    @property
-    def lent_bytes(self) -> int:
-        """What is lent out, with the bytes that alignment costs."""
-        with self._lock:
-            return self.nbytes - sum(stop - start for start, stop in self._free)
-
     def take(self, nbytes: int) -> Piece | None:
         """A piece of `nbytes`, None while no free one is that long. Raises ValueError if none ever will be."""
         if not 1 <= nbytes <= self.nbytes:

@@ -107,7 +107,7 @@ class Intake:
         quarantine: QuarantineFile | None,
     ) -> None:
         self._identity, self.delivery, self._questions, self._quarantine = identity, delivery, questions, quarantine
-        self.fleet = Fleet([], limits, time.monotonic())
+        self.fleet = Fleet(limits, time.monotonic())
         self._endpoints = endpoints
         self._servers: list[Server] = []  # as configured; of every server of the fleet
         self.dropped = Dropped()

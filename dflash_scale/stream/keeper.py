@@ -74,10 +74,6 @@ class Keeper:
             self._waiting_bytes += len(sample.states)
         self._queue.put(sample)
 
-    @property
-    def waiting_bytes(self) -> int:
-        return self._waiting_bytes
-
     def close(self) -> None:
         """Writes what waits, and ends the thread."""
         self._queue.put(None)

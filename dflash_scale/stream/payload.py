@@ -4,11 +4,9 @@ Token ids are int32 little-endian; hidden states lie as the header's layout says
 server: standard library and xxhash only.
 """
 
-from collections.abc import Sequence
-
 import xxhash
 
-from dflash_scale.stream.wire import TOKEN_ID_BYTES, Buffer, Header, Layout, Ticket, WireError, decode, encode
+from dflash_scale.stream.wire import TOKEN_ID_BYTES, Buffer, Header, Layout, Ticket, WireError, encode
 
 
 def checksum(token_ids: Buffer, hidden_states: Buffer) -> int:
@@ -38,16 +36,3 @@ def check_payload(header: Header, token_ids: Buffer, hidden_states: Buffer) -> N
             raise WireError(f"the header announces {want} bytes of {name}, the frame has {got}")
     if checksum(token_ids, hidden_states) != header.checksum:
         raise WireError("the payload's checksum differs from the header's")
-
-
-def decode_data(frames: Sequence[Buffer], *, layout: Layout, max_tokens: int) -> tuple[Header, memoryview, memoryview]:
-    """A whole data message -> header, token ids as bytes, hidden states as bytes. Views, not copies."""
-    if len(frames) != 3:
-        raise WireError(f"a data message has 3 frames, got {len(frames)}")
-    header = decode(frames[0], max_tokens=max_tokens)
-    if not isinstance(header, Header):
-        raise WireError(f"expected a data header, got {type(header).__name__}")
-    if header.layout != layout:
-        raise WireError(f"the run's layout is {layout}, the server sent {header.layout}")
-    check_payload(header, frames[1], frames[2])
-    return header, memoryview(frames[1]), memoryview(frames[2])

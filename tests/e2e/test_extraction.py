@@ -29,10 +29,11 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from dflash_scale.model_files import origin_of
 from dflash_scale.packer import Samples
 from dflash_scale.prompts import load_prepared
-from dflash_scale.stream import payload, sockets, wire
+from dflash_scale.stream import sockets, wire
 from dflash_scale.stream.embedded import TappedVerifier
 from dflash_scale.stream.encoding import decode
 from dflash_scale.stream.keys import make_keys, receiver_keys
+from tests.data_messages import decode_data
 
 pytestmark = pytest.mark.e2e
 
@@ -173,7 +174,7 @@ def receive(receiver: "zmq.Socket[bytes]", server: Server, verifier: TappedVerif
     assert isinstance(header, wire.Header), header
     sample = header.ticket.sample
     layout = verifier.layout.only(layers_of(sample), dtype_of(sample))
-    header, ids, raw = payload.decode_data(frames, layout=layout, max_tokens=MAX_LENGTH)
+    header, ids, raw = decode_data(frames, layout=layout, max_tokens=MAX_LENGTH)
     token_ids = memoryview(ids).cast("i").tolist()
     got = decode(torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(header.tokens, -1), layout).float()
     if header.ticket.answer:
