@@ -122,7 +122,7 @@ class LossSection(Section):
 
 class TrainSection(Section):
     output_dir: str = Field(
-        default="runs/dflash", min_length=1, description="Folder of checkpoints, logs and the report."
+        default="runs/dflash", min_length=1, description="Folder of checkpoints, metrics and ledgers."
     )
     epochs: Positive = Field(default=6, description="Passes over the data set.")
     max_steps: Positive | None = Field(
@@ -168,11 +168,6 @@ class TrainSection(Section):
         return betas
 
 
-class EvaluateSection(Section):
-    prompts: Positive = Field(default=64, description="Held-out conversations that are answered, at most.")
-    max_new_tokens: Positive = Field(default=256, description="Tokens generated per prompt, at most.")
-
-
 class Config(Section):
     verifier: VerifierSection
     drafter: DrafterSection = DrafterSection()
@@ -180,7 +175,6 @@ class Config(Section):
     stream: StreamSection = StreamSection()
     loss: LossSection = LossSection()
     train: TrainSection = TrainSection()
-    evaluate: EvaluateSection = EvaluateSection()
     deepspeed: dict[str, Any] = Field(
         default={"zero_optimization": {"stage": 2}},
         description="DeepSpeed's own dictionary, passed on as it is; zero_optimization.stage is 1, 2 or 3.",

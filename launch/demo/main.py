@@ -41,6 +41,8 @@ from launch.demo.answers import AnswerSpec, make_answers  # noqa: E402
 from launch.demo.verifier import STEPS, make_verifier  # noqa: E402
 
 SERVERS = 2
+EVALUATED = 32  # held-out prompts, at most
+ANSWER_TOKENS = 96  # to each of them, at most
 RANKS = min(2, torch.cuda.device_count() or 2)
 # A vLLM server on a CPU takes what it is given; the demo's samples are short and its machine is small.
 VLLM_FLAGS = ("--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "8", "--enforce-eager")
@@ -205,14 +207,14 @@ def run(demo: Demo) -> dict[str, object]:
             train(demo, overrides, fleet)
     with stages.stage("export", str(demo.out / "drafter")):
         drafter = export_checkpoint(named_checkpoint(demo.out / "train"), demo.out / "drafter")
-    with stages.stage("evaluation", f"{config.evaluate.prompts} held-out prompts"):
+    with stages.stage("evaluation", f"{EVALUATED} held-out prompts"):
         result = evaluate(
             EvaluateSpec(
                 str(verifier),
                 drafter,
                 held_out,
-                config.evaluate.prompts,
-                config.evaluate.max_new_tokens,
+                EVALUATED,
+                ANSWER_TOKENS,
                 demo.vllm_python,
                 VLLM_FLAGS if demo.vllm_python else (),
                 demo.out / "logs" / "vllm-drafter.log",
