@@ -16,7 +16,7 @@ from dflash_scale.config import Config, parse_config
 from dflash_scale.drafter import Drafter
 from dflash_scale.hidden_states import run_layouts
 from dflash_scale.memory import Sizes, gpu_memory
-from dflash_scale.verifier import VerifierShape
+from dflash_scale.verifier.shape import VerifierShape
 
 
 def run_config(case: Case, options: Options) -> Config:

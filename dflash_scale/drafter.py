@@ -28,7 +28,7 @@ from dflash_scale.rope import check_rope, drafter_rope
 
 if TYPE_CHECKING:
     from dflash_scale.config import DrafterSection
-    from dflash_scale.verifier import VerifierShape
+    from dflash_scale.verifier.shape import VerifierShape
 
 
 @dataclass(frozen=True)

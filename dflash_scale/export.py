@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoTokenizer, Qwen3Config
 from dflash_scale.config import Config, parse_config
 from dflash_scale.drafter import Drafter, DrafterSpec, drafter_spec
 from dflash_scale.taps import tapped_layers
-from dflash_scale.verifier import mask_token_id, verifier_shape
+from dflash_scale.verifier.shape import mask_token_id, verifier_shape
 from dflash_scale.verifier_head import load_verifier_head
 from dflash_scale.vocabulary import DraftVocabulary
 

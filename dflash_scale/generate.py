@@ -26,7 +26,6 @@ from typing import Any, Final
 
 from dflash_scale.config import Config, load_config
 from dflash_scale.hidden_states import run_layouts
-from dflash_scale.model_files import origin_of
 from dflash_scale.packer import Samples
 from dflash_scale.prompts import check_tokenizer, load_prepared
 from dflash_scale.stream.cache import CacheOrigin, claim, open_cache
@@ -38,7 +37,8 @@ from dflash_scale.stream.intake import Intake, limits_of
 from dflash_scale.stream.keys import receiver_keys
 from dflash_scale.stream.links import keep_freed_memory
 from dflash_scale.stream.questions import Questions, SampleQuestions
-from dflash_scale.verifier import verifier_shape
+from dflash_scale.verifier.identity import origin_of
+from dflash_scale.verifier.shape import verifier_shape
 
 log = logging.getLogger(__name__)
 

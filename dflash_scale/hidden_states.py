@@ -7,7 +7,7 @@ from dflash_scale.loss import loss_spec
 from dflash_scale.stream.layouts import RowLayouts
 from dflash_scale.stream.wire import FP8, Layout
 from dflash_scale.taps import tapped_layers
-from dflash_scale.verifier import VerifierShape
+from dflash_scale.verifier.shape import VerifierShape
 
 
 def run_layouts(config: Config, shape: VerifierShape) -> RowLayouts:

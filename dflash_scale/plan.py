@@ -20,7 +20,7 @@ from dflash_scale.memory import Memory, Sizes, chunk_slots, gpu_memory, row_buff
 from dflash_scale.packer import Place, RowSchedule, Samples, schedule_spec
 from dflash_scale.prompts import Prepared, load_prepared
 from dflash_scale.stream.layouts import RowLayouts
-from dflash_scale.verifier import VerifierShape, mask_token_id, verifier_shape
+from dflash_scale.verifier.shape import VerifierShape, mask_token_id, verifier_shape
 from dflash_scale.vocabulary import DraftVocabulary, run_vocabulary
 
 GPUS_PER_NODE = 8  # what "per node" means in the printout

@@ -241,7 +241,7 @@ def make_encoder(model: str, max_tokens: int) -> Encoder:
     """The encoder of a verifier, or of a folder that holds only its tokenizer."""
     from transformers import AutoTokenizer
 
-    from dflash_scale.verifier import verifier_shape
+    from dflash_scale.verifier.shape import verifier_shape
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     try:

@@ -28,7 +28,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from dflash_scale.taps import decoder_layers
-from dflash_scale.verifier import verifier_config, verifier_file
+from dflash_scale.verifier.files import model_file
+from dflash_scale.verifier.shape import verifier_config
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 FULL_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
@@ -206,7 +207,7 @@ class _Checkpoint:
 
     def __init__(self, model: str, allow_network: bool) -> None:
         self._model, self._allow_network = model, allow_network
-        index = verifier_file(model, INDEX, allow_network=allow_network)
+        index = model_file(model, INDEX, allow_network=allow_network)
         if index is not None:
             self._files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             return
@@ -214,7 +215,7 @@ class _Checkpoint:
             self._files = dict.fromkeys(shard.keys(), SINGLE)
 
     def _path(self, file: str) -> Path:
-        path = verifier_file(self._model, file, allow_network=self._allow_network)
+        path = model_file(self._model, file, allow_network=self._allow_network)
         if path is None:
             raise ValueError(
                 f"verifier {self._model}: got no {file}, wanted it for embedding, final norm and head; give a folder "

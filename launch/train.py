@@ -23,7 +23,7 @@ from dflash_scale.config import Config, load_config, resolve
 from dflash_scale.hidden_states import run_layouts
 from dflash_scale.plan import print_plan
 from dflash_scale.prompts import check_tokenizer, load_prepared
-from dflash_scale.verifier import verifier_shape
+from dflash_scale.verifier.shape import verifier_shape
 
 if TYPE_CHECKING:
     from dflash_scale.trainer import Trainer
@@ -118,7 +118,6 @@ def set_up(
     from dflash_scale.checkpoint import Checkpoints, Position
     from dflash_scale.cuda_copier import CudaCopier
     from dflash_scale.drafter import Drafter, drafter_spec
-    from dflash_scale.model_files import origin_of
     from dflash_scale.packer import AnchorSpec, RowSchedule, Samples, schedule_spec
     from dflash_scale.quarantine import read_exclusion
     from dflash_scale.ranks import check_alike, check_shared
@@ -127,7 +126,8 @@ def set_up(
     from dflash_scale.stream.keys import receiver_keys
     from dflash_scale.stream.receiver import Stream
     from dflash_scale.trainer import Parts, Trainer, make_engine
-    from dflash_scale.verifier import mask_token_id
+    from dflash_scale.verifier.identity import origin_of
+    from dflash_scale.verifier.shape import mask_token_id
     from dflash_scale.verifier_head import load_verifier_head
     from dflash_scale.vocabulary import run_vocabulary
     from dflash_scale.warm_start import load_start

@@ -73,6 +73,7 @@ def vllm_config(**changes: Any) -> Any:
             get_total_num_hidden_layers=lambda: changes.get("layers", 6),
             served_model_name="model-1",
             model="model-1",
+            revision=None,
         ),
     )
 
@@ -365,7 +366,7 @@ def test_imports_of_ours_are_few() -> None:
             imported |= {f"{node.module}.{alias.name}" for alias in node.names}
     ours = {name for name in imported if name.startswith("dflash_scale")}
     assert {name.removeprefix("dflash_scale.").removeprefix("stream.").split(".")[0] for name in ours} == {
-        *("addresses", "model_files", "wire", "keys", "publisher", "copies", "host_pool")
+        *("addresses", "verifier", "wire", "keys", "publisher", "copies", "host_pool")
     }
     outside = {name.split(".")[0] for name in imported - ours}
     assert outside == {"logging", "dataclasses", "pathlib", "typing", "torch", "vllm"}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from dflash_scale.verifier import mask_token_id
+from dflash_scale.verifier.shape import mask_token_id
 from launch.demo import answers, verifier
 from launch.demo.answers import CODE_TOKENS, AnswerSpec, cut_prompts, make_answers
 from launch.demo.verifier import INSTRUCTION, Turns, conversations, encode_files, library_files, line_starts

@@ -5,7 +5,7 @@ import torch
 
 from dflash_scale.config import DrafterSection
 from dflash_scale.drafter import Drafter, DrafterSpec, block_inputs, drafter_spec
-from dflash_scale.verifier import VerifierShape
+from dflash_scale.verifier.shape import VerifierShape
 
 SHAPE = VerifierShape(
     "qwen3", 32, 6, 4, 2, 8, 48, 64, 128, 1e-6, {"rope_type": "default", "rope_theta": 1e4}, False, "float32"

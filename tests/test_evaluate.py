@@ -23,7 +23,7 @@ from dflash_scale.evaluate import (
 )
 from dflash_scale.evaluate_vllm import ServerSpec, parse_counters, serving
 from dflash_scale.export import export_drafter
-from dflash_scale.verifier import verifier_shape
+from dflash_scale.verifier.shape import verifier_shape
 from tests.verifier_families import make_verifier
 
 SIZE, NEW = 5, 23

@@ -15,13 +15,13 @@ import pytest
 from receiver_run import LAYOUTS, RUN, FakeServer, Run, consume, drain, expected, read_all
 
 from dflash_scale.config import parse_config
-from dflash_scale.model_files import origin_of
 from dflash_scale.quarantine import QuarantineFile
 from dflash_scale.stream import wire
 from dflash_scale.stream.intake import Dropped
 from dflash_scale.stream.keys import make_keys
 from dflash_scale.stream.receiver import STOP_SIGNAL, ReceiverSpec, Stream, read_status
 from dflash_scale.stream.ring import COMMITTED, QUARANTINED, PeerDied, Ring
+from dflash_scale.verifier.identity import origin_of
 from tests.verifier_families import make_verifier
 
 pytest_plugins = ("receiver_run",)

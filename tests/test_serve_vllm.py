@@ -203,12 +203,18 @@ def test_open_http_host(model: Path) -> None:
 def test_missing_zmq_and_unknown_models(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="--zmq is missing"):
         command(model, zmq=None)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     with pytest.raises(ValueError, match="download it first"):
         command(Path("some/model"))
     snapshot = tmp_path / "hub" / "models--some--model" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text(json.dumps({"num_hidden_layers": 4}))
+    with pytest.raises(ValueError, match="download it first"):
+        command(Path("some/model"))  # vLLM would take the branch main, which is not here
+    assert "--kv-transfer-config" in command(Path("some/model"), "--revision", "abc")
+    refs = tmp_path / "hub" / "models--some--model" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("abc")
     assert "--kv-transfer-config" in command(Path("some/model"))
 
 

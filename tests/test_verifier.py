@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import transformers
 
-from dflash_scale.verifier import mask_token_id, verifier_shape
+from dflash_scale.verifier.shape import mask_token_id, verifier_shape
 from tests.verifier_families import FAMILIES, TINY
 
 

@@ -26,7 +26,7 @@ from dflash_scale.drafter import Drafter, drafter_spec
 from dflash_scale.packer import AnchorSpec, Row, RowSchedule, Samples, plan_row, schedule_spec
 from dflash_scale.ranks import join_ranks, leave_ranks
 from dflash_scale.trainer import Parts, Trainer, make_engine
-from dflash_scale.verifier import VerifierShape
+from dflash_scale.verifier.shape import VerifierShape
 from dflash_scale.verifier_head import VerifierHead
 from dflash_scale.vocabulary import choose_vocabulary
 

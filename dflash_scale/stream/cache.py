@@ -36,7 +36,7 @@ ASIDE: Final = ".aside,"  # HOST,PID,START, and the file's name: no host's name 
 class CacheOrigin:
     """What the files of a cache were made from.
 
-    `layout`: all layers that a file may hold; `verifier`: its name, for people; its digest as `model_files.origin_of`
+    `layout`: all layers that a file may hold; `verifier`: its name, for people; its digest as `identity.origin_of`
     computes it, empty where it cannot.
     """
 

@@ -16,8 +16,8 @@ refused. A receiver that is gone costs as long as the Publisher's patience.
 Sent are the prompt's tokens, for which max_tokens 1 is enough, or, if the ticket says `answer`, the tokens of prompt
 and answer. The last of them was sampled and never fed to the verifier: zeros stand for its hidden states.
 `launch/serve_vllm.py` writes the configuration for this.
-Imports of this project: model_files, and of stream/ wire, keys, publisher, copies and host_pool; what those need is in
-docs/design.md.
+Imports of this project: verifier/identity, and of stream/ wire, keys, publisher, copies and host_pool; what those need
+is in docs/design.md.
 
 Shape letters: L verifier layers tapped · H hidden size · B cache blocks · P tokens in one cache block.
 """
@@ -38,12 +38,12 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.platforms import current_platform
 
 from dflash_scale.addresses import engine_address
-from dflash_scale.model_files import origin_of
 from dflash_scale.stream import wire
 from dflash_scale.stream.copies import Copies, Finished
 from dflash_scale.stream.host_pool import HostPool
 from dflash_scale.stream.keys import server_keys
 from dflash_scale.stream.publisher import Publisher
+from dflash_scale.verifier.identity import origin_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -173,7 +173,7 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
             layout,
             self._vllm_config.model_config.served_model_name or self._vllm_config.model_config.model,
             insecure=bool(self._extra.get("insecure", False)),
-            origin=origin_of(self._vllm_config.model_config.model),
+            origin=origin_of(self._vllm_config.model_config.model, self._vllm_config.model_config.revision),
             data_parallel_rank=self._rank,
             keys=server_keys(Path(self._extra["keys"])) if "keys" in self._extra else None,
         )

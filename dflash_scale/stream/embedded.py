@@ -27,13 +27,13 @@ from typing import Any, Final
 import torch
 
 from dflash_scale.addresses import check_bind, check_bind_http, split_address
-from dflash_scale.model_files import origin_of
 from dflash_scale.stream import wire
 from dflash_scale.stream.embedded_http import CompletionServer, Limits, Reply, Request
 from dflash_scale.stream.encoding import encode
 from dflash_scale.stream.keys import server_keys
 from dflash_scale.stream.publisher import MAX_BYTES, Publisher
 from dflash_scale.taps import causal_model, decoder_layers
+from dflash_scale.verifier.identity import origin_of
 
 log = logging.getLogger(__name__)
 

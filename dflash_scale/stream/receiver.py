@@ -262,7 +262,6 @@ def serve(spec: ReceiverSpec, config: Config, rings: Sequence[Ring], stop: Stop)
 
 def make_intake(spec: ReceiverSpec, config: Config, rings: Sequence[Ring]) -> Any:
     """The loop with all that it works on, from the spec: the same schedule that the ranks compute."""
-    from dflash_scale.model_files import origin_of
     from dflash_scale.packer import RowSchedule, Samples, schedule_spec
     from dflash_scale.prompts import load_prepared  # imports datasets, seconds: after the rings are there
     from dflash_scale.quarantine import FILE_NAME, QuarantineFile
@@ -273,6 +272,7 @@ def make_intake(spec: ReceiverSpec, config: Config, rings: Sequence[Ring]) -> An
     from dflash_scale.stream.keys import receiver_keys
     from dflash_scale.stream.questions import SampleQuestions
     from dflash_scale.stream.window import Window
+    from dflash_scale.verifier.identity import origin_of
 
     prepared = load_prepared(config.data.path)
     samples = Samples(prepared.train, prepared.validation)

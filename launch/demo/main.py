@@ -36,7 +36,7 @@ from dflash_scale.prompts import prepare  # noqa: E402
 from dflash_scale.report import plot_acceptance, plot_training  # noqa: E402
 from dflash_scale.stream.receiver import read_status  # noqa: E402
 from dflash_scale.taps import tapped_layers  # noqa: E402
-from dflash_scale.verifier import verifier_shape  # noqa: E402
+from dflash_scale.verifier.shape import verifier_shape  # noqa: E402
 from launch.demo.answers import AnswerSpec, make_answers  # noqa: E402
 from launch.demo.verifier import STEPS, make_verifier  # noqa: E402
 

@@ -26,13 +26,13 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from dflash_scale.model_files import origin_of
 from dflash_scale.packer import Samples
 from dflash_scale.prompts import load_prepared
 from dflash_scale.stream import sockets, wire
 from dflash_scale.stream.embedded import TappedVerifier
 from dflash_scale.stream.encoding import decode
 from dflash_scale.stream.keys import make_keys, receiver_keys
+from dflash_scale.verifier.identity import origin_of
 from tests.data_messages import decode_data
 
 pytestmark = pytest.mark.e2e
@@ -361,6 +361,7 @@ def test_the_connector_imports_little_of_ours() -> None:
     )
     modules, deepspeed = done.stdout.splitlines()[-2:]
     room = ["connector", "copies", "encoding", "host_pool", "keys", "payload", "publisher", "sockets", "wire"]
-    ours = ["dflash_scale", "dflash_scale.addresses", "dflash_scale.model_files", "dflash_scale.stream"]
-    assert modules.split() == [*ours, *(f"dflash_scale.stream.{name}" for name in room)]
+    ours = ["dflash_scale", "dflash_scale.addresses", "dflash_scale.stream"]
+    files = ["dflash_scale.verifier", "dflash_scale.verifier.files", "dflash_scale.verifier.identity"]
+    assert modules.split() == [*ours, *(f"dflash_scale.stream.{name}" for name in room), *files]
     assert deepspeed == "False"

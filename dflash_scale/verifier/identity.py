@@ -1,12 +1,11 @@
-"""A model's files on this machine, and from which verifier and tokenizer they are: two short digests.
+"""Which verifier and which tokenizer a model's files are of: two short digests.
 
 A server and a run compare these before the first sample, so both compute them here, each from its own copy. Equal
 copies give equal digests however a copy was saved: in one shard or many, by an old or a new Transformers, quantised
-between its ends or not. Used inside the vLLM server: standard library and xxhash only.
+between its ends or not. Used inside the vLLM server: beside files.py, standard library and xxhash only.
 """
 
 import json
-import os
 import struct
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -14,6 +13,7 @@ from typing import Any, BinaryIO, Final
 import xxhash
 
 from dflash_scale.stream.wire import Origin
+from dflash_scale.verifier.files import CONFIG, model_folder
 
 NUMBERS: Final = (
     *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -24,29 +24,17 @@ PIECES, PIECE_BYTES = 16, 4096  # of the embedding, that are read
 MAX_HEADER_BYTES: Final = 64 << 20  # of a safetensors file
 
 
-def model_folder(model: str) -> Path | None:
-    """The folder with the model's config.json: a local one, or the hub's cache; None where there is neither."""
-    if Path(model).is_dir():
-        return Path(model)
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub")) / f"models--{model.replace('/', '--')}"
-    main = cache / "refs" / "main"
-    if main.is_file() and (cache / "snapshots" / (commit := main.read_text().strip()) / "config.json").is_file():
-        return cache / "snapshots" / commit
-    snapshots = [config.parent for config in cache.glob("snapshots/*/config.json")]
-    return max(snapshots, key=lambda folder: folder.stat().st_mtime, default=None)
-
-
-def origin_of(model: str) -> Origin:
-    """The digests of a folder or hub id; empty where its files are absent or of a kind that is not read here."""
-    folder = model_folder(model)
+def origin_of(model: str, revision: str | None = None) -> Origin:
+    """The digests of a folder, or of a hub id at a revision (None: main); empty where its files are absent or of a
+    kind that is not read here."""
+    folder = model_folder(model, revision)
     return Origin(_verifier(folder), _tokenizer(folder)) if folder is not None else Origin()
 
 
 def _verifier(folder: Path) -> str:
     """Over the shape of the language model and pieces of its embedding, which tells fine-tuned models apart."""
     try:
-        config = json.loads((folder / "config.json").read_bytes())
+        config = json.loads((folder / CONFIG).read_bytes())
         text = config.get("text_config", config)
         digest = xxhash.xxh3_64(json.dumps([text.get(name) for name in NUMBERS]).encode())
         file, name = _embedding(folder)

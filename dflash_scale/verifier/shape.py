@@ -1,4 +1,4 @@
-"""What the trainer knows of the verifier before any weight is read: where its files are, its shape, its mask token.
+"""What the trainer knows of the verifier before any weight is read: its shape and its mask token.
 
 The verifier itself runs inside the servers. What is read of its weights is verifier_head.py's.
 """
@@ -12,14 +12,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import transformers
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from transformers import CONFIG_MAPPING
 
 from dflash_scale.rope import verifier_rope
-
-# config.json files of public verifiers, so that a run can be planned with no network.
-SHIPPED = Path(__file__).parents[1] / "configs" / "verifiers"
+from dflash_scale.verifier.files import CONFIG, model_file, shipped_config
 
 KV_HEADS_FOR_LATENT_ATTENTION = 8  # at most; DeepSeek's layers have as many key heads as query heads, and cache none
 EPS_NAMES = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps", "layernorm_epsilon")
@@ -68,9 +64,9 @@ def verifier_config(model: str, *, allow_network: bool = False) -> Any:
 
 
 def _content(model: str, allow_network: bool) -> tuple[dict[str, Any], Path]:
-    path = verifier_file(model, "config.json") or _shipped(model)
+    path = model_file(model, CONFIG) or shipped_config(model)
     if path is None and allow_network:
-        path = verifier_file(model, "config.json", allow_network=True)
+        path = model_file(model, CONFIG, allow_network=True)
     if path is None:
         raise ValueError(
             f"verifier.model: got {model!r}, wanted a folder with a config.json or a model in the hub's cache; "
@@ -144,28 +140,6 @@ def _own(text: Any, name: str) -> int | None:
     except RuntimeError:  # Transformers: the attribute differs by layer
         number: int | None = text.to_dict().get(name)
         return number
-
-
-def verifier_file(model: str, name: str, *, allow_network: bool = False) -> Path | None:
-    """One file of a verifier on this machine, None if it has none; only `allow_network` downloads."""
-    folder = Path(model)
-    if folder.is_dir():
-        return folder / name if (folder / name).is_file() else None
-    if model.count("/") != 1 or model.startswith((".", "/")):  # a path that does not exist, not a hub id
-        return None
-    try:
-        return Path(hf_hub_download(model, name, local_files_only=not allow_network))
-    except (EntryNotFoundError, LocalEntryNotFoundError):
-        return None
-    except (HfHubHTTPError, OSError) as error:
-        raise ValueError(f"verifier {model}: {name} cannot be fetched from the hub: {error}") from error
-
-
-def _shipped(model: str) -> Path | None:
-    for path in sorted(SHIPPED.glob("*.json")):
-        if json.loads(path.read_text(encoding="utf-8"))["_name_or_path"] == model:
-            return path
-    return None
 
 
 class Tokenizer(Protocol):

@@ -1,0 +1,1 @@
+"""What is known of the verifier: its files, shape, layers, LM head and identity."""
