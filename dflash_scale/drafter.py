@@ -36,7 +36,7 @@ class DrafterSpec:
     """What defines a drafter besides its weights.
 
     `layers` is the Qwen3 dictionary of the drafter's own layers (vLLM's `transformer_layer_config`), `layer_ids` the
-    verifier's tapped layers (id k = residual after k decoder layers), `context_size` the verifier's hidden size.
+    verifier's aux layers (id k = residual after k decoder layers), `context_size` the verifier's hidden size.
     """
 
     layers: Qwen3Config
@@ -248,7 +248,7 @@ class Drafter(nn.Module):
 
         Args:
             slots: (A*S, H) embeddings of the block inputs (`block_inputs`).
-            states: (T, L * verifier's H), the tapped hidden states side by side.
+            states: (T, L * verifier's H), the hidden states of the aux layers side by side.
             positions: (T,) int32, restarting at 0 in each document.
             anchors: (A,) int32 ascending positions in the row.
             doc_ids: (T,) int32, -1 = padding.

@@ -39,7 +39,7 @@ from dflash_scale.evaluate_vllm import ServerSpec, answer_prompts
 from dflash_scale.export import load_drafter, load_output
 from dflash_scale.packer import pack
 from dflash_scale.prompts import load_prepared
-from dflash_scale.taps import causal_model
+from dflash_scale.verifier.layers import causal_model
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class GreedyVerifier:
 
     Args:
         model: a causal language model in evaluation mode.
-        layer_ids: tapped layers, each below the number of layers (the last of Transformers' hidden states is not a
+        layer_ids: aux layers, each below the number of layers (the last of Transformers' hidden states is not a
             residual: the final norm has gone over it).
         output: head and target ids of a drafter with a pruned vocabulary (`export.load_output`); None: the verifier's.
     """
@@ -97,7 +97,7 @@ class GreedyVerifier:
 
     @torch.inference_mode()
     def read(self, tokens: Sequence[int], cache: DynamicCache | None = None) -> tuple[list[int], Tensor]:
-        """Reads (n,) tokens; greedy next token after each, and their tapped states (n, L*H)."""
+        """Reads (n,) tokens; greedy next token after each, and their hidden states (n, L*H)."""
         ids = torch.tensor([list(tokens)], device=self.embedding.device)
         out = self.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, output_hidden_states=True)
         states = torch.cat([out.hidden_states[k][0] for k in self.layer_ids], dim=-1)

@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoTokenizer, Qwen3Config
 
 from dflash_scale.config import Config, parse_config
 from dflash_scale.drafter import Drafter, DrafterSpec, drafter_spec
-from dflash_scale.taps import tapped_layers
+from dflash_scale.verifier.layers import aux_layers
 from dflash_scale.verifier.shape import mask_token_id, verifier_shape
 from dflash_scale.verifier_head import load_verifier_head
 from dflash_scale.vocabulary import DraftVocabulary
@@ -230,7 +230,7 @@ def resolved_spec(config: Config) -> DrafterSpec:
     shape = verifier_shape(model)
     tokenizer = AutoTokenizer.from_pretrained(model)
     mask = mask_token_id(tokenizer, shape.vocab_size, config.drafter.mask_token_id)
-    return drafter_spec(config.drafter, shape, tapped_layers(config.verifier.layer_ids, shape.layers), mask)
+    return drafter_spec(config.drafter, shape, aux_layers(config.verifier.layer_ids, shape.layers), mask)
 
 
 def checkpoint_state(checkpoint: Path) -> dict[str, Tensor]:

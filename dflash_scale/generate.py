@@ -2,7 +2,7 @@
 
     dflash-scale generate --config configs/zero2_dflash.json --out states/qwen3-8b
 
-Every file holds all tapped layers and the last residual, whatever the run's loss needs. It can be stopped, or killed,
+Every file holds all aux layers and the last layer, whatever the run's loss needs. It can be stopped, or killed,
 and started again: files that are there and good are left as they are. Samples that no server could deliver stand in
 `quarantined.jsonl` with their reasons and are asked for again by the next start. The books of the last start are in
 `totals.json`: samples = present + written + quarantined when it is complete.

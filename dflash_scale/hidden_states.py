@@ -6,16 +6,16 @@ from dflash_scale.config import Config
 from dflash_scale.loss import loss_spec
 from dflash_scale.stream.layouts import RowLayouts
 from dflash_scale.stream.wire import FP8, Layout
-from dflash_scale.taps import tapped_layers
+from dflash_scale.verifier.layers import aux_layers
 from dflash_scale.verifier.shape import VerifierShape
 
 
 def run_layouts(config: Config, shape: VerifierShape) -> RowLayouts:
-    """The taps in every row; the last residual in validation rows, and in training rows where the loss needs the
+    """The aux layers in every row; the last layer in validation rows, and in training rows where the loss needs the
     verifier's logits. Raises ValueError for layers or a transport that the verifier has not."""
-    taps, dtype = tapped_layers(config.verifier.layer_ids, shape.layers), transport_dtype(config, shape)
-    whole = Layout((*taps, shape.layers), shape.hidden_size, dtype)
-    return RowLayouts(whole if loss_spec(config).needs_verifier else whole.only(taps), whole)
+    layer_ids, dtype = aux_layers(config.verifier.layer_ids, shape.layers), transport_dtype(config, shape)
+    whole = Layout((*layer_ids, shape.layers), shape.hidden_size, dtype)
+    return RowLayouts(whole if loss_spec(config).needs_verifier else whole.only(layer_ids), whole)
 
 
 def transport_dtype(config: Config, shape: VerifierShape) -> str:

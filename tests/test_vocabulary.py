@@ -15,7 +15,7 @@ from dflash_scale.evaluate import GreedyVerifier, speculate
 from dflash_scale.export import export_drafter, load_drafter, load_output
 from dflash_scale.loss import LossSpec, drafter_loss, kept_slots, normaliser, trained_mask
 from dflash_scale.packer import AnchorSpec, Row, RowPlan, Samples, pack, plan_row
-from dflash_scale.taps import causal_model
+from dflash_scale.verifier.layers import causal_model
 from dflash_scale.vocabulary import DraftVocabulary, choose_vocabulary
 from tests.test_export import HIDDEN, VOCABULARY, make_drafter, make_spec, verifier  # noqa: F401 a fixture
 

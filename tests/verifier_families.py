@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from dflash_scale.taps import decoder_layers
+from dflash_scale.verifier.layers import decoder_layers
 
 VOCABULARY, HIDDEN, LAYERS = 97, 32, 4
 TINY: dict[str, Any] = {

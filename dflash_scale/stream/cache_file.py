@@ -222,8 +222,7 @@ def _metadata(given: dict[str, Any]) -> tuple[tuple[int, ...] | None, int | None
         checksum = int(given["xxh3"], 16) if "xxh3" in given else None
     except (ValueError, TypeError, RecursionError) as error:
         raise BadFile(f"its metadata cannot be read: {given!r:.200}") from error
-    if ids is not None and (
-        not isinstance(ids, list) or any(type(n) is not int for n in ids) or ids != sorted(set(ids))
-    ):
-        raise BadFile(f"its layer ids are {ids!r:.80}")
-    return None if ids is None else tuple(ids), checksum
+    layer_ids = tuple(ids) if isinstance(ids, list) else ids
+    if layer_ids is not None and (problem := wire.layer_ids_problem(layer_ids)):
+        raise BadFile(f"its layer ids: {problem}")
+    return layer_ids, checksum

@@ -1,7 +1,7 @@
 """The KV connector that runs inside vLLM and sends the hidden states of finished requests to receivers.
 
-vLLM's `extract_hidden_states` method writes the tapped residual streams of every token into a KV cache layer of its
-own, with as many "heads" as layers. vLLM builds this class twice: in the scheduler process, where it sees requests
+vLLM's `extract_hidden_states` method writes every token's residual stream after the aux layers into a KV cache layer of
+its own, with as many "heads" as layers. vLLM builds this class twice: in the scheduler process, where it sees requests
 begin and end, and in each worker process, where the cache is. Life of a request that carries a ticket:
 
     scheduler  request_finished_all_groups   ticket + tokens + block ids -> the next step's metadata; blocks are kept
@@ -19,7 +19,7 @@ and answer. The last of them was sampled and never fed to the verifier: zeros st
 Imports of this project: verifier/identity, and of stream/ wire, keys, publisher, copies and host_pool; what those need
 is in docs/design.md.
 
-Shape letters: L verifier layers tapped · H hidden size · B cache blocks · P tokens in one cache block.
+Shape letters: L aux layers · H hidden size · B cache blocks · P tokens in one cache block.
 """
 
 import logging
@@ -269,7 +269,7 @@ def _hidden_state_layer(config: "KVCacheConfig") -> _CacheLayer:
 
 
 def _layer_ids(config: "VllmConfig") -> tuple[int, ...]:
-    """What `launch/serve_vllm.py` wrote for the extraction: the taps, and n."""
+    """What `launch/serve_vllm.py` wrote for the extraction: the aux layers, and the last layer."""
     assert config.speculative_config is not None
     layer_ids = tuple(config.speculative_config.draft_model_config.hf_config.eagle_aux_hidden_state_layer_ids)
     layers = config.model_config.get_total_num_hidden_layers()

@@ -105,7 +105,7 @@ class Copies:
         """The wanted layers of the request's tokens into `piece`, as the ticket's dtype lies (encoding.py).
 
         Some blocks at a time, so that what is gathered on the device stays small; with every layer from the first to
-        the last wanted one side by side, as the taps are, the gather is one kernel.
+        the last wanted one side by side, as the aux layers are, the gather is one kernel.
         """
         offered, wanted = self._publisher.layout.layer_ids, finished.ticket.layer_ids
         first, stop = offered.index(wanted[0]), offered.index(wanted[-1]) + 1

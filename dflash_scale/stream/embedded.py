@@ -32,8 +32,8 @@ from dflash_scale.stream.embedded_http import CompletionServer, Limits, Reply, R
 from dflash_scale.stream.encoding import encode
 from dflash_scale.stream.keys import server_keys
 from dflash_scale.stream.publisher import MAX_BYTES, Publisher
-from dflash_scale.taps import causal_model, decoder_layers
 from dflash_scale.verifier.identity import origin_of
+from dflash_scale.verifier.layers import aux_layers, causal_model, decoder_layers
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Options:
     model: str
     http: str
     zmq: str
-    layer_ids: tuple[int, ...]  # taps; n is added
+    layer_ids: tuple[int, ...]  # aux layers; the last layer is added
     dtype: str = "auto"
     threads: int = 1
     insecure: bool = False
@@ -57,38 +57,36 @@ class Options:
 
 
 class TappedVerifier:
-    """A Transformers causal LM whose forward also keeps the residual stream after the tapped layers.
+    """A Transformers causal LM whose forward also keeps the residual stream after some layers.
 
-    Of a multimodal model, its text part is tapped. Raises ValueError for families whose layers are not found and for
+    Of a multimodal model, those of its text part. Raises ValueError for families whose layers are not found and for
     layer ids that the verifier has not.
     """
 
-    def __init__(self, model: str, taps: Sequence[int], dtype: str) -> None:
+    def __init__(self, model: str, layer_ids: tuple[int, ...], dtype: str) -> None:
         self._model = causal_model(model, dtype)
         layers = decoder_layers(self._model)[1]
-        n = len(layers)
-        if not taps or list(taps) != sorted(set(taps)) or taps[0] < 0 or taps[-1] >= n:
-            raise ValueError(f"layer ids must be different ids in ascending order from 0 to {n - 1}, got {list(taps)}")
+        layer_ids = aux_layers(layer_ids, len(layers), "--layer-ids")
         config = self._model.config.get_text_config(decoder=True)
         name = str(self._model.dtype).removeprefix("torch.")
-        self.layout = wire.Layout((*taps, n), config.hidden_size, name)
+        self.layout = wire.Layout((*layer_ids, len(layers)), config.hidden_size, name)
         self.vocab_size: int = config.vocab_size
         self.max_tokens: int = config.max_position_embeddings
         eos = self._model.generation_config.eos_token_id
         self._eos = set(eos if isinstance(eos, list) else [] if eos is None else [eos])
-        self._taps: dict[int, list[torch.Tensor]] = {k: [] for k in self.layout.layer_ids}  # one for each forward
-        if 0 in taps:
+        self._kept: dict[int, list[torch.Tensor]] = {k: [] for k in self.layout.layer_ids}  # one for each forward
+        if 0 in layer_ids:
             layers[0].register_forward_pre_hook(self._keep_input, with_kwargs=True)
         for k in self.layout.layer_ids:
             if k > 0:
                 layers[k - 1].register_forward_hook(self._keeper(k))
 
     def _keep_input(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._taps[0].append((args[0] if args else kwargs["hidden_states"])[0])
+        self._kept[0].append((args[0] if args else kwargs["hidden_states"])[0])
 
     def _keeper(self, k: int) -> Any:
         def keep(module: torch.nn.Module, args: Any, output: Any) -> None:
-            self._taps[k].append((output[0] if isinstance(output, tuple) else output)[0])
+            self._kept[k].append((output[0] if isinstance(output, tuple) else output)[0])
 
         return keep
 
@@ -108,7 +106,7 @@ class TappedVerifier:
         token ids. With `answer_too` the T tokens are the prompt's and the answer's; the last was never fed, and zeros
         stand for its hidden states. temperature 0 is greedy; above, the same seed gives the same answer, and None
         another one each time."""
-        for kept in self._taps.values():
+        for kept in self._kept.values():
             kept.clear()
         generator = torch.Generator()
         if seed is None:
@@ -123,9 +121,9 @@ class TappedVerifier:
             output = self._model(step, past_key_values=output.past_key_values, use_cache=True)
             answer.append(_next_token(output.logits[0, -1], temperature, generator))
         if answer_too:
-            layers = [torch.cat([*self._taps[k], torch.zeros_like(self._taps[k][0][:1])]) for k in layer_ids]
+            layers = [torch.cat([*self._kept[k], torch.zeros_like(self._kept[k][0][:1])]) for k in layer_ids]
         else:
-            layers = [self._taps[k][0] for k in layer_ids]
+            layers = [self._kept[k][0] for k in layer_ids]
         return torch.stack(layers, dim=1) if layers else torch.empty(0), answer
 
     def stopped(self, answer: Sequence[int]) -> bool:
@@ -254,7 +252,7 @@ def parse(arguments: Sequence[str]) -> tuple[Options, int | None]:
     parser.add_argument("--model", required=True, help="folder of a Transformers causal LM")
     parser.add_argument("--http", required=True, help="HOST:PORT to answer completions at")
     parser.add_argument("--zmq", required=True, help="tcp://HOST:PORT to send hidden states from")
-    parser.add_argument("--layer-ids", required=True, help="comma-separated taps, id k = after k decoder layers")
+    parser.add_argument("--layer-ids", required=True, help="comma-separated aux layers, id k = after k decoder layers")
     parser.add_argument("--dtype", default="auto", choices=["auto", *wire.DTYPE_BYTES])
     parser.add_argument("--threads", type=int, default=1, help="of torch; more make small models slower")
     parser.add_argument("--parent-pid", type=int, help="stop when this process ends")

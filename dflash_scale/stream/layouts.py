@@ -10,14 +10,15 @@ from dflash_scale.stream.wire import Layout
 
 @dataclass(frozen=True, slots=True)
 class RowLayouts:
-    """`validation` has every layer of `train`, and n besides: validation tells whether labels and verifier agree."""
+    """`validation` has every layer of `train`, and the last layer (id = number of layers), which tells whether labels
+    and verifier agree."""
 
     train: Layout
     validation: Layout
 
     @property
     def taps(self) -> tuple[int, ...]:
-        """The layers that the drafter sees."""
+        """The aux layers, which the drafter sees."""
         return self.validation.layer_ids[:-1]
 
     def of(self, row: Row) -> Layout:

@@ -66,9 +66,9 @@ class WireError(ValueError):
 class Layout:
     """What every token carries: the hidden states after `layer_ids` decoder layers, (L, H) of `dtype`.
 
-    Id k is the residual stream after k layers (0 = embeddings), before the final norm. A server offers the taps and n,
-    the verifier's number of layers, in the verifier's dtype; a ticket asks for all of them or for some, in that dtype
-    or in a shorter one.
+    Id k is the residual stream after k layers (0 = embeddings), before the final norm. A server offers the aux layers
+    and the last layer (id = number of layers) in the verifier's dtype; a ticket asks for all of them or for some, in
+    that dtype or in a shorter one.
     """
 
     layer_ids: tuple[int, ...]
@@ -351,13 +351,18 @@ def _layer_ids(value: object) -> tuple[Any, ...]:
     return tuple(value)
 
 
+def layer_ids_problem(ids: object, last: int = MAX_LAYER_ID) -> str | None:
+    """What is wrong with a tuple of layer ids of which none may be above `last`; None if nothing is."""
+    integers = isinstance(ids, tuple) and 1 <= len(ids) <= MAX_LAYERS and all(type(k) is int for k in ids)
+    if integers and ids[0] >= 0 and ids[-1] <= last and all(a < b for a, b in itertools.pairwise(ids)):
+        return None
+    got = list(ids) if isinstance(ids, tuple) else ids
+    return f"got {got!r:.80}, wanted 1 to {MAX_LAYERS} different ids in ascending order from 0 (embeddings) to {last}"
+
+
 def _check_layer_ids(ids: object) -> None:
-    if not isinstance(ids, tuple) or not 1 <= len(ids) <= MAX_LAYERS:
-        raise WireError(f"layer_ids must be a tuple of 1 to {MAX_LAYERS} layer ids, got {ids!r:.80}")
-    for layer_id in ids:
-        _check_int("layer id", layer_id, 0, MAX_LAYER_ID)
-    if any(a >= b for a, b in itertools.pairwise(ids)):
-        raise WireError(f"layer_ids must be strictly ascending, got {list(ids)}")
+    if problem := layer_ids_problem(ids):
+        raise WireError(f"layer_ids: {problem}")
 
 
 def _check_dtype(dtype: object) -> None:

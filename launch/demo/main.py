@@ -35,7 +35,7 @@ from dflash_scale.export import export_checkpoint, named_checkpoint  # noqa: E40
 from dflash_scale.prompts import prepare  # noqa: E402
 from dflash_scale.report import plot_acceptance, plot_training  # noqa: E402
 from dflash_scale.stream.receiver import read_status  # noqa: E402
-from dflash_scale.taps import tapped_layers  # noqa: E402
+from dflash_scale.verifier.layers import aux_layers  # noqa: E402
 from dflash_scale.verifier.shape import verifier_shape  # noqa: E402
 from launch.demo.answers import AnswerSpec, make_answers  # noqa: E402
 from launch.demo.verifier import STEPS, make_verifier  # noqa: E402
@@ -92,13 +92,13 @@ class Server:
 def start_server(demo: Demo, config: Config, number: int) -> Server:
     http, zmq = free_port(), f"tcp://127.0.0.1:{free_port()}"
     model = config.verifier.model
-    taps = ",".join(map(str, tapped_layers(config.verifier.layer_ids, verifier_shape(model).layers)))
+    layer_ids = ",".join(map(str, aux_layers(config.verifier.layer_ids, verifier_shape(model).layers)))
     if demo.vllm_python:
         command = [sys.executable, str(REPO / "launch" / "serve_vllm.py"), model, "--port", str(http), "--zmq", zmq]
-        command += ["--layer-ids", taps, "--python", demo.vllm_python, "--", *VLLM_FLAGS]
+        command += ["--layer-ids", layer_ids, "--python", demo.vllm_python, "--", *VLLM_FLAGS]
     else:
         command = [sys.executable, "-m", "dflash_scale.stream.embedded", "--model", model, "--zmq", zmq]
-        command += ["--http", f"127.0.0.1:{http}", "--layer-ids", taps, "--parent-pid", str(os.getpid())]
+        command += ["--http", f"127.0.0.1:{http}", "--layer-ids", layer_ids, "--parent-pid", str(os.getpid())]
     log = demo.out / "logs" / f"server-{number}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as out:

@@ -30,7 +30,7 @@ from dflash_scale.evaluate import (
 from dflash_scale.evaluate_vllm import ServerSpec, answer_prompts, stop
 from dflash_scale.export import export_checkpoint, load_drafter, named_checkpoint
 from dflash_scale.prompts import prepare
-from dflash_scale.taps import causal_model
+from dflash_scale.verifier.layers import causal_model
 from launch.demo.answers import AnswerSpec, make_answers
 from launch.demo.main import VLLM_FLAGS, Demo, Server, servers
 from launch.demo.verifier import make_verifier

@@ -1,21 +1,24 @@
-"""Which of the verifier's layers are tapped, and where they are in Transformers' model of it.
+"""The verifier's aux layers, whose hidden states the drafter sees, and where layers are in Transformers' model of it.
 
-Id k is the residual stream after k decoder layers (0 = embedding output). Imported by the server's launcher too, where
-torch may not be installed: standard library only, until a model is asked for.
+vLLM calls them `aux_hidden_state_layer_ids`, DFlash's configurations `target_layer_ids`. Id k is the residual stream
+after k decoder layers (0 = embedding output); the last layer's id is the number of layers. Imported by the server's
+launcher too, where torch may not be installed.
 """
 
 from collections.abc import Sized
 from typing import Any
 
+from dflash_scale.stream.wire import layer_ids_problem
+
 
 def default_layer_ids(layers: int, count: int = 5) -> tuple[int, ...]:
-    """The paper's taps: `count` layers, uniformly from the 2nd to the 3rd last, fewer where there are fewer.
+    """The paper's aux layers: `count` of them, uniformly from the 2nd to the 3rd last, fewer where there are fewer.
 
     Id k is the residual after k decoder layers: 36 layers give 2, 10, 18, 26, 34, which configurations that count
     layer outputs from 0 write as 1, 9, 17, 25, 33.
     """
     if layers < 2:
-        raise ValueError(f"verifier: got {layers} decoder layer(s), wanted at least 2; nothing can be tapped before n")
+        raise ValueError(f"verifier: got {layers} decoder layer(s), wanted at least 2: aux layers lie below the last")
     first, last = 2, layers - 2
     count = min(count, last - first + 1)
     if count < 2:
@@ -23,14 +26,15 @@ def default_layer_ids(layers: int, count: int = 5) -> tuple[int, ...]:
     return tuple(round(first + i * (last - first) / (count - 1)) for i in range(count))
 
 
-def tapped_layers(configured: tuple[int, ...] | None, layers: int) -> tuple[int, ...]:
-    """The ids to tap: `configured`, checked against the verifier, or the default."""
+def aux_layers(configured: tuple[int, ...] | None, layers: int, option: str = "verifier.layer_ids") -> tuple[int, ...]:
+    """The ids of the aux layers: `configured`, or the default of a verifier with that many layers.
+
+    Raises:
+        ValueError: the verifier does not have the layers that `option` names, or they are not in ascending order.
+    """
     ids = default_layer_ids(layers) if configured is None else configured
-    if ids[-1] >= layers:
-        raise ValueError(
-            f"verifier.layer_ids: got {ids[-1]}, wanted ids below {layers}, the verifier's number of layers (its last "
-            "residual is streamed in any case); lower it"
-        )
+    if problem := layer_ids_problem(ids, layers - 1):
+        raise ValueError(f"{option}: {problem}; the last layer, id {layers}, is sent in any case")
     return ids
 
 
