@@ -321,7 +321,7 @@ setup(
     description="Trains DFlash drafters for speculative decoding, online, from a fleet of vLLM servers",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["dflash_scale", "dflash_scale.stream", "dflash_scale.verifier"],
+    packages=["dflash_scale", "dflash_scale.drafter", "dflash_scale.stream", "dflash_scale.verifier"],
     package_data={"dflash_scale": [KERNELS]},
     # Only named here, so that setuptools makes a platform wheel and calls build_ext: ninja knows the sources.
     ext_modules=[Extension("dflash_scale._kernels", sources=[])],

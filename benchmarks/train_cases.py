@@ -16,7 +16,7 @@ from transformers import Qwen3Config
 
 from benchmarks.attention_problems import BACKWARD_FLOP, visible_pairs
 from dflash_scale.attention import build_plan
-from dflash_scale.drafter import Drafter, DrafterSpec
+from dflash_scale.drafter.model import Drafter, DrafterSpec
 from dflash_scale.loss import LossSpec, VerifierStates, kept_slots, trained_mask
 from dflash_scale.softmax_loss import TERMS
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
-import dflash_scale.drafter
+import dflash_scale.drafter.model
 from benchmarks.timing import WARM_UP, between, mark, synchronize
 from benchmarks.train_cases import Case, make_drafter, make_ends, make_row, padded
 from benchmarks.train_peers import OURS, Variant, make_loss, peers_attention
-from dflash_scale.drafter import block_inputs
+from dflash_scale.drafter.model import block_inputs
 from dflash_scale.loss import normaliser
 
 PARTS: Final = ("forward", "loss", "backward", "accumulate", "optimizer")
@@ -106,7 +106,7 @@ class Step:
     def swapped(self) -> AbstractContextManager[Any]:
         if not self.variant.attention:
             return contextlib.nullcontext()
-        return patch.object(dflash_scale.drafter, "anchor_attention", peers_attention)
+        return patch.object(dflash_scale.drafter.model, "anchor_attention", peers_attention)
 
     def model(self) -> nn.Module:
         return self.drafter

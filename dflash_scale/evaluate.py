@@ -34,7 +34,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from dflash_scale.acceptance import Acceptance
-from dflash_scale.drafter import Drafter, DrafterSpec, block_inputs
+from dflash_scale.drafter.model import Drafter, DrafterSpec, block_inputs
 from dflash_scale.evaluate_vllm import ServerSpec, answer_prompts
 from dflash_scale.export import load_drafter, load_output
 from dflash_scale.packer import pack

@@ -29,9 +29,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, Qwen3Config
 
 from dflash_scale.config import Config, parse_config
-from dflash_scale.drafter import Drafter, DrafterSpec, drafter_spec
+from dflash_scale.drafter.model import Drafter
+from dflash_scale.drafter.model import DrafterSpec
+from dflash_scale.drafter.model import drafter_spec
 from dflash_scale.verifier.layers import aux_layers
-from dflash_scale.verifier.shape import mask_token_id, verifier_shape
+from dflash_scale.verifier.shape import mask_token_id
+from dflash_scale.verifier.shape import verifier_shape
 from dflash_scale.verifier_head import load_verifier_head
 from dflash_scale.vocabulary import DraftVocabulary
 

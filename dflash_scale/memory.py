@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from typing import cast
 
 from dflash_scale.config import Config
-from dflash_scale.drafter import DrafterSpec
+from dflash_scale.drafter.model import DrafterSpec
 from dflash_scale.loss import CHUNK_BYTES, fitting_rows, loss_spec
 from dflash_scale.row_memory import BESIDES_LOOKAHEAD
 from dflash_scale.softmax_loss import SLICE_NUMBERS

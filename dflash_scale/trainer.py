@@ -25,7 +25,7 @@ from dflash_scale.assembler import RowBatch
 from dflash_scale.books import Balance, balance, report
 from dflash_scale.checkpoint import Checkpoints, Position, write_aside
 from dflash_scale.config import Config
-from dflash_scale.drafter import Drafter, DrafterSpec, block_inputs
+from dflash_scale.drafter.model import Drafter, DrafterSpec, block_inputs
 from dflash_scale.loss import (
     BlockSums,
     VerifierStates,

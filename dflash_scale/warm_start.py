@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import Qwen3Config
 
-from dflash_scale.drafter import Drafter, DrafterSpec
+from dflash_scale.drafter.model import Drafter, DrafterSpec
 from dflash_scale.rope import drafter_rope, verifier_rope
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from dflash_scale import evaluate
 from dflash_scale.acceptance import Acceptance
 from dflash_scale.config import DrafterSection
-from dflash_scale.drafter import Drafter, DrafterSpec, drafter_spec
+from dflash_scale.drafter.model import Drafter, DrafterSpec, drafter_spec
 from dflash_scale.evaluate import (
     EvaluateSpec,
     GreedyVerifier,

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from dflash_scale.drafter import Drafter, DrafterSpec, block_inputs
+from dflash_scale.drafter.model import Drafter, DrafterSpec, block_inputs
 from dflash_scale.export import export_drafter, load_drafter, load_spec, main
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, VOCABULARY, EPS, THETA = 4, 2, 16, 48, 96, 1e-5, 5000.0

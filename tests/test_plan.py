@@ -11,7 +11,7 @@ import torch
 from transformers import Qwen3Config
 
 from dflash_scale.config import Config, load_config, parse_config
-from dflash_scale.drafter import Drafter, DrafterSpec
+from dflash_scale.drafter.model import Drafter, DrafterSpec
 from dflash_scale.memory import activation_bytes
 from dflash_scale.plan import make_plan, print_plan, size
 from dflash_scale.prompts import prepare

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dflash_scale.drafter import block_inputs
+from dflash_scale.drafter.model import block_inputs
 from dflash_scale.verifier_head import VerifierHead, load_verifier_head
 from tests.verifier_families import FAMILIES, HIDDEN, VOCABULARY, make_verifier, residuals_and_logits
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import Qwen3Config
 
-from dflash_scale.drafter import Drafter
+from dflash_scale.drafter.model import Drafter
 from dflash_scale.export import export_drafter
 from dflash_scale.vocabulary import DraftVocabulary
 from dflash_scale.warm_start import load_start

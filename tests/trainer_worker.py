@@ -22,7 +22,7 @@ from torch import distributed as dist
 from dflash_scale.assembler import RowBatch
 from dflash_scale.checkpoint import Checkpoints, Position
 from dflash_scale.config import load_config
-from dflash_scale.drafter import Drafter, drafter_spec
+from dflash_scale.drafter.model import Drafter, drafter_spec
 from dflash_scale.packer import AnchorSpec, Row, RowSchedule, Samples, plan_row, schedule_spec
 from dflash_scale.ranks import join_ranks, leave_ranks
 from dflash_scale.trainer import Parts, Trainer, make_engine

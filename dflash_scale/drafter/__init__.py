@@ -1,0 +1,1 @@
+"""The drafter: its layers, its output, and the folders that hold one."""
