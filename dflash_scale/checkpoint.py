@@ -20,8 +20,9 @@ import numpy as np
 import numpy.typing as npt
 from deepspeed import DeepSpeedEngine
 
+from dflash_scale.vocabulary import D2T
+
 PARTIAL = ".partial"
-D2T = "d2t.npy"
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,8 +35,8 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from dflash_scale.acceptance import Acceptance
 from dflash_scale.drafter.model import Drafter, DrafterSpec, block_inputs
+from dflash_scale.drafter.pretrained import load_drafter, load_output
 from dflash_scale.evaluate_vllm import ServerSpec, answer_prompts
-from dflash_scale.export import load_drafter, load_output
 from dflash_scale.packer import pack
 from dflash_scale.prompts import load_prepared
 from dflash_scale.verifier.layers import causal_model

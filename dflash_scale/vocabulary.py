@@ -22,6 +22,8 @@ import numpy.typing as npt
 Bools = npt.NDArray[np.bool_]
 Longs = npt.NDArray[np.int64]
 
+D2T = "d2t.npy"  # its file in a checkpoint
+
 
 class Split(Protocol):
     """One split of a prepared data set (`prompts.load_prepared`)."""

@@ -119,6 +119,7 @@ def set_up(
     from dflash_scale.cuda_copier import CudaCopier
     from dflash_scale.drafter.model import Drafter
     from dflash_scale.drafter.model import drafter_spec
+    from dflash_scale.drafter.pretrained import load_start
     from dflash_scale.packer import AnchorSpec, RowSchedule, Samples, schedule_spec
     from dflash_scale.quarantine import read_exclusion
     from dflash_scale.ranks import check_alike, check_shared
@@ -131,7 +132,6 @@ def set_up(
     from dflash_scale.verifier.shape import mask_token_id
     from dflash_scale.verifier_head import load_verifier_head
     from dflash_scale.vocabulary import run_vocabulary
-    from dflash_scale.warm_start import load_start
 
     rank, world, train = dist.get_rank(), dist.get_world_size(), config.train
     output, run_id = Path(train.output_dir), shared_run_id(control)

@@ -11,6 +11,7 @@ from dflash_scale import evaluate
 from dflash_scale.acceptance import Acceptance
 from dflash_scale.config import DrafterSection
 from dflash_scale.drafter.model import Drafter, DrafterSpec, drafter_spec
+from dflash_scale.drafter.pretrained import export_drafter
 from dflash_scale.evaluate import (
     EvaluateSpec,
     GreedyVerifier,
@@ -22,7 +23,6 @@ from dflash_scale.evaluate import (
     untrained_drafter,
 )
 from dflash_scale.evaluate_vllm import ServerSpec, parse_counters, serving
-from dflash_scale.export import export_drafter
 from dflash_scale.verifier.shape import verifier_shape
 from tests.verifier_families import make_verifier
 

@@ -12,9 +12,8 @@ from safetensors.torch import save_file
 from transformers import Qwen3Config
 
 from dflash_scale.drafter.model import Drafter
-from dflash_scale.export import export_drafter
+from dflash_scale.drafter.pretrained import export_drafter, load_drafter, load_start
 from dflash_scale.vocabulary import DraftVocabulary
-from dflash_scale.warm_start import load_start
 from tests.test_export import HIDDEN, VOCABULARY, make_drafter, make_spec, verifier  # noqa: F401 a fixture
 from tests.test_vocabulary import KEPT
 
@@ -56,6 +55,27 @@ def test_both_formats_give_the_weights_back(tmp_path: Path, verifier: Path) -> N
         drafter = Drafter(spec)
         drafter.load_state_dict(load_start(folder, spec))
         assert all(torch.equal(tensor, state[name]) for name, tensor in drafter.state_dict().items()), folder
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_a_zlab_folder_is_evaluated_as_vllm_would_serve_it(tmp_path: Path, window: int | None) -> None:
+    """Without `causal` vLLM takes sliding layers as causal, whatever `use_sliding_window` says."""
+    kinds = ["full_attention" if window is None else "sliding_attention"] * 2
+    sliding = {"layer_types": kinds, "sliding_window": window, "use_sliding_window": False}
+    state = make_drafter(make_spec()).state_dict()
+    drafter = load_drafter(zlab(tmp_path / "zlab", state, **sliding))
+    assert all(torch.equal(tensor, state[name]) for name, tensor in drafter.state_dict().items())
+    wanted = make_spec(causal=window is not None)
+    assert replace(drafter.spec, layers=wanted.layers) == wanted
+    assert [drafter.spec.window(layer) for layer in range(2)] == [window] * 2
+    assert drafter.spec.layers.rope_parameters == wanted.layers.rope_parameters
+    said = {"mask_token_id": 95, "target_layer_ids": [0, 1]}
+    for folder, changed, why in (
+        ("mixed", {"layer_types": ["full_attention", "sliding_attention"]}, "full and sliding layers without"),
+        ("unsaid", {"block_size": None}, "without block_size or mask_token_id"),
+    ):
+        with pytest.raises(ValueError, match=f"{folder}.*{why}"):
+            load_drafter(zlab(tmp_path / folder, state, **{**sliding, "dflash_config": said, **changed}))
 
 
 def test_all_that_does_not_fit_is_said_at_once(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from dflash_scale.acceptance import Acceptance
 from dflash_scale.config import load_config
+from dflash_scale.drafter.pretrained import load_drafter
 from dflash_scale.evaluate import (
     EvaluateSpec,
     Evaluation,
@@ -28,7 +29,7 @@ from dflash_scale.evaluate import (
     uniform_anchors,
 )
 from dflash_scale.evaluate_vllm import ServerSpec, answer_prompts, stop
-from dflash_scale.export import export_checkpoint, load_drafter, named_checkpoint
+from dflash_scale.export import export_checkpoint, named_checkpoint
 from dflash_scale.prompts import prepare
 from dflash_scale.verifier.layers import causal_model
 from launch.demo.answers import AnswerSpec, make_answers
