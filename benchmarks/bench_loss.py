@@ -39,6 +39,7 @@ if str(REPO) not in sys.path:  # started as a script
 
 from benchmarks.machine import stamp  # noqa: E402
 from benchmarks.timing import synchronize  # noqa: E402
+from dflash_scale.drafter.heads import OutputHead  # noqa: E402
 from dflash_scale.loss import (  # noqa: E402
     Job,
     LossSpec,
@@ -114,7 +115,7 @@ Round = Callable[[], object]
 def gemms(inputs: Inputs, problem: Problem, term: str) -> Round:
     spec = LossSpec(terms=TERMS[term])
     verifier = inputs.verifier if spec.soft else None
-    job = Job(inputs.head, inputs.labels, inputs.trained, spec, verifier)
+    job = Job(OutputHead(inputs.head), inputs.labels, inputs.trained, spec, verifier)
 
     def products() -> None:
         grad = torch.empty_like(inputs.hidden)
@@ -131,10 +132,10 @@ def gemms(inputs: Inputs, problem: Problem, term: str) -> Round:
 def loss(inputs: Inputs, problem: Problem, term: str) -> Round:
     spec = LossSpec(terms=TERMS[term], gamma=1e9, kernel=problem.kernel)
     scale = torch.tensor(1 / problem.slots, device=problem.device)
-    verifier = inputs.verifier if spec.soft else None
+    verifier, head = inputs.verifier if spec.soft else None, OutputHead(inputs.head)
 
     def step() -> None:
-        value, _ = drafter_loss(inputs.hidden, inputs.head, inputs.labels, inputs.trained, spec, scale, verifier)
+        value, _ = drafter_loss(inputs.hidden, head, inputs.labels, inputs.trained, spec, scale, verifier)
         torch.autograd.grad(value, inputs.hidden)
 
     return step

@@ -26,6 +26,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from benchmarks.attention_problems import Attend, dense_sdpa, mask_function, peers_flex
 from benchmarks.train_cases import Row
 from dflash_scale.attention import Plan
+from dflash_scale.drafter.heads import OutputHead
 from dflash_scale.loss import LossSpec, drafter_loss
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # hidden states and scale -> the row's loss
@@ -84,7 +85,7 @@ def _chunked(row: Row, head: Tensor, spec: LossSpec) -> Loss:
     verifier = row.verifier(head) if spec.needs_verifier else None
 
     def loss(hidden: Tensor, scale: Tensor) -> Tensor:
-        return drafter_loss(hidden, head, row.labels, row.trained, spec, scale, verifier)[0]
+        return drafter_loss(hidden, OutputHead(head), row.labels, row.trained, spec, scale, verifier)[0]
 
     return loss
 
@@ -103,9 +104,8 @@ def _masked(row: Row, head: Tensor, spec: LossSpec) -> Loss:
 
     def loss(hidden: Tensor, scale: Tensor) -> Tensor:
         kept, others = hidden.index_select(0, order).split([len(row.kept), len(rest)])
-        masked = drafter_loss(
-            others, head, labels, mask, spec, torch.zeros_like(scale), verifier if spec.needs_verifier else None
-        )
+        targets = verifier if spec.needs_verifier else None
+        masked = drafter_loss(others, OutputHead(head), labels, mask, spec, torch.zeros_like(scale), targets)
         return trained(kept, scale) + masked[0]
 
     return loss

@@ -34,6 +34,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from dflash_scale.acceptance import Acceptance
+from dflash_scale.drafter.heads import OutputHead
 from dflash_scale.drafter.model import Drafter, DrafterSpec, block_inputs
 from dflash_scale.drafter.pretrained import load_drafter, load_output
 from dflash_scale.evaluate_vllm import ServerSpec, answer_prompts
@@ -75,25 +76,17 @@ class GreedyVerifier:
         model: a causal language model in evaluation mode.
         layer_ids: aux layers, each below the number of layers (the last of Transformers' hidden states is not a
             residual: the final norm has gone over it).
-        output: head and target ids of a drafter with a pruned vocabulary (`export.load_output`); None: the verifier's.
+        output: the drafter's own, if its vocabulary is pruned (`pretrained.load_output`); None: the verifier's.
     """
 
-    def __init__(self, model: Any, layer_ids: tuple[int, ...], output: tuple[Tensor, Tensor] | None = None) -> None:
+    def __init__(self, model: Any, layer_ids: tuple[int, ...], output: OutputHead | None = None) -> None:
         self.model, self.layer_ids = model, layer_ids
         self.embedding: Tensor = model.get_input_embeddings().weight.detach()
-        self.head: Tensor = model.get_output_embeddings().weight.detach()
-        self.ids: Tensor | None = None
-        if output is not None:
-            self.head, self.ids = (tensor.to(self.head.device) for tensor in output)
-            self.head = self.head.to(self.embedding.dtype)
+        own = output or OutputHead(model.get_output_embeddings().weight.detach())
+        self.head = own.to(self.embedding.device, self.embedding.dtype)
         given = model.generation_config.eos_token_id
         self.ends = frozenset([] if given is None else [given] if isinstance(given, int) else given)
         self.limit: int = model.config.get_text_config().max_position_embeddings
-
-    def drafts(self, hidden: Tensor) -> Tensor:
-        """(N, H) of the drafter -> (N,) target ids, its greedy choice."""
-        picked = (hidden @ self.head.T).argmax(-1)
-        return picked if self.ids is None else self.ids[picked]
 
     @torch.inference_mode()
     def read(self, tokens: Sequence[int], cache: DynamicCache | None = None) -> tuple[list[int], Tensor]:
@@ -141,7 +134,7 @@ def draft(drafter: Drafter, verifier: GreedyVerifier, states: Tensor, anchor_tok
     slots = block_inputs(verifier.embedding, torch.tensor([anchor_token], device=device), drafter.spec)
     anchors = torch.tensor([a], dtype=torch.int32, device=device)
     hidden = drafter(slots, row, positions, anchors, torch.zeros_like(positions))
-    picked: list[int] = verifier.drafts(hidden[1:]).tolist()
+    picked: list[int] = verifier.head.greedy(hidden[1:]).tolist()
     return picked
 
 
@@ -208,7 +201,7 @@ def replay_row(
     at = torch.from_numpy(anchors).to(device)
     slots = block_inputs(verifier.embedding, torch.from_numpy(tokens[anchors]).to(device), drafter.spec)
     hidden = drafter(slots, states, torch.from_numpy(positions).to(device), at, torch.from_numpy(doc_ids).to(device))
-    picked = verifier.drafts(hidden).view(-1, size)[:, 1:].cpu().numpy()
+    picked = verifier.head.greedy(hidden).view(-1, size)[:, 1:].cpu().numpy()
     # A slot past the document's end has no token to predict, so the run ends there at the latest.
     targets = anchors[:, None] + np.arange(1, size)
     inside = np.minimum(targets, len(tokens) - 1)

@@ -24,6 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dflash_scale.drafter.heads import OutputHead
 from dflash_scale.softmax_loss import TERMS, empty_logits, softmax_loss_
 
 if TYPE_CHECKING:
@@ -246,15 +247,15 @@ def chunks(labels: Tensor, trained: Mask, chunk_slots: int, anchors: Ints | None
 class Job:
     """The arguments of `drafter_loss` that have no gradient."""
 
-    head: Tensor
+    head: OutputHead
     labels: Tensor
     trained: Mask
     spec: LossSpec
     verifier: VerifierStates | None
 
     def chunks(self) -> Iterator[Chunk]:
-        row_bytes = len(self.head) * self.head.element_size() * (2 if self.verifier is not None else 1)
-        size = self.spec.chunk_slots or chosen_chunk(self.head.device, row_bytes)
+        row_bytes = self.head.vocab_size * self.head.dtype.itemsize * (2 if self.verifier is not None else 1)
+        size = self.spec.chunk_slots or chosen_chunk(self.labels.device, row_bytes)
         anchors = self.verifier.anchors if self.verifier is not None else None
         return chunks(self.labels, self.trained, size, anchors)
 
@@ -262,10 +263,10 @@ class Job:
         """(m, V) at the chunk's positions."""
         assert self.verifier is not None and chunk.positions is not None
         logits = self.verifier.logits(self.verifier.states.index_select(0, chunk.positions))
-        if logits.shape[1] != len(self.head):
+        if logits.shape[1] != self.head.vocab_size:
             raise ValueError(
-                f"the verifier's logits are {logits.shape[1]} wide, wanted {len(self.head)} as the drafter's; give "
-                "them over the drafter's vocabulary"
+                f"the verifier's logits are {logits.shape[1]} wide, wanted {self.head.vocab_size} as the drafter's; "
+                "give them over the drafter's vocabulary"
             )
         return logits.to(self.head.dtype)
 
@@ -294,7 +295,7 @@ class ChunkedLoss(torch.autograd.Function):
         for chunk in job.chunks():
             labels, verifier, agreed = job.targets(chunk, compare=not training)
             part = hidden[chunk.rows].to(head.dtype)
-            logits = torch.mm(part, head.T, out=empty_logits(len(part), len(head), head))
+            logits = head.logits(part, out=empty_logits(len(part), head.vocab_size, part))
             values, ranks = softmax_loss_(
                 logits, labels, job.spec.terms, verifier, chunk.source, kernel=job.spec.kernel
             )
@@ -304,7 +305,7 @@ class ChunkedLoss(torch.autograd.Function):
                 sums[2], sums[3] = len(labels), agreed
             total += sums
             if grad is not None:
-                torch.mul(logits @ head, (weights * scale)[:, None], out=grad[chunk.rows])
+                torch.mul(head.hidden_grad(logits), (weights * scale)[:, None], out=grad[chunk.rows])
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(total)
         return total[0] * scale, total
@@ -317,7 +318,7 @@ class ChunkedLoss(torch.autograd.Function):
 
 def drafter_loss(
     hidden: Tensor,
-    head: Tensor,
+    head: OutputHead,
     labels: Tensor,
     trained: Mask,
     spec: LossSpec,
@@ -328,7 +329,7 @@ def drafter_loss(
 
     Args:
         hidden: (N, H) drafter output of the trained slots (`kept_slots`), after its final norm.
-        head: (V, H), frozen; its dtype, or autocast's, is the one that the logits have.
+        head: of V rows; its dtype, or autocast's, is the one that the logits have.
         labels: (A, S) the data's token ids; label k is what slot k must predict; untrained slots are not read.
         trained: (A, S-1) on the CPU: which of slots 1..S-1 are trained.
         spec: terms, weights and chunking.
@@ -342,7 +343,7 @@ def drafter_loss(
     _check(hidden, trained, spec, verifier)
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
-        head = head.to(torch.get_autocast_dtype(device))
+        head = head.to(dtype=torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
         loss, total = ChunkedLoss.apply(hidden, scale, Job(head, labels, trained, spec, verifier))
     return loss, BlockSums.unpacked(total)
@@ -359,7 +360,7 @@ def _check(hidden: Tensor, trained: Mask, spec: LossSpec, verifier: VerifierStat
 
 def drafter_loss_reference(
     hidden: Tensor,
-    head: Tensor,
+    head: OutputHead,
     labels: Tensor,
     trained: Mask,
     spec: LossSpec,
@@ -371,7 +372,7 @@ def drafter_loss_reference(
     job = Job(head, labels, trained, spec, verifier)
     (chunk,) = chunks(labels, trained, trained.size + 1, verifier.anchors if verifier is not None else None)
     targets, other, agreed = job.targets(chunk, compare=not hidden.requires_grad)
-    logits = (hidden @ head.T).to(torch.promote_types(head.dtype, torch.float32))
+    logits = head.logits(hidden).to(torch.promote_types(head.dtype, torch.float32))
     values = term_values(logits, targets.long(), other[chunk.source].to(logits) if other is not None else None)
     with torch.no_grad():
         weights = slot_weights(chunk, -values[:, 0], spec)

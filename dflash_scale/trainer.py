@@ -25,6 +25,7 @@ from dflash_scale.assembler import RowBatch
 from dflash_scale.books import Balance, balance, report
 from dflash_scale.checkpoint import Checkpoints, Position, write_aside
 from dflash_scale.config import Config
+from dflash_scale.drafter.heads import OutputHead
 from dflash_scale.drafter.model import Drafter, DrafterSpec, block_inputs
 from dflash_scale.loss import (
     BlockSums,
@@ -141,11 +142,7 @@ class Trainer:
         self.device = parts.engine.device
         self.loss_spec = loss_spec(config)
         self.anchor_spec = parts.anchors
-        self.output_head, self.vocabulary_rows, self.draft_ids = parts.head.weight, None, None
-        if parts.vocabulary is not None:
-            self.vocabulary_rows = torch.from_numpy(parts.vocabulary.ids).to(self.device)
-            self.output_head = parts.head.weight[self.vocabulary_rows]
-            self.draft_ids = torch.from_numpy(parts.vocabulary.draft_ids).to(self.device)
+        self.output_head = OutputHead.pruned(parts.head.weight, parts.vocabulary)
         self.step = parts.position.step
         self.best = parts.position.best_acceptance_length
         self.counts = {"trained": 0, "validated": 0, "quarantined": 0}  # samples, on this rank since its start
@@ -270,13 +267,12 @@ class Trainer:
         wanted = compare or self.loss_spec.needs_verifier
         verifier = VerifierStates(batch.states[:, -1], plan.anchors, self._verifier_logits) if wanted else None
         # Labels outside a pruned vocabulary lie in slots that are not trained.
-        labels = tokens if self.draft_ids is None else self.draft_ids[tokens.long()]
+        labels = self.output_head.labels(tokens)
         return drafter_loss(hidden, self.output_head, labels, trained, self.loss_spec, scale, verifier)
 
     def _verifier_logits(self, residual: Tensor) -> Tensor:
         """(n, H) -> (n, V), over the drafter's vocabulary."""
-        logits = self.parts.head.logits(residual)
-        return logits if self.vocabulary_rows is None else logits.index_select(1, self.vocabulary_rows)
+        return self.output_head.kept(self.parts.head.logits(residual))
 
     def _log(self, step: int, lr: float) -> None:
         now, seen = time.perf_counter(), self.interval

@@ -162,7 +162,7 @@ def teach(drafter: Drafter, verifier: GreedyVerifier) -> None:
         positions = torch.arange(len(tokens), dtype=torch.int32)
         slots = evaluate.block_inputs(verifier.embedding, tokens[anchors], drafter.spec)
         hidden = drafter(slots, states, positions, anchors, torch.zeros_like(positions))
-        logits = (hidden @ verifier.head.T).view(len(anchors), SIZE, -1)[:, 1:]
+        logits = verifier.head.logits(hidden).view(len(anchors), SIZE, -1)[:, 1:]
         labels = tokens[anchors[:, None] + torch.arange(1, SIZE)]
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
         optimizer.step()

@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dflash_scale.drafter.heads import OutputHead
 from dflash_scale.loss import (
     CHUNK_SLOTS,
     BlockSums,
@@ -56,7 +57,7 @@ def make(case: dict[str, Any], dtype: torch.dtype = torch.float64, kernel: str =
     spec = LossSpec(case["weights"], 3.0, 0.5, case["chunk"], case["terms"], case["labels"], kernel)
     return {
         "hidden": torch.randn(int(trained.sum()), case["hidden"], dtype=dtype).requires_grad_(),
-        "head": torch.randn(case["vocab"], case["hidden"], dtype=dtype),
+        "head": OutputHead(torch.randn(case["vocab"], case["hidden"], dtype=dtype)),
         "labels": torch.randint(0, case["vocab"], (case["blocks"], case["size"]), dtype=torch.int32),
         "trained": trained,
         "spec": spec,
@@ -115,7 +116,7 @@ def test_the_chunk_size_changes_rounding_alone(case: dict[str, Any], other: int)
 def test_weights_and_metrics_equal_a_loop_over_slots(case: dict[str, Any]) -> None:
     arguments = make({**case, "terms": TERMS[0]})
     spec, trained, verifier, width = arguments["spec"], arguments["trained"], arguments["verifier"], case["size"] - 1
-    logp = (arguments["hidden"].detach() @ arguments["head"].T).log_softmax(-1)
+    logp = (arguments["hidden"].detach() @ arguments["head"].weight.T).log_softmax(-1)
     picks = verifier.logits(verifier.states).argmax(-1)
     total, hits = 0.0, [0, 0]
     accepted, correct = np.zeros(width), np.zeros(width)
@@ -215,9 +216,13 @@ def test_bfloat16_and_autocast_follow_float64() -> None:
     (wanted_grad,) = torch.autograd.grad(wanted, exact["hidden"])
     half = {**exact, "scale": exact["scale"].float()}
     half["hidden"] = exact["hidden"].detach().bfloat16().requires_grad_()
-    half["head"] = exact["head"].bfloat16()
+    half["head"] = exact["head"].to(dtype=torch.bfloat16)
     results = [(half, drafter_loss(**half))]
-    full = {**half, "hidden": exact["hidden"].detach().float().requires_grad_(), "head": exact["head"].float()}
+    full = {
+        **half,
+        "hidden": exact["hidden"].detach().float().requires_grad_(),
+        "head": exact["head"].to(dtype=torch.float32),
+    }
     with torch.autocast("cpu", torch.bfloat16):
         results.append((full, drafter_loss(**full)))
     for given_, (loss, sums) in results:
@@ -255,7 +260,7 @@ def test_kept_slots_are_the_trained_ones() -> None:
 def test_a_row_without_anchors_has_no_loss_and_a_gradient_of_no_rows() -> None:
     hidden = torch.zeros(0, 8, requires_grad=True)
     labels, trained = torch.zeros(0, 4, dtype=torch.int32), np.zeros((0, 3), bool)
-    loss, sums = drafter_loss(hidden, torch.randn(5, 8), labels, trained, LossSpec(), torch.ones(()))
+    loss, sums = drafter_loss(hidden, OutputHead(torch.randn(5, 8)), labels, trained, LossSpec(), torch.ones(()))
     loss.backward()
     assert loss.item() == 0 and sums.blocks == 0 and hidden.grad is not None and hidden.grad.shape == (0, 8)
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from dflash_scale.config import parse_config
+from dflash_scale.drafter.heads import OutputHead
 from dflash_scale.drafter.pretrained import export_drafter, load_drafter, load_output
 from dflash_scale.evaluate import GreedyVerifier, speculate
 from dflash_scale.loss import LossSpec, drafter_loss, kept_slots, normaliser, trained_mask
@@ -86,10 +87,10 @@ def test_the_loss_is_that_of_the_kept_rows() -> None:
     torch.manual_seed(0)
     spec, (count, size) = LossSpec(gamma=4.0), plan.block_tokens.shape
     hidden, head = torch.randn(count * size, 16), torch.randn(12, 16)
-    labels = torch.from_numpy(vocabulary.draft_ids[plan.block_tokens])
-    kept = torch.from_numpy(vocabulary.ids)
+    output = OutputHead.pruned(head, vocabulary)
+    labels = output.labels(torch.from_numpy(plan.block_tokens))
     mask = trained_mask(plan.trained, size)
-    loss, sums = drafter_loss(hidden[kept_slots(mask)], head[kept], labels, mask, spec, torch.ones(()))
+    loss, sums = drafter_loss(hidden[kept_slots(mask)], output, labels, mask, spec, torch.ones(()))
     wanted, accepted, z = 0.0, 0, 0.0
     for block in range(count):
         right = True
@@ -138,7 +139,7 @@ def test_decoding_drafts_target_ids(tmp_path: Path, verifier: Path) -> None:  # 
     hidden = torch.randn(50, HIDDEN)
     masked = (hidden @ reader.model.get_output_embeddings().weight.T).detach()
     masked[:, ~torch.from_numpy(chosen.t2d)] = -torch.inf
-    assert torch.equal(reader.drafts(hidden), masked.argmax(-1))
+    assert torch.equal(reader.head.greedy(hidden), masked.argmax(-1))
     trace = speculate(reader, drafter.eval(), [1, 2, 3], 12)
     plain = GreedyVerifier(reader.model, spec.layer_ids).greedy([1, 2, 3], 12)
     assert list(trace.output) == plain

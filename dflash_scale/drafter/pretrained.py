@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, Qwen3Config
 
+from dflash_scale.drafter.heads import OutputHead
 from dflash_scale.drafter.model import Drafter, DrafterSpec
 from dflash_scale.rope import drafter_rope, verifier_rope
 from dflash_scale.verifier_head import load_verifier_head
@@ -192,20 +193,17 @@ def load_drafter(folder: Path, dtype: torch.dtype = torch.float32, backend: str 
     return drafter.to(dtype).eval()
 
 
-def load_output(folder: Path) -> tuple[Tensor, Tensor] | None:
-    """Of an exported drafter with a pruned vocabulary: its head (N, H) and its target ids (N,) int64; else None.
+def load_output(folder: Path) -> OutputHead | None:
+    """The head of an exported drafter with a pruned vocabulary; None: it has the verifier's.
 
     Raises:
         ValueError: the two do not belong together.
     """
-    d2t = _tensors(folder, lambda name: name == "d2t").get("d2t")
-    if d2t is None:
-        return None
-    head = _tensors(folder, lambda name: name == "lm_head.weight")["lm_head.weight"]
-    vocabulary = DraftVocabulary.of_offsets(d2t.numpy(), load_spec(folder).layers.vocab_size)
-    if len(head) != len(vocabulary.ids):
-        raise ValueError(f"drafter {folder}: got {len(head)} rows of lm_head for {len(d2t)} of d2t, wanted one each")
-    return head, torch.from_numpy(vocabulary.ids)
+    state = _tensors(folder, lambda name: name in ("lm_head.weight", "d2t"))
+    try:
+        return OutputHead.of_state(state, load_spec(folder).layers.vocab_size)
+    except ValueError as error:
+        raise ValueError(f"drafter {folder}: {error}") from None
 
 
 def load_start(folder: Path, spec: DrafterSpec) -> dict[str, Tensor]:
@@ -304,11 +302,7 @@ def vocabulary_tensors(vocabulary: DraftVocabulary, verifier: str, dtype: torch.
         raise ValueError(
             f"export: got a verifier of {len(head)} tokens, wanted {vocabulary.rows}, those of the run; give --verifier"
         )
-    return {
-        "lm_head.weight": head[torch.from_numpy(vocabulary.ids)].clone(),
-        "d2t": torch.from_numpy(vocabulary.d2t),
-        "t2d": torch.from_numpy(vocabulary.t2d),
-    }
+    return OutputHead.pruned(head, vocabulary).state()
 
 
 def export_drafter(
