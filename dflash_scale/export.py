@@ -17,14 +17,11 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from dflash_scale.config import Config, parse_config
-from dflash_scale.drafter.model import DrafterSpec
-from dflash_scale.drafter.model import drafter_spec
+from dflash_scale.drafter.model import DrafterSpec, drafter_spec
 from dflash_scale.drafter.pretrained import export_drafter
 from dflash_scale.verifier.layers import aux_layers
-from dflash_scale.verifier.shape import mask_token_id
-from dflash_scale.verifier.shape import verifier_shape
-from dflash_scale.vocabulary import D2T
-from dflash_scale.vocabulary import DraftVocabulary
+from dflash_scale.verifier.shape import mask_token_id, verifier_shape
+from dflash_scale.vocabulary import D2T, DraftVocabulary
 
 CONFIG = "config.json"  # of a checkpoint
 

@@ -117,8 +117,7 @@ def set_up(
     from dflash_scale.assembler import AssemblerSpec, RowAssembler
     from dflash_scale.checkpoint import Checkpoints, Position
     from dflash_scale.cuda_copier import CudaCopier
-    from dflash_scale.drafter.model import Drafter
-    from dflash_scale.drafter.model import drafter_spec
+    from dflash_scale.drafter.model import Drafter, drafter_spec
     from dflash_scale.drafter.pretrained import load_start
     from dflash_scale.packer import AnchorSpec, RowSchedule, Samples, schedule_spec
     from dflash_scale.quarantine import read_exclusion

@@ -4,10 +4,7 @@ import pytest
 import torch
 
 from dflash_scale.config import DrafterSection
-from dflash_scale.drafter.model import Drafter
-from dflash_scale.drafter.model import DrafterSpec
-from dflash_scale.drafter.model import block_inputs
-from dflash_scale.drafter.model import drafter_spec
+from dflash_scale.drafter.model import Drafter, DrafterSpec, block_inputs, drafter_spec
 from dflash_scale.verifier.shape import VerifierShape
 
 SHAPE = VerifierShape(
