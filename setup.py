@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).resolve().parent
@@ -321,7 +321,7 @@ setup(
     description="Trains DFlash drafters for speculative decoding, online, from a fleet of vLLM servers",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["dflash_scale", "dflash_scale.drafter", "dflash_scale.stream", "dflash_scale.verifier"],
+    packages=find_packages(include=["dflash_scale", "dflash_scale.*"]),
     package_data={"dflash_scale": [KERNELS]},
     # Only named here, so that setuptools makes a platform wheel and calls build_ext: ninja knows the sources.
     ext_modules=[Extension("dflash_scale._kernels", sources=[])],

@@ -54,6 +54,8 @@ from benchmarks.machine import stamp  # noqa: E402
 from dflash_scale.config_stream import Server, StreamSection  # noqa: E402
 from dflash_scale.packer import Place, Row, Samples  # noqa: E402
 from dflash_scale.quarantine import QuarantineFile  # noqa: E402
+from dflash_scale.receiver.process import keep_freed_memory  # noqa: E402
+from dflash_scale.receiver.status import Status  # noqa: E402
 from dflash_scale.stream.delivery import Delivery  # noqa: E402
 from dflash_scale.stream.embedded_http import CompletionServer, Reply, Request  # noqa: E402
 from dflash_scale.stream.embedded_http import Limits as RequestLimits  # noqa: E402
@@ -64,7 +66,6 @@ from dflash_scale.stream.intake import Intake  # noqa: E402
 from dflash_scale.stream.jobs import Limits  # noqa: E402
 from dflash_scale.stream.keys import make_keys, receiver_keys, server_keys  # noqa: E402
 from dflash_scale.stream.layouts import RowLayouts  # noqa: E402
-from dflash_scale.stream.links import keep_freed_memory  # noqa: E402
 from dflash_scale.stream.publisher import Publisher  # noqa: E402
 from dflash_scale.stream.questions import SampleQuestions  # noqa: E402
 from dflash_scale.stream.ring import PeerDied, Ring, own_ring_name, record_span  # noqa: E402
@@ -184,10 +185,14 @@ def receive(size: Size, servers: list[tuple[str, str]], keys: Path | None, pipe:
     identity = Identity(RUN, f"{RUN}:0", LAYOUT, Origin(), pair)
     fleet = Endpoints(StreamSection(servers=tuple(Server(http=http, zmq=address) for http, address in servers)))
     quarantine = QuarantineFile(Path(RUN) / "absent", "")  # a sample that is quarantined fails the benchmark
-    intake = Intake(fleet, limits, identity, Delivery([window]), questions, quarantine)
-    while not intake.delivery.complete:
+    delivery = Delivery([window])
+    intake = Intake(fleet, limits, identity, delivery, questions, quarantine)
+    while not delivery.complete:
         intake.step()
-    pipe.send((intake.status(), questions.at))
+    status = Status("complete", os.getpid(), [ring.name])
+    intake.report(status)
+    delivery.report(status)
+    pipe.send((status, questions.at))
     pipe.recv()
     ring.close()
     intake.close()
@@ -236,8 +241,8 @@ def transfer(size: Size, addresses: list[str], keys: Path | None, buffer: Bytes)
                 started = time.perf_counter()
         result = rate(size, started)
         status, asked = mine.recv()
-        assert status["committed"] == size.samples, status
-        assert status["retried"] == 0, status
+        assert status.committed == size.samples, status
+        assert status.retried == 0, status
     for end, _ in pipes:
         end.send("stop")
     for process in processes:

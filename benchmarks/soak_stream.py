@@ -38,8 +38,8 @@ from dflash_scale.config import Config, parse_config  # noqa: E402
 from dflash_scale.packer import Row, RowSchedule, Samples, schedule_spec  # noqa: E402
 from dflash_scale.plan import run_layouts  # noqa: E402
 from dflash_scale.prompts import load_prepared, prepare  # noqa: E402
+from dflash_scale.receiver.client import STOP_SIGNAL, Receiver, ReceiverSpec, open_ring, spawn_receiver  # noqa: E402
 from dflash_scale.stream.layouts import RowLayouts  # noqa: E402
-from dflash_scale.stream.receiver import STOP_SIGNAL, Receiver, ReceiverSpec, open_ring, spawn_receiver  # noqa: E402
 from dflash_scale.stream.ring import COMMITTED, Ring  # noqa: E402
 from dflash_scale.verifier.shape import verifier_shape  # noqa: E402
 from launch.demo.main import Demo, servers  # noqa: E402
@@ -90,10 +90,20 @@ class Soak:
 
     def start(self) -> Receiver:
         """A receiver that goes on at the step of the first incomplete row."""
-        content, status = self.config.model_dump(mode="json"), str(self.folder / "status.json")
         step = self.rows[self.row].step
         self.row = next(i for i, row in enumerate(self.rows) if row.step == step)  # as a resumed run: whole steps
-        return spawn_receiver(ReceiverSpec(RUN, content, 1, (0,), step, os.getpid(), self.layouts, status))
+        return spawn_receiver(
+            ReceiverSpec(
+                run_id=RUN,
+                config=self.config,
+                world_size=1,
+                ranks=(0,),
+                first_step=step,
+                parent_pid=os.getpid(),
+                layouts=self.layouts,
+                status=self.folder / "status.json",
+            )
+        )
 
     def live(self, ending: str, seconds: float) -> None:
         """One receiver from its start to its end."""

@@ -34,9 +34,9 @@ from dflash_scale.conversations import BadLine, Encoded
 from dflash_scale.generate import cache_origin, check_stream, fill_cache
 from dflash_scale.prepared_writer import PreparedWriter, check_fraction
 from dflash_scale.prompts import find_files, lines_of, load_prepared, make_encoder, tokenizer_hash
+from dflash_scale.receiver.process import keep_freed_memory
 from dflash_scale.stream.cache import Cache, CacheOrigin, claim, open_cache, read_manifest
 from dflash_scale.stream.cache_fill import QUARANTINED_FILE
-from dflash_scale.stream.links import keep_freed_memory
 from dflash_scale.stream.questions import PromptQuestions, Sampling
 
 WORK: Final = ".answering"  # in the folder of the states: renaming works within one file system only

@@ -28,6 +28,7 @@ from dflash_scale.config import Config, load_config
 from dflash_scale.hidden_states import run_layouts
 from dflash_scale.packer import Samples
 from dflash_scale.prompts import check_tokenizer, load_prepared
+from dflash_scale.receiver.process import keep_freed_memory
 from dflash_scale.stream.cache import CacheOrigin, claim, open_cache
 from dflash_scale.stream.cache_fill import CacheFill, CacheUnwritable
 from dflash_scale.stream.endpoints import Endpoints
@@ -35,7 +36,6 @@ from dflash_scale.stream.fleet import NoServerError
 from dflash_scale.stream.greetings import Identity
 from dflash_scale.stream.intake import Intake, limits_of
 from dflash_scale.stream.keys import receiver_keys
-from dflash_scale.stream.links import keep_freed_memory
 from dflash_scale.stream.questions import Questions, SampleQuestions
 from dflash_scale.verifier.identity import origin_of
 from dflash_scale.verifier.shape import verifier_shape

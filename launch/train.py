@@ -60,19 +60,24 @@ def main() -> int:
     return run(config, resume=args.resume)
 
 
+def local_place() -> tuple[int, int]:
+    """This rank's number on its node, and the ranks there: deepspeed's names, and torchrun's."""
+    environment = os.environ
+    local_size = environment.get("LOCAL_SIZE") or environment.get("LOCAL_WORLD_SIZE") or "1"
+    return int(environment.get("LOCAL_RANK", "0")), int(local_size)
+
+
 def start_ranks() -> tuple[torch.device, dist.ProcessGroup]:
     """Joins the process group; returns this rank's device and a group for what stays on the CPU."""
     from dflash_scale.ranks import follow_launcher, join_ranks
 
-    environment = os.environ
-    local_rank = int(environment.get("LOCAL_RANK", "0"))
-    local_world = int(environment.get("LOCAL_SIZE") or environment.get("LOCAL_WORLD_SIZE") or "1")
+    local_rank, local_size = local_place()
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     threading.Thread(target=follow_launcher, name="follow-launcher", daemon=True).start()
     return device, join_ranks(device)
 
@@ -122,10 +127,10 @@ def set_up(
     from dflash_scale.packer import AnchorSpec, RowSchedule, Samples, schedule_spec
     from dflash_scale.quarantine import read_exclusion
     from dflash_scale.ranks import check_alike, check_shared
+    from dflash_scale.receiver.client import RankPlace, Stream
     from dflash_scale.row_memory import Copier, HostCopier
     from dflash_scale.stream.cache import CacheOrigin, claim
     from dflash_scale.stream.keys import receiver_keys
-    from dflash_scale.stream.receiver import Stream
     from dflash_scale.trainer import Parts, Trainer, make_engine
     from dflash_scale.verifier.identity import origin_of
     from dflash_scale.verifier.shape import mask_token_id
@@ -195,7 +200,8 @@ def set_up(
         position = checkpoints.load(engine, position)
 
     # Hidden states: one receiver process per node fills this rank's ring, a thread fills rows from the ring.
-    stream = Stream.start(config, layouts, first_step=position.step + 1, run_id=run_id)
+    place = RankPlace(rank, world, *local_place())
+    stream = Stream.start(config, layouts, place, first_step=position.step + 1, run_id=run_id)
     copier: Copier = CudaCopier(stream.ring, device) if device.type == "cuda" else HostCopier()
     room = AssemblerSpec(layouts, config.data.row_tokens, config.stream.lookahead_rows, anchors)
     assembler = RowAssembler(stream.ring, schedule.rows(rank, position.step + 1), samples, room, copier)

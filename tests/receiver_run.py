@@ -20,9 +20,9 @@ from dflash_scale.config import Config, parse_config
 from dflash_scale.packer import Row, RowSchedule, Samples, schedule_spec
 from dflash_scale.prepared_writer import FEATURES, FORMAT
 from dflash_scale.prompts import load_prepared
+from dflash_scale.receiver.client import Receiver, ReceiverSpec, spawn_receiver
 from dflash_scale.stream.jobs import Key
 from dflash_scale.stream.layouts import RowLayouts
-from dflash_scale.stream.receiver import Receiver, ReceiverSpec, read_status, spawn_receiver
 from dflash_scale.stream.ring import COMMITTED, Ring
 
 SAMPLES, VALIDATION, LONGEST = 60, 6, 40
@@ -108,16 +108,26 @@ class Run:
     def rows(self, world: int, rank: int, first_step: int = 1) -> list[Row]:
         return list(RowSchedule(self.samples, schedule_spec(self.config, world)).rows(rank, first_step))
 
-    def spawn(self, world: int = 1, first_step: int = 1) -> Receiver:
-        content, status = self.config.model_dump(mode="json"), str(self.folder / "status.json")
-        ranks = tuple(range(world))
-        self.receiver = spawn_receiver(
-            ReceiverSpec(RUN, content, world, ranks, first_step, os.getpid(), LAYOUTS, status)
+    def spec(self, world: int = 1, first_step: int = 1) -> ReceiverSpec:
+        return ReceiverSpec(
+            run_id=RUN,
+            config=self.config,
+            world_size=world,
+            ranks=tuple(range(world)),
+            first_step=first_step,
+            parent_pid=os.getpid(),
+            layouts=LAYOUTS,
+            status=self.folder / "status.json",
         )
+
+    def spawn(self, world: int = 1, first_step: int = 1) -> Receiver:
+        self.receiver = spawn_receiver(self.spec(world, first_step))
         return self.receiver
 
     def status(self) -> dict[str, Any]:
-        return read_status(self.folder / "status.json")
+        """The status file as it lies on the disk; empty if there is none yet."""
+        path = self.folder / "status.json"
+        return json.loads(path.read_text()) if path.exists() else {}
 
     def close(self) -> None:
         for server in self.servers:

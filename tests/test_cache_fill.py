@@ -13,6 +13,7 @@ from fake_verifier import LAYOUT, answer_to, states
 from receiver_run import FakeServer, Run
 from test_receiver import BAD
 
+from dflash_scale.receiver.status import Status
 from dflash_scale.stream.cache import open_cache
 from dflash_scale.stream.cache_fill import CacheFill, CacheUnwritable
 from dflash_scale.stream.endpoints import Endpoints
@@ -43,10 +44,15 @@ class Filling:
         try:
             while not self.fill.complete and not until():
                 self.intake.step()
-                assert time.monotonic() < deadline, self.intake.status()
+                assert time.monotonic() < deadline, self.status()
         finally:
             self.intake.close()
             self.fill.close()
+
+    def status(self) -> Status:
+        status = Status("running", os.getpid(), [])
+        self.intake.report(status)
+        return status
 
     def to_the_end(self) -> dict[str, int]:
         self.work(lambda: False)
@@ -187,10 +193,10 @@ def test_answers_come_through_a_hostile_wire_with_the_states_of_all_their_tokens
     assert {len(tokens) - len(p) for tokens, p in zip(wanted, prompts, strict=True)} >= {1, 5, 12}
     nbytes = sum(map(len, wanted)) * LAYOUT.bytes_per_token
     assert (books["written"], books["written_bytes"], books["quarantined"]) == (60, nbytes, 0)
-    status = filling.intake.status()
-    assert sum(server["tokens"] for server in status["servers"]) == sum(map(len, wanted))
-    assert sum(server["bytes"] for server in status["servers"]) == nbytes
-    assert status["dropped"]["wrong tokens"] >= 3, "tokens, endless, mute"
+    status = filling.status()
+    assert sum(server.tokens for server in status.servers) == sum(map(len, wanted))
+    assert sum(server.bytes for server in status.servers) == nbytes
+    assert status.dropped["wrong tokens"] >= 3, "tokens, endless, mute"
     for number, tokens in enumerate(wanted):
         token_ids = np.asarray(tokens, "<i4").tobytes()
         assert filling.cache.token_ids(number, 30) == token_ids

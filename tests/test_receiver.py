@@ -16,10 +16,10 @@ from receiver_run import LAYOUTS, RUN, FakeServer, Run, consume, drain, expected
 
 from dflash_scale.config import parse_config
 from dflash_scale.quarantine import QuarantineFile
+from dflash_scale.receiver.client import STOP_SIGNAL, RankPlace, Stream
 from dflash_scale.stream import wire
 from dflash_scale.stream.intake import Dropped
 from dflash_scale.stream.keys import make_keys
-from dflash_scale.stream.receiver import STOP_SIGNAL, ReceiverSpec, Stream, read_status
 from dflash_scale.stream.ring import COMMITTED, QUARANTINED, PeerDied, Ring
 from dflash_scale.verifier.identity import origin_of
 from tests.verifier_families import make_verifier
@@ -296,7 +296,7 @@ def alive(pid: int) -> bool:
 
 PARENT = """
 import os, sys, time
-from dflash_scale.stream.receiver import ReceiverSpec, spawn_receiver
+from dflash_scale.receiver.client import ReceiverSpec, spawn_receiver
 spec = ReceiverSpec.parse(open(sys.argv[1]).read())
 object.__setattr__(spec, "parent_pid", os.getpid())
 receiver = spawn_receiver(spec)
@@ -307,14 +307,13 @@ time.sleep(60)
 
 def test_the_receiver_dies_with_its_parent_and_leaves_nothing(make_run: Callable[..., Run], tmp_path: Path) -> None:
     run = make_run([FakeServer().start()])
-    content, status = run.config.model_dump(mode="json"), str(tmp_path / "status.json")
     path = tmp_path / "given.json"
-    path.write_text(ReceiverSpec(RUN, content, 1, (0,), 1, 0, LAYOUTS, status).dump())
+    path.write_text(run.spec().dump())
     parent = subprocess.Popen([sys.executable, "-c", PARENT, str(path)], stdout=subprocess.PIPE)
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
     deadline = time.monotonic() + 60
-    while read_status(Path(status)).get("state") != "running":
+    while run.status().get("state") != "running":
         assert time.monotonic() < deadline
         time.sleep(0.05)
     parent.kill()
@@ -337,25 +336,27 @@ def test_a_killed_receiver_leaves_no_segment_once_its_readers_are_attached(make_
 
 def test_a_rank_starts_its_stream_with_one_call(make_run: Callable[..., Run]) -> None:
     run = make_run([FakeServer().start()])
-    stream = Stream.start(run.config, LAYOUTS, first_step=3, run_id=RUN)
+    stream = Stream.start(run.config, LAYOUTS, RankPlace(0, 1, 0, 1), first_step=3, run_id=RUN)
     rows = run.rows(1, 0, first_step=3)
     got = consume(stream.ring, rows, run.samples, run.config.stream.lookahead_rows)
     assert set(got) == expected(rows)
     stream.close()
-    assert stream.status()["servers"][0]["healthy"]
+    status = stream.status()
+    assert status is not None
+    assert (status.state, status.servers[0].http) == ("complete", run.servers[0].addresses["http"])
+    (server,) = stream.servers()
+    assert server["healthy"]
     assert stream.receiver is not None
     assert stream.receiver.process.returncode == 0
 
 
-def test_the_second_rank_finds_its_ring(make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_rank_finds_its_ring(make_run: Callable[..., Run]) -> None:
     run = make_run([FakeServer().start()])
-    for name, value in {"WORLD_SIZE": "4", "LOCAL_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0"}.items():
-        monkeypatch.setenv(name, value)
     run.config = parse_config(run.config.model_dump() | {"train": {"rows_per_step": 4, "output_dir": str(run.folder)}})
-    first = Stream.start(run.config, LAYOUTS, first_step=1, run_id=RUN)
-    monkeypatch.setenv("RANK", "3")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    second = Stream.start(run.config, LAYOUTS, first_step=1, run_id=RUN)
+    first, second = (
+        Stream.start(run.config, LAYOUTS, RankPlace(2 + local, 4, local, 2), first_step=1, run_id=RUN)
+        for local in range(2)
+    )
     assert second.receiver is None
     wanted = next(row for row in run.rows(4, 3) if row.places)
     record = second.ring.next_record(timeout=60)

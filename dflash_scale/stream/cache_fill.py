@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import queue
 from collections import Counter
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
@@ -63,7 +63,7 @@ class CacheFill:
     def blocked_on(self) -> str:
         return "cache"  # nothing is asked for: files are read, or the disk has to catch up
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> dict[str, int]:
         """The books: samples = present + written + quarantined, once it is complete."""
         names = ("present", "written", "written_bytes", "quarantined")
         return {"samples": len(self._lengths), **{name: self.counts[name] for name in names}}

@@ -10,10 +10,11 @@ import logging
 from collections import Counter, deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from dflash_scale.config_stream import StreamSection
 from dflash_scale.packer import Samples
+from dflash_scale.receiver.status import CacheStatus, Status
 from dflash_scale.stream.cache import Cache, open_cache
 from dflash_scale.stream.cache_file import BadFile
 from dflash_scale.stream.delivery import Delivery
@@ -75,9 +76,10 @@ class CachedDelivery(Delivery):
     def blocked_on(self) -> str:
         return "cache" if self._due else super().blocked_on
 
-    def status(self) -> dict[str, Any]:
+    def report(self, status: Status) -> None:
+        super().report(status)
         counts = {name: self._cache_counts[name] for name in ("hits", "misses", "corrupt")}
-        return {**super().status(), "cache": counts | (self._keeper.status() if self._keeper else {})}
+        status.cache = CacheStatus(**counts, **(self._keeper.status() if self._keeper is not None else {}))
 
     def close(self) -> None:
         if self._keeper is not None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
+from dflash_scale.receiver.status import QuarantinedSample, Status
 from dflash_scale.stream.jobs import Key
 from dflash_scale.stream.ring import COMMITTED, QUARANTINED
 from dflash_scale.stream.window import Want, Window
@@ -25,7 +26,7 @@ class Delivery:
         self._wanted: dict[Key, tuple[Want, Window]] = {}
         self.attached = False  # whether every rank has opened its ring
         self.counts: Counter[str] = Counter()  # committed, committed_bytes, quarantined
-        self.quarantined: list[dict[str, Any]] = []
+        self.quarantined: list[QuarantinedSample] = []
 
     @property
     def complete(self) -> bool:
@@ -47,10 +48,12 @@ class Delivery:
         """What more samples wait for: "ring" if one that is due finds no room, else the "trainer"."""
         return "ring" if any(window.waits_for_ring for window in self._windows) else "trainer"
 
-    def status(self) -> dict[str, Any]:
-        """Its part of the status file."""
-        names = ("committed", "committed_bytes", "quarantined")
-        return {**{name: self.counts[name] for name in names}, "quarantined_samples": self.quarantined}
+    def report(self, status: Status) -> None:
+        """Writes what became of the samples into `status`."""
+        status.committed = self.counts["committed"]
+        status.committed_bytes = self.counts["committed_bytes"]
+        status.quarantined = self.counts["quarantined"]
+        status.quarantined_samples = list(self.quarantined)
 
     def close(self) -> None:
         """Finishes what is under way besides the rings."""
@@ -108,7 +111,7 @@ class Delivery:
         window.committed(want, 0)
         self.counts["quarantined"] += 1
         if len(self.quarantined) < QUARANTINED_KEPT:
-            self.quarantined.append({"epoch": epoch, "sample": sample, "reason": reason})
+            self.quarantined.append(QuarantinedSample(epoch, sample, reason))
 
 
 def _reserve(window: Window, nbytes: int) -> memoryview | None:

@@ -11,12 +11,13 @@ import logging
 import queue
 import time
 from collections import Counter, defaultdict
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import zmq
 
 from dflash_scale.config_stream import Server, StreamSection
 from dflash_scale.quarantine import QuarantineFile
+from dflash_scale.receiver.status import ServerStatus, Status
 from dflash_scale.stream import payload, wire
 from dflash_scale.stream.calls import Calls, Event, HealthAnswered
 from dflash_scale.stream.endpoints import Endpoints
@@ -65,7 +66,6 @@ class Destination(Protocol):
     def abandon(self, key: Key) -> None: ...
     def commit(self, key: Key, token_ids: bytes) -> None: ...
     def quarantine(self, key: Key, reason: str) -> None: ...
-    def status(self) -> dict[str, Any]: ...
 
 
 class Dropped:
@@ -131,18 +131,15 @@ class Intake:
         self._calls.close()
         self._links.close()
 
-    def status(self) -> dict[str, Any]:
-        """The changing part of the status file."""
-        return {
-            "issued": self.fleet.issued,
-            "retried": self.fleet.retried,
-            **self.delivery.status(),
-            "dropped": dict(self.dropped.counts),
-            "outstanding_bytes": self.fleet.outstanding_bytes,
-            "blocked_on": self.blocked_on,
-            "blocked_s": {what: round(seconds, 3) for what, seconds in self.blocked_s.items()},
-            "servers": [server.snapshot(self._clock) for server in self.fleet.servers],
-        }
+    def report(self, status: Status) -> None:
+        """Writes what was asked of the servers, and what came of it, into `status`."""
+        status.issued = self.fleet.issued
+        status.retried = self.fleet.retried
+        status.dropped = dict(self.dropped.counts)
+        status.outstanding_bytes = self.fleet.outstanding_bytes
+        status.blocked_on = self.blocked_on
+        status.blocked_s = {what: round(seconds, 3) for what, seconds in self.blocked_s.items()}
+        status.servers = [ServerStatus(**server.snapshot(self._clock)) for server in self.fleet.servers]
 
     def step(self) -> None:
         """One turn of the loop, at most about STEP_MS long when nothing happens.

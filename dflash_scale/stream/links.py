@@ -8,7 +8,6 @@ made by probes alone, so that a port that hangs up at once is not called again a
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import os
 from dataclasses import dataclass, field
@@ -20,23 +19,6 @@ from dflash_scale.stream import sockets
 from dflash_scale.stream.keys import ReceiverKeys
 
 IO_THREADS: Final = 4  # each moves about 2 GB/s; a connection stays with one of them
-# mallopt(3) of glibc
-M_TRIM_THRESHOLD: Final = -1
-M_MMAP_MAX: Final = -4
-M_ARENA_MAX: Final = -8
-
-
-def keep_freed_memory() -> None:
-    """Makes this process use the memory of freed messages again, instead of giving it back.
-
-    ZeroMQ allocates every message anew, and glibc maps what is large, so that the kernel has to clear each page of each
-    message: about a quarter of the time of a transfer. Call it before any thread runs. The process keeps its peak,
-    which the credit bounds.
-    """
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_MAX, 0)
-    libc.mallopt(M_TRIM_THRESHOLD, ctypes.c_int(2**31 - 1))
-    libc.mallopt(M_ARENA_MAX, 1)  # other arenas than the first are too small for large messages
 
 
 @dataclass(slots=True)

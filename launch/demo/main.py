@@ -33,8 +33,8 @@ from dflash_scale.evaluate import EvaluateSpec, Evaluation, evaluate, report_lin
 from dflash_scale.evaluate_vllm import end_with_parent, free_port, stop, wait_until_ready  # noqa: E402
 from dflash_scale.export import export_checkpoint, named_checkpoint  # noqa: E402
 from dflash_scale.prompts import prepare  # noqa: E402
+from dflash_scale.receiver.status import read_status  # noqa: E402
 from dflash_scale.report import plot_acceptance, plot_training  # noqa: E402
-from dflash_scale.stream.receiver import read_status  # noqa: E402
 from dflash_scale.verifier.layers import aux_layers  # noqa: E402
 from dflash_scale.verifier.shape import verifier_shape  # noqa: E402
 from launch.demo.answers import AnswerSpec, make_answers  # noqa: E402
@@ -154,6 +154,7 @@ def summary(demo: Demo, result: Evaluation, seconds: dict[str, float]) -> dict[s
     best = result.vllm or result.speculative
     books = json.loads((demo.out / "train" / "totals.json").read_text())
     status = read_status(next((demo.out / "train" / "stream").glob("*-rank0.json")))
+    assert status is not None, "found a moment ago"
     return {
         "engine": demo.engine,
         "acceptance_length": best.length,
@@ -163,7 +164,7 @@ def summary(demo: Demo, result: Evaluation, seconds: dict[str, float]) -> dict[s
         "acceptance_replay_gap_points": best.gap(result.replay),
         "acceptance_length_uniform_anchors": result.uniform.length,
         "outputs_equal": result.equal if result.vllm_equal is None else min(result.equal, result.vllm_equal),
-        "samples_issued": status["issued"] - status["retried"],
+        "samples_issued": status.issued - status.retried,
         "samples_trained": books["trained"],
         "samples_validated": books["validated"],
         "samples_quarantined": books["quarantined"],

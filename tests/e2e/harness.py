@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from dflash_scale.prompts import load_prepared, prepare
-from dflash_scale.stream.receiver import read_status
+from dflash_scale.receiver.status import read_status
 from dflash_scale.stream.ring import reclaim
 
 REPO = Path(__file__).resolve().parents[2]
@@ -165,7 +165,8 @@ class Run:
     def blocked_on(self) -> str:
         """What the receiver waits for."""
         paths = sorted((self.folder / "out" / "stream").glob("*-rank0.json"), key=lambda path: path.stat().st_mtime)
-        return str(read_status(paths[-1]).get("blocked_on")) if paths else ""
+        status = read_status(paths[-1]) if paths else None
+        return status.blocked_on if status is not None else ""
 
     def processes(self) -> list[psutil.Process]:
         """All processes of this run: they have its folder in their command line."""
@@ -202,7 +203,7 @@ class Run:
         wait_for(lambda: not self.processes(), seconds, f"end of {[p.cmdline() for p in self.processes()]}")
         reclaim()
         statuses = (self.folder / "out" / "stream").glob("*-rank0.json")
-        rings = {name for path in statuses for name in read_status(path)["rings"]}
+        rings = {name for path in statuses for name in read_status(path).rings}
         assert rings and not rings & set(os.listdir("/dev/shm"))
 
     def assert_every_sample_once_an_epoch(self) -> None:

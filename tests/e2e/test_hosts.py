@@ -11,8 +11,8 @@ import pytest
 from harness import Embedded, Run, random_data, run_config, tiny_verifier, wait_for
 from hosts import Host, network
 
+from dflash_scale.receiver.status import read_status
 from dflash_scale.stream.keys import make_keys
-from dflash_scale.stream.receiver import read_status
 
 pytestmark = pytest.mark.e2e
 
@@ -100,6 +100,6 @@ def test_two_nodes_train_every_sample_once_though_cables_are_pulled(
         assert node.process.wait(300) == 0, node.log[-6000:]
     run.assert_every_sample_once_an_epoch()
     statuses = [read_status(path) for path in sorted((run.folder / "out" / "stream").glob("*-rank?.json"))]
-    assert [status["state"] for status in statuses] == ["complete", "complete"]
+    assert [status.state for status in statuses] == ["complete", "complete"]
     for host in hosts[:2]:
         assert not os.listdir(f"/proc/{host.spaces.pid}/root/dev/shm")

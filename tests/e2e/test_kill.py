@@ -64,7 +64,7 @@ def test_a_killed_server_costs_nothing_and_is_named(run: Run, servers: list[Embe
 
 
 def test_a_killed_receiver_ends_the_run_and_resume_continues(run: Run) -> None:
-    os.kill(run.pid_of("dflash_scale.stream.receiver"), signal.SIGKILL)
+    os.kill(run.pid_of("dflash_scale.receiver.process"), signal.SIGKILL)
     assert run.wait() != 0
     assert "the receiver" in run.log and "is gone" in run.log
     run.assert_nothing_left()

@@ -21,9 +21,10 @@ from dflash_scale.config import Config, parse_config
 from dflash_scale.packer import RowSchedule, Samples, schedule_spec
 from dflash_scale.prepared_writer import FEATURES, FORMAT
 from dflash_scale.prompts import load_prepared
+from dflash_scale.receiver.client import ReceiverSpec, spawn_receiver
+from dflash_scale.receiver.status import read_status
 from dflash_scale.stream.embedded import TappedVerifier
 from dflash_scale.stream.layouts import RowLayouts
-from dflash_scale.stream.receiver import ReceiverSpec, read_status, spawn_receiver
 from dflash_scale.stream.ring import COMMITTED, Ring
 
 pytestmark = pytest.mark.e2e
@@ -118,8 +119,8 @@ def test_data_parallel_engines_behind_one_port(model: Path, verifier: TappedVeri
         homes = {(row.epoch, place.sample): row for row in rows for place in row.places}
         assert len(rows) < ROWS
         layouts = RowLayouts(verifier.layout.only(TAPS), verifier.layout)
-        status, content = tmp_path / "status.json", config.model_dump(mode="json")
-        spec = ReceiverSpec(f"engines{os.getpid()}", content, 1, (0,), 1, os.getpid(), layouts, str(status))
+        status = tmp_path / "status.json"
+        spec = ReceiverSpec(f"engines{os.getpid()}", config, 1, (0,), 1, os.getpid(), layouts, status)
         receiver = spawn_receiver(spec)
         try:
             with Ring.open(receiver.ring_names[0], timeout=60) as ring:
@@ -140,6 +141,6 @@ def test_data_parallel_engines_behind_one_port(model: Path, verifier: TappedVeri
             receiver.close()
         assert_blocks_come_back(server, 2)
     told = read_status(status)
-    assert [engine["http"] for engine in told["servers"]] == [f"{server.http} engine 0", f"{server.http} engine 1"]
-    assert all(engine["samples"] > 4 for engine in told["servers"]), told["servers"]
-    assert (told["dropped"], told["retried"]) == ({}, 0)
+    assert [engine.http for engine in told.servers] == [f"{server.http} engine 0", f"{server.http} engine 1"]
+    assert all(engine.samples > 4 for engine in told.servers), told.servers
+    assert (told.dropped, told.retried) == ({}, 0)

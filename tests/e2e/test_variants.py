@@ -14,7 +14,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from dflash_scale.evaluate import EvaluateSpec, evaluate
 from dflash_scale.export import export_checkpoint, named_checkpoint
 from dflash_scale.prompts import load_prepared
-from dflash_scale.stream.receiver import read_status
+from dflash_scale.receiver.status import read_status
 
 pytestmark = pytest.mark.e2e
 
@@ -75,8 +75,8 @@ def test_gemma_with_a_pruned_vocabulary_and_from_a_drafter(tmp_path: Path) -> No
     assert all(0 < line["outside_vocabulary"] < 1 for line in lines)
     status = read_status(next((tmp_path / "second" / "out" / "stream").glob("*-rank0.json")))
     exact = read_status(next((tmp_path / "first" / "out" / "stream").glob("*-rank0.json")))
-    assert status["committed"] == exact["committed"] and status["quarantined"] == 0
-    assert 0.25 < status["committed_bytes"] / exact["committed_bytes"] < 0.28  # a byte and 1/16 scale of four
+    assert status.committed == exact.committed and status.quarantined == 0
+    assert 0.25 < status.committed_bytes / exact.committed_bytes < 0.28  # a byte and 1/16 scale of four
     # One epoch further from where the first ended, and not from random weights.
     moved, fresh = (load_file(folder / "model.safetensors")["fc.weight"] for folder in (second, first))
     assert 0 < (moved - fresh).norm() < 0.9 * fresh.norm()

@@ -1,0 +1,198 @@
+"""The receiver's process, which fills the rings of a node's ranks.
+
+    python -m dflash_scale.receiver.process --spec FILE
+
+The first rank of a node starts it (`client.Stream.start`) and it ends with that rank: on SIGUSR1, when the rank dies
+(the kernel's parent-death signal, and a look at the parent's pid once a second), or when every sample is delivered.
+When it fails, its traceback is on stderr, its exit status is not 0, and every rank sees a dead writer in its ring.
+
+Once a second it writes its status file (`status.py`) for progress and reports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from dflash_scale.model_files import origin_of
+from dflash_scale.packer import RowSchedule, Samples, schedule_spec
+from dflash_scale.quarantine import FILE_NAME, QuarantineFile
+from dflash_scale.receiver.client import STOP_SIGNAL, ReceiverSpec
+from dflash_scale.receiver.status import Status
+from dflash_scale.stream.cached_delivery import make_delivery
+from dflash_scale.stream.delivery import Delivery
+from dflash_scale.stream.endpoints import Endpoints
+from dflash_scale.stream.greetings import Identity
+from dflash_scale.stream.intake import Intake, limits_of
+from dflash_scale.stream.keys import receiver_keys
+from dflash_scale.stream.questions import SampleQuestions
+from dflash_scale.stream.ring import Ring, own_ring_name
+from dflash_scale.stream.window import Window
+
+log = logging.getLogger(__name__)
+
+STATUS_EVERY_S: Final = 1.0
+RING_SLACK: Final = 4096  # bytes: record headers, so that two samples of half of stream.ring_bytes fit
+PR_SET_PDEATHSIG: Final = 1  # prctl(2)
+# mallopt(3) of glibc
+M_TRIM_THRESHOLD: Final = -1
+M_MMAP_MAX: Final = -4
+M_ARENA_MAX: Final = -8
+
+
+def keep_freed_memory() -> None:
+    """Makes this process use the memory of freed messages again, instead of giving it back.
+
+    ZeroMQ allocates every message anew, and glibc maps what is large, so that the kernel has to clear each page of each
+    message: about a quarter of the time of a transfer. Call it before any thread runs. The process keeps its peak,
+    which the credit bounds.
+    """
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_MAX, 0)
+    libc.mallopt(M_TRIM_THRESHOLD, ctypes.c_int(2**31 - 1))
+    libc.mallopt(M_ARENA_MAX, 1)  # other arenas than the first are too small for large messages
+
+
+class Stop:
+    """Whether it is time to go: a signal came, or the parent is gone."""
+
+    def __init__(self, parent_pid: int) -> None:
+        self.reason = ""
+        self._parent_pid = parent_pid
+        signal.signal(STOP_SIGNAL, self._signalled)
+        for ours in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(ours, signal.SIG_IGN)
+        # The kernel signals when the parent's thread ends; the look at the pid is for a parent that was gone already.
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, STOP_SIGNAL, 0, 0, 0)
+
+    def _signalled(self, number: int, frame: object) -> None:
+        self.reason = self.reason or signal.Signals(number).name
+
+    def look(self) -> bool:
+        if not self.reason and os.getppid() != self._parent_pid:
+            self.reason = f"the training process {self._parent_pid} is gone"
+        return bool(self.reason)
+
+
+class StatusFile:
+    """Writes the status; one that cannot be written (a full disk, or one that is away) is no reason to end a run."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._failed = False  # the last time
+
+    def write(self, status: Status) -> None:
+        try:
+            status.write(self._path)
+        except OSError as error:
+            if not self._failed:
+                log.warning("%s cannot be written (%s); the run goes on without", self._path, error.strerror)
+            self._failed = True
+        else:
+            self._failed = False
+
+
+def serve(spec: ReceiverSpec, rings: Sequence[Ring], stop: Stop) -> Status:
+    """Feeds the rings until everything is delivered or `stop` says so. Returns the last status."""
+    status = Status("starting", os.getpid(), [ring.name for ring in rings])
+    status.write(spec.status)  # other ranks find their rings by it
+    file = StatusFile(spec.status)
+    intake, delivery = make_intake(spec, rings)
+    status.state, next_status = "running", 0.0
+    try:
+        while status.state == "running":
+            intake.step()
+            if time.monotonic() >= next_status or delivery.complete or delivery.deserted or stop.reason:
+                gone = stop.look() or delivery.deserted
+                status.state = "complete" if delivery.complete else "stopped" if gone else "running"
+                if status.state != "running":
+                    delivery.close()  # before the last status: it counts what is still written to the cache
+                intake.report(status)
+                delivery.report(status)
+                file.write(status)
+                next_status = time.monotonic() + STATUS_EVERY_S
+        return status
+    finally:
+        intake.close()
+
+
+def make_intake(spec: ReceiverSpec, rings: Sequence[Ring]) -> tuple[Intake, Delivery]:
+    """The loop and where it delivers, from the spec: the same schedule that the ranks compute."""
+    from dflash_scale.prompts import load_prepared  # imports datasets, seconds: after the rings are there
+
+    config, layouts = spec.config, spec.layouts
+    prepared = load_prepared(config.data.path)
+    samples = Samples(prepared.train, prepared.validation)
+    schedule = RowSchedule(samples, schedule_spec(config, spec.world_size))
+    windows = [
+        Window(
+            ring,
+            schedule.rows(rank, spec.first_step),
+            samples.lengths,
+            layouts,
+            config.stream.lookahead_rows,
+        )
+        for rank, ring in zip(spec.ranks, rings, strict=True)
+    ]
+    keys = config.stream.keys
+    identity = Identity(
+        run_id=spec.run_id,
+        receiver=f"{spec.run_id}:{spec.ranks[0]}:{os.getpid()}",
+        layout=layouts.validation,
+        origin=origin_of(config.verifier.model),
+        keys=receiver_keys(Path(keys)) if keys is not None else None,
+    )
+    delivery = make_delivery(config.stream, windows, samples, layouts.validation)
+    quarantine = QuarantineFile(Path(config.train.output_dir) / FILE_NAME, prepared.fingerprint)
+    questions = SampleQuestions(samples)
+    return (
+        Intake(Endpoints(config.stream), limits_of(config.stream), identity, delivery, questions, quarantine),
+        delivery,
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Fills the rings of one node; started by the training process.")
+    parser.add_argument("--spec", required=True, type=Path, help="JSON of a ReceiverSpec")
+    spec = ReceiverSpec.parse(parser.parse_args().spec.read_text(encoding="utf-8"))
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s receiver %(levelname)s %(message)s", stream=sys.stderr)
+    keep_freed_memory()
+    stop = Stop(spec.parent_pid)
+    rings: list[Ring] = []
+    try:
+        ring_bytes = spec.config.stream.ring_bytes + RING_SLACK
+        for local in range(len(spec.ranks)):
+            rings.append(Ring.create(own_ring_name(spec.run_id, local), ring_bytes))
+        status = serve(spec, rings, stop)
+        if status.state == "complete":
+            log.info("all samples are delivered")
+        else:
+            log.info("stopped: %s", stop.reason or "every rank has left its ring")
+        return 0
+    except Exception:  # the edge of the process
+        log.exception("the receiver cannot go on")
+        return 1
+    finally:
+        # The rank ends us when it has all it wants, which may be now: what is done stays a success.
+        signal.signal(STOP_SIGNAL, signal.SIG_IGN)
+        for ring in rings:
+            ring.unlink()
+            ring.close()
+
+
+if __name__ == "__main__":
+    ended = main()
+    # All is written and closed. Threads may still be in HTTP requests, and the interpreter's own end, with those and
+    # with the threads of the libraries, was once seen to take half a minute.
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(ended)
