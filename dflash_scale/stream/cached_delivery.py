@@ -78,8 +78,8 @@ class CachedDelivery(Delivery):
 
     def report(self, status: Status) -> None:
         super().report(status)
-        counts = {name: self._cache_counts[name] for name in ("hits", "misses", "corrupt")}
-        status.cache = CacheStatus(**counts, **(self._keeper.status() if self._keeper is not None else {}))
+        counts, written = self._cache_counts, self._keeper.status() if self._keeper is not None else {}
+        status.cache = CacheStatus(counts["hits"], counts["misses"], counts["corrupt"], **written)
 
     def close(self) -> None:
         if self._keeper is not None:

@@ -1,5 +1,14 @@
 """The two ends of the wire as ZeroMQ sockets, with or without keys. What they carry is in `wire.py`.
 
+- Who binds: a server binds a ROUTER (`bind_router`); receivers connect a DEALER to each server (`Dealers`).
+- Ordering: messages of one connection come in the order in which they were sent; of two connections, in any.
+- Loss: a message comes whole or not at all. What is on its way when a connection breaks, or is given up, is lost. A
+  dealer that broke is never used again: the next one has another routing id, what the server still sends to the old
+  one reaches nobody, and so nothing comes that was given up.
+- Back-pressure: HIGH_WATER messages wait at each end of a connection, and what the kernel holds. The bounds in bytes
+  are the receiver's credit and the server's pool.
+- Who may die: either end, at any time. A vanished machine is noticed within 20 s by its heartbeat.
+
 With keys, CURVE encrypts the connection and both ends prove who they are before a message is taken: a server drops
 whoever does not hold the secret of a receiver that it knows, a receiver whoever does not hold the server's. Without,
 every process that reaches the port is served.
@@ -11,7 +20,10 @@ them out, so a peer that was let in can fill the memory with one endless message
 Imported inside the vLLM server: standard library, msgpack, xxhash and zmq only.
 """
 
+import itertools
+import os
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import zmq
@@ -22,6 +34,7 @@ from dflash_scale.addresses import cannot_bind, check_bind
 from dflash_scale.stream.keys import ReceiverKeys, ServerKeys
 from dflash_scale.stream.wire import MAX_HEADER_BYTES, check_name
 
+IO_THREADS: Final = 4  # of a receiver; each moves about 2 GB/s, and a connection stays with one of them
 HIGH_WATER: Final = 64  # messages per connection inside ZeroMQ; the bound in bytes is the publisher's
 HANDSHAKE_MS: Final = 5_000
 CURVE_BYTES: Final = 64  # what encryption adds to a frame: 33, as MAXMSGSIZE counts them
@@ -86,7 +99,7 @@ def connect_dealer(
     max_message_bytes: int,
     keys: ReceiverKeys | None = None,
 ) -> "zmq.Socket[bytes]":
-    """A receiver's end, under the routing id `receiver`. ZeroMQ reconnects by itself; then say hello again.
+    """A receiver's end, under the routing id `receiver`. ZeroMQ reconnects by itself.
 
     max_message_bytes: the largest frame to accept (the hidden states of the longest sample); a server that
     sends more is disconnected before the bytes are read.
@@ -103,6 +116,143 @@ def connect_dealer(
         socket.setsockopt(zmq.CURVE_SERVERKEY, keys.server)
     socket.connect(address)
     return socket
+
+
+class Incoming:
+    """One message, read frame by frame. `skip` what is left before the next one is received."""
+
+    def __init__(self, socket: "zmq.Socket[bytes]", header: bytes) -> None:
+        self.header = header  # frame 0
+        self._socket = socket
+
+    @property
+    def more(self) -> bool:
+        """Whether there is a frame that was not read."""
+        return bool(self._socket.getsockopt(zmq.RCVMORE))
+
+    def read(self) -> bytes:
+        """The next frame, of which there is `more`."""
+        return self._socket.recv()
+
+    def read_into(self, buffer: memoryview) -> int:
+        """The next frame, of which there is `more`, straight to where it is wanted, cut if it is longer; its bytes."""
+        return self._socket.recv_into(buffer)
+
+    def skip(self) -> None:
+        """Drops the frames that were not read."""
+        while self.more:
+            self._socket.recv(copy=False)
+
+
+class Dealer:
+    """A receiver's connection to one server, from `Dealers.connect`; `receiver` is the routing id it is reached by."""
+
+    def __init__(self, socket: "zmq.Socket[bytes]", receiver: str) -> None:
+        self.receiver = receiver
+        self._socket = socket
+        self._monitor = watch_connection(socket, receiver)
+        self._connected = False
+
+    def send(self, frame: bytes) -> bool:
+        """Never blocks. False: so many frames wait already that this one is dropped."""
+        try:
+            self._socket.send(frame, zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
+
+    def receive(self) -> Incoming | None:
+        """The next message, if there is one."""
+        try:
+            return Incoming(self._socket, self._socket.recv(zmq.NOBLOCK))
+        except zmq.Again:
+            return None
+
+
+@dataclass(slots=True)
+class Seen:
+    """What a wait found: dealers with messages to read, those that broke, and why one could not be connected."""
+
+    readable: list[Dealer] = field(default_factory=list)
+    broken: list[Dealer] = field(default_factory=list)
+    refused: dict[Dealer, str] = field(default_factory=dict)
+
+
+class Dealers:
+    """A receiver's connections, waited for together. All but `wake` belongs to one thread.
+
+    Args:
+        receiver: what the routing ids begin with; another for every process.
+        max_message_bytes: the largest frame to accept.
+        keys: of the wire; None where the servers have none.
+    """
+
+    def __init__(self, receiver: str, max_message_bytes: int, keys: ReceiverKeys | None = None) -> None:
+        self._receiver = receiver
+        self._max_message_bytes = max_message_bytes
+        self._keys = keys
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=IO_THREADS)
+        self._numbers = itertools.count()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._sources: dict[Any, Dealer] = {}  # sockets and monitors
+        self._poller = zmq.Poller()
+        self._poller.register(self._wake, zmq.POLLIN)
+
+    def connect(self, address: str) -> Dealer:
+        """A new connection, under a routing id that was never used. One that is not made yet is tried again and again
+        by ZeroMQ."""
+        receiver = f"{self._receiver}.{next(self._numbers)}"
+        socket = connect_dealer(
+            self._context, address, receiver, max_message_bytes=self._max_message_bytes, keys=self._keys
+        )
+        dealer = Dealer(socket, receiver)
+        for source in (dealer._socket, dealer._monitor):
+            self._sources[source] = dealer
+            self._poller.register(source, zmq.POLLIN)
+        return dealer
+
+    def cut(self, dealer: Dealer) -> None:
+        """Closes a connection, with all that is on its way there."""
+        dealer._socket.disable_monitor()
+        for source in (dealer._socket, dealer._monitor):
+            self._poller.unregister(source)
+            del self._sources[source]
+            source.close(linger=0)
+
+    def wake(self) -> None:
+        """Ends a `wait`; for other threads."""
+        os.eventfd_write(self._wake, 1)
+
+    def wait(self, milliseconds: int) -> Seen:
+        """Until there is something to do, at most this long. A connection that broke is cut already."""
+        seen = Seen()
+        for ready, _ in self._poller.poll(milliseconds):
+            dealer = self._sources.get(ready)
+            if ready == self._wake:
+                os.eventfd_read(self._wake)
+            elif dealer is None:
+                continue  # of a connection that was cut in this very round
+            elif ready is dealer._monitor:
+                self._connection(dealer, seen)
+            else:
+                seen.readable.append(dealer)
+        seen.readable = [dealer for dealer in seen.readable if dealer not in seen.broken]
+        return seen
+
+    def _connection(self, dealer: Dealer, seen: Seen) -> None:
+        event = connection_event(dealer._monitor)
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            dealer._connected = True
+        elif event in HANDSHAKE_FAILURES:
+            seen.refused[dealer] = HANDSHAKE_FAILURES[event]
+        elif dealer._connected:  # and not one that was never made: ZeroMQ tries that again by itself
+            seen.broken.append(dealer)
+            self.cut(dealer)
+
+    def close(self) -> None:
+        for dealer in set(self._sources.values()):
+            self.cut(dealer)
+        self._context.destroy(linger=0)  # the wake-up stays open: a thread that is still in a request may use it
 
 
 def watch_connection(socket: "zmq.Socket[bytes]", name: str) -> "zmq.Socket[bytes]":

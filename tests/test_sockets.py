@@ -1,0 +1,133 @@
+"""A receiver's connections against a real publisher: what they bring, and what one that was given up no more brings."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from dflash_scale.stream import wire
+from dflash_scale.stream.publisher import Publisher
+from dflash_scale.stream.sockets import Dealer, Dealers, Incoming
+from dflash_scale.stream.wire import Layout, Ticket
+
+LAYOUT = Layout((1, 2), 8, "float32")
+TOKENS = bytes(4 * 3)
+STATES = bytes(range(3 * LAYOUT.bytes_per_token))
+
+
+@pytest.fixture
+def dealers() -> Iterator[Dealers]:
+    dealers = Dealers("run:0:1", 1 << 20)
+    yield dealers
+    dealers.close()
+
+
+@pytest.fixture
+def make_publisher() -> Iterator[Callable[..., Publisher]]:
+    made: list[Publisher] = []
+
+    def make(address: str = "tcp://127.0.0.1:0") -> Publisher:
+        made.append(Publisher(address, LAYOUT, "model"))
+        return made[-1]
+
+    yield make
+    for publisher in made:
+        publisher.close(linger_s=0)
+
+
+def receive(dealers: Dealers, dealer: Dealer) -> tuple[wire.Message, Incoming]:
+    """The next message of a server."""
+    deadline = time.monotonic() + 20
+    while dealer not in dealers.wait(100).readable:
+        assert time.monotonic() < deadline, "nothing came"
+    incoming = dealer.receive()
+    assert incoming is not None
+    return wire.decode(incoming.header, max_tokens=10), incoming
+
+
+def greet(dealers: Dealers, dealer: Dealer) -> wire.Message:
+    assert dealer.send(wire.encode(wire.Hello("run", dealer.receiver)))
+    message, incoming = receive(dealers, dealer)
+    assert not incoming.more
+    return message
+
+
+def ticket(dealer: Dealer, sample: int) -> Ticket:
+    return Ticket("run", dealer.receiver, 0, sample, 0, LAYOUT.layer_ids, LAYOUT.dtype)
+
+
+def test_a_payload_is_read_to_where_it_is_wanted(dealers: Dealers, make_publisher: Callable[..., Publisher]) -> None:
+    publisher = make_publisher()
+    dealer = dealers.connect(publisher.endpoint)
+    greet(dealers, dealer)
+    for sample in range(3):
+        assert publisher.send(ticket(dealer, sample), TOKENS, STATES)
+    place = bytearray(len(STATES) + 2)
+    _, incoming = receive(dealers, dealer)
+    assert incoming.more and incoming.read() == TOKENS
+    assert incoming.more and incoming.read_into(memoryview(place)[1:-1]) == len(STATES)
+    assert not incoming.more and place == b"\0" + STATES + b"\0"
+    _, incoming = receive(dealers, dealer)
+    incoming.read()
+    assert incoming.read_into(memoryview(bytearray(5))) == len(STATES), "what did not fit is told by the size"
+    message, incoming = receive(dealers, dealer)
+    assert isinstance(message, wire.Header) and message.ticket.sample == 2
+    incoming.skip()
+    assert not incoming.more and dealer.receive() is None
+
+
+def test_what_was_asked_over_a_connection_that_was_cut_never_comes(
+    dealers: Dealers, make_publisher: Callable[..., Publisher]
+) -> None:
+    publisher = make_publisher()
+    old = dealers.connect(publisher.endpoint)
+    assert isinstance(greet(dealers, old), wire.HelloReply)
+    dealers.cut(old)
+    new = dealers.connect(publisher.endpoint)
+    assert isinstance(greet(dealers, new), wire.HelloReply)
+    assert new.receiver != old.receiver
+    assert publisher.send(ticket(old, 1), TOKENS, STATES)
+    time.sleep(0.3)  # longer than it takes when it arrives
+    assert publisher.send(ticket(new, 2), TOKENS, STATES)
+    header, _ = receive(dealers, new)
+    assert isinstance(header, wire.Header)
+    assert header.ticket.sample == 2
+
+
+def test_connections_are_independent_and_many_follow_one_another(
+    dealers: Dealers, make_publisher: Callable[..., Publisher]
+) -> None:
+    publishers = [make_publisher() for _ in range(2)]
+    for _ in range(20):
+        for old in [dealers.connect(publisher.endpoint) for publisher in publishers]:
+            dealers.cut(old)
+    first, second = (dealers.connect(publisher.endpoint) for publisher in publishers)
+    for dealer in (second, first):
+        assert isinstance(greet(dealers, dealer), wire.HelloReply)
+    dealers.cut(first)
+    assert isinstance(greet(dealers, second), wire.HelloReply)
+
+
+def test_a_connection_that_breaks_is_said_once_and_given_up(
+    dealers: Dealers, make_publisher: Callable[..., Publisher]
+) -> None:
+    publisher = make_publisher()
+    dealer = dealers.connect(publisher.endpoint)
+    greet(dealers, dealer)
+    publisher.close(linger_s=0)
+    broken: list[Dealer] = []
+    deadline = time.monotonic() + 20
+    while not broken and time.monotonic() < deadline:
+        broken += dealers.wait(100).broken
+    broken += dealers.wait(300).broken
+    assert broken == [dealer]
+    assert dealers.connect(publisher.endpoint).receive() is None
+
+
+def test_another_thread_ends_a_wait(dealers: Dealers) -> None:
+    waiting = threading.Thread(target=dealers.wait, args=(600_000,), daemon=True)
+    waiting.start()
+    dealers.wake()
+    waiting.join(20)
+    assert not waiting.is_alive()
