@@ -54,6 +54,8 @@ from benchmarks.machine import stamp  # noqa: E402
 from dflash_scale.config_stream import Server, StreamSection  # noqa: E402
 from dflash_scale.packer import Place, Row, Samples  # noqa: E402
 from dflash_scale.quarantine import QuarantineFile  # noqa: E402
+from dflash_scale.receiver.connections import Identity  # noqa: E402
+from dflash_scale.receiver.loop import ReceiverLoop  # noqa: E402
 from dflash_scale.receiver.process import keep_freed_memory  # noqa: E402
 from dflash_scale.receiver.status import Status  # noqa: E402
 from dflash_scale.stream.delivery import Delivery  # noqa: E402
@@ -61,8 +63,6 @@ from dflash_scale.stream.embedded_http import CompletionServer, Reply, Request  
 from dflash_scale.stream.embedded_http import Limits as RequestLimits  # noqa: E402
 from dflash_scale.stream.encoding import decode, encode  # noqa: E402
 from dflash_scale.stream.endpoints import Endpoints  # noqa: E402
-from dflash_scale.stream.greetings import Identity  # noqa: E402
-from dflash_scale.stream.intake import Intake  # noqa: E402
 from dflash_scale.stream.jobs import Limits  # noqa: E402
 from dflash_scale.stream.keys import make_keys, receiver_keys, server_keys  # noqa: E402
 from dflash_scale.stream.layouts import RowLayouts  # noqa: E402
@@ -186,16 +186,16 @@ def receive(size: Size, servers: list[tuple[str, str]], keys: Path | None, pipe:
     fleet = Endpoints(StreamSection(servers=tuple(Server(http=http, zmq=address) for http, address in servers)))
     quarantine = QuarantineFile(Path(RUN) / "absent", "")  # a sample that is quarantined fails the benchmark
     delivery = Delivery([window])
-    intake = Intake(fleet, limits, identity, delivery, questions, quarantine)
+    loop = ReceiverLoop(fleet, limits, identity, delivery, questions, quarantine)
     while not delivery.complete:
-        intake.step()
+        loop.step()
     status = Status("complete", os.getpid(), [ring.name])
-    intake.report(status)
+    loop.report(status)
     delivery.report(status)
     pipe.send((status, questions.at))
     pipe.recv()
     ring.close()
-    intake.close()
+    loop.close()
 
 
 def rate(size: Size, started: float) -> float:

@@ -28,13 +28,13 @@ from dflash_scale.config import Config, load_config
 from dflash_scale.hidden_states import run_layouts
 from dflash_scale.packer import Samples
 from dflash_scale.prompts import check_tokenizer, load_prepared
-from dflash_scale.receiver.process import keep_freed_memory
+from dflash_scale.receiver.connections import Identity
+from dflash_scale.receiver.loop import ReceiverLoop
+from dflash_scale.receiver.process import keep_freed_memory, limits_of
 from dflash_scale.stream.cache import CacheOrigin, claim, open_cache
 from dflash_scale.stream.cache_fill import CacheFill, CacheUnwritable
 from dflash_scale.stream.endpoints import Endpoints
 from dflash_scale.stream.fleet import NoServerError
-from dflash_scale.stream.greetings import Identity
-from dflash_scale.stream.intake import Intake, limits_of
 from dflash_scale.stream.keys import receiver_keys
 from dflash_scale.stream.questions import Questions, SampleQuestions
 from dflash_scale.verifier.identity import origin_of
@@ -128,7 +128,7 @@ def fill_cache(config: Config, questions: Questions, folder: Path, cache_origin:
     identity = Identity(run_id, f"{run_id}:generate:{os.getpid()}", layout, origin_of(config.verifier.model), keys)
     fill = CacheFill(questions, open_cache(folder, layout), layout, limits.credit_bytes)
     asking = config.stream.model_copy(update={"mode": "online"})  # whatever the run does with the folder
-    intake = Intake(Endpoints(asking), limits, identity, fill, questions, None)
+    loop = ReceiverLoop(Endpoints(asking), limits, identity, fill, questions, None)
     signals: list[int] = []
     before = {
         number: signal.signal(number, lambda number, frame: signals.append(number))
@@ -138,12 +138,12 @@ def fill_cache(config: Config, questions: Questions, folder: Path, cache_origin:
     problem = ""
     try:
         while not fill.complete and not signals:
-            intake.step()
-            progress.show(fill.status(), intake.blocked_on)
+            loop.step()
+            progress.show(fill.status(), loop.blocked_on)
     except (NoServerError, CacheUnwritable) as error:
         problem = str(error)
     finally:
-        intake.close()
+        loop.close()
         try:
             fill.close()
         except CacheUnwritable as error:

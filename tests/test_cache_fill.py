@@ -13,12 +13,13 @@ from fake_verifier import LAYOUT, answer_to, states
 from receiver_run import FakeServer, Run
 from test_receiver import BAD
 
+from dflash_scale.receiver.connections import Identity
+from dflash_scale.receiver.loop import ReceiverLoop
+from dflash_scale.receiver.process import limits_of
 from dflash_scale.receiver.status import Status
 from dflash_scale.stream.cache import open_cache
 from dflash_scale.stream.cache_fill import CacheFill, CacheUnwritable
 from dflash_scale.stream.endpoints import Endpoints
-from dflash_scale.stream.greetings import Identity
-from dflash_scale.stream.intake import Intake, limits_of
 from dflash_scale.stream.questions import PromptQuestions, SampleQuestions, Sampling
 from dflash_scale.stream.wire import Origin
 
@@ -37,21 +38,21 @@ class Filling:
         self.fill = CacheFill(questions, self.cache, LAYOUT, most_bytes)
         identity = Identity("fill", f"fill:{id(self)}", LAYOUT, Origin(), None)
         stream = run.config.stream
-        self.intake = Intake(Endpoints(stream), limits_of(stream), identity, self.fill, questions, None)
+        self.loop = ReceiverLoop(Endpoints(stream), limits_of(stream), identity, self.fill, questions, None)
 
     def work(self, until: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 120
         try:
             while not self.fill.complete and not until():
-                self.intake.step()
+                self.loop.step()
                 assert time.monotonic() < deadline, self.status()
         finally:
-            self.intake.close()
+            self.loop.close()
             self.fill.close()
 
     def status(self) -> Status:
         status = Status("running", os.getpid(), [])
-        self.intake.report(status)
+        self.loop.report(status)
         return status
 
     def to_the_end(self) -> dict[str, int]:
@@ -87,7 +88,7 @@ def test_a_hostile_wire_leaves_a_whole_cache(make_run: Callable[..., Run], tmp_p
     filling.check_files()
     again = Filling(run, tmp_path / "cache")
     assert again.to_the_end() == {**books, "present": samples, "written": 0, "written_bytes": 0}
-    assert again.intake.fleet.issued == 0, "what is there is not asked for"
+    assert again.loop.fleet.issued == 0, "what is there is not asked for"
 
 
 def test_what_fails_everywhere_is_named_and_asked_for_again(make_run: Callable[..., Run], tmp_path: Path) -> None:
@@ -121,7 +122,7 @@ def test_files_are_looked_at_one_a_turn_and_the_last_one_written_is_booked(
         token_ids = run.samples.tokens(want.key[1]).astype("<i4").tobytes()
         first.fill.reserve(want.key)[:] = states(token_ids, LAYOUT)
         first.fill.commit(want.key, token_ids)
-    first.intake.close()
+    first.loop.close()
     first.fill.close()
     assert first.fill.counts["written"] == 3 and not first.fill.complete
     second = Filling(run, tmp_path / "cache")
@@ -130,7 +131,7 @@ def test_files_are_looked_at_one_a_turn_and_the_last_one_written_is_booked(
         assert second.fill.counts["present"] == turn and second.fill.backlog
     assert second.fill.take() == wants[3:] and second.fill.counts["present"] == 3
     assert second.fill.take() == [] and not second.fill.backlog
-    second.intake.close()
+    second.loop.close()
     second.fill.close()
 
 
@@ -153,11 +154,11 @@ def test_what_is_asked_for_is_bounded(make_run: Callable[..., Run], tmp_path: Pa
     largest = int(run.samples.lengths.max()) * LAYOUT.bytes_per_token
     filling = Filling(run, tmp_path / "cache", most_bytes=2 * largest)
     for _ in range(20):
-        filling.intake.step()
+        filling.loop.step()
     held = filling.fill._bytes_in_hand
     assert largest < held <= 2 * largest
-    assert len(filling.intake.fleet) == len(filling.fill._in_hand) >= 2
-    filling.intake.close()
+    assert len(filling.loop.fleet) == len(filling.fill._in_hand) >= 2
+    filling.loop.close()
     filling.fill.close()
 
 
@@ -217,10 +218,13 @@ def test_what_may_be_an_answer() -> None:
     assert questions.lengths.tolist() == [6]
     assert questions.body(0) == {"prompt": [5, 6, 7], "max_tokens": 3, "temperature": 0.0}
     for answer, problem in (
-        ([1], ""),
-        ([1, 2, 3], ""),
+        ([1], None),
+        ([1, 2, 3], None),
         ([], "the token ids are not the prompt's and an answer's"),
         ([1, 2, 3, 4], "7 tokens came, at most 6 were asked for"),
     ):
         assert questions.problem(0, np.asarray([5, 6, 7, *answer], "<i4").tobytes()) == problem
-    assert questions.problem(0, np.asarray([5, 6, 8, 1], "<i4").tobytes()).startswith("the token ids are not")
+    assert (
+        questions.problem(0, np.asarray([5, 6, 8, 1], "<i4").tobytes())
+        == "the token ids are not the prompt's and an answer's"
+    )

@@ -6,6 +6,7 @@ import queue
 import socket
 import threading
 import time
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -39,76 +40,79 @@ class Script:
         self.listener.close()
 
 
+class Client:
+    """An HTTP client of one server, at `address`."""
+
+    def __init__(self, address: str, timeout_s: float, rank: int | None = None) -> None:
+        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.calls = Calls(1, timeout_s, self.events.put)
+        self.host = self.calls.host(address, rank)
+
+    def post(self, attempt: int) -> Posted:
+        self.calls.post(self.host, Send(0, (0, 1), attempt, 0), {"prompt": [1]})
+        event = self.events.get(timeout=20)
+        assert isinstance(event, Posted)
+        assert event.sent.attempt == attempt
+        return event
+
+    def health(self, serials: int, timeout_s: float) -> list[str | None]:
+        """What came of so many probes at once."""
+        for serial in range(serials):
+            self.calls.health(self.host, Probe(0, serial), timeout_s)
+        events = [self.events.get(timeout=20) for _ in range(serials)]
+        return [event.problem for event in events if isinstance(event, HealthAnswered)]
+
+
 @pytest.fixture
-def events() -> queue.SimpleQueue[Event]:
-    return queue.SimpleQueue()
+def make_client() -> Iterator[Callable[..., Client]]:
+    made: list[Client] = []
+
+    def make(address: str, timeout_s: float = 20, rank: int | None = None) -> Client:
+        made.append(Client(address, timeout_s, rank))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.calls.close()
 
 
-def calls_to(address: str, timeout_s: float, events: queue.SimpleQueue[Event]) -> Calls:
-    calls = Calls(1, timeout_s, events.put)
-    calls.add(address)
-    return calls
-
-
-def post(calls: Calls, events: queue.SimpleQueue[Event], attempt: int) -> Posted:
-    calls.post(Send(0, (0, 1), attempt, 0), {"prompt": [1]})
-    event = events.get(timeout=20)
-    assert isinstance(event, Posted)
-    assert event.sent.attempt == attempt
-    return event
-
-
-def test_a_connection_is_kept_and_a_closed_one_is_not_a_dead_server(events: queue.SimpleQueue[Event]) -> None:
+def test_a_connection_is_kept_and_a_closed_one_is_not_a_dead_server(make_client: Callable[..., Client]) -> None:
     script = Script([OK, OK], [OK])
-    calls = calls_to(script.address, 20, events)
-    assert [post(calls, events, attempt).fault for attempt in range(3)] == [None] * 3
+    client = make_client(script.address)
+    assert [client.post(attempt).fault for attempt in range(3)] == [None] * 3
     assert len(script.requests) == 3
-    refused = post(calls, events, 3)
+    refused = client.post(3)
     assert refused.fault is Fault.SERVER
     assert "connection" in refused.reason
-    calls.close()
 
 
-def test_an_engine_is_named_in_a_header(events: queue.SimpleQueue[Event]) -> None:
+def test_an_engine_is_named_in_a_header(make_client: Callable[..., Client]) -> None:
     for rank, header in ((None, None), (0, b"X-data-parallel-rank: 0"), (3, b"X-data-parallel-rank: 3")):
         script = Script([OK])
-        calls = Calls(1, 20, events.put)
-        calls.add(script.address, rank)
-        assert post(calls, events, 0).fault is None
+        assert make_client(script.address, rank=rank).post(0).fault is None
         lines = script.requests[0].splitlines()
         assert [line for line in lines if line.lower().startswith(b"x-data")] == ([] if header is None else [header])
-        calls.close()
 
 
-def test_a_server_on_ipv6(events: queue.SimpleQueue[Event]) -> None:
-    calls = calls_to(Script([OK], host="::1").address, 20, events)
-    assert post(calls, events, 0).fault is None
-    calls.close()
+def test_a_server_on_ipv6(make_client: Callable[..., Client]) -> None:
+    assert make_client(Script([OK], host="::1").address).post(0).fault is None
 
 
-def test_a_server_that_breaks_off_or_keeps_silent_is_told_apart(events: queue.SimpleQueue[Event]) -> None:
+def test_a_server_that_breaks_off_or_keeps_silent_is_told_apart(make_client: Callable[..., Client]) -> None:
     script = Script([b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{}"], [b""], [b""])
-    calls = calls_to(script.address, 0.5, events)
-    assert post(calls, events, 0).fault is Fault.DOUBT  # in the middle of an answer
-    assert post(calls, events, 1).fault is Fault.SERVER  # closed without an answer
-    calls.close()
+    client = make_client(script.address, 0.5)
+    assert client.post(0).fault is Fault.DOUBT  # in the middle of an answer
+    assert client.post(1).fault is Fault.SERVER  # closed without an answer
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        calls = calls_to(f"http://127.0.0.1:{silent.getsockname()[1]}", 0.3, events)
-        assert post(calls, events, 2).reason == "no answer in time"
-        calls.close()
+        client = make_client(f"http://127.0.0.1:{silent.getsockname()[1]}", 0.3)
+        assert client.post(2).reason == "no answer in time"
 
 
-def test_health_reports_the_status_or_the_error(events: queue.SimpleQueue[Event]) -> None:
+def test_health_reports_the_status_or_the_error(make_client: Callable[..., Client]) -> None:
     script = Script([OK], [b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n"])
-    calls = calls_to(script.address, 20, events)
-    problems = []
-    for serial in range(2):
-        calls.health(Probe(0, serial), 20)
-        event = events.get(timeout=20)
-        assert isinstance(event, HealthAnswered)
-        problems.append(event.problem)
-    assert problems == ["", "GET /health answered 503"]
-    calls.close()
+    client = make_client(script.address)
+    assert client.health(1, 20) == [None]
+    assert client.health(1, 20) == ["GET /health answered 503"]
 
 
 class Dripping:
@@ -140,20 +144,15 @@ class Dripping:
 
 
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nContent-Length: 90000\r\n\r\n"])
-def test_a_port_that_drips_is_given_up_and_leaks_no_thread(answer: bytes, events: queue.SimpleQueue[Event]) -> None:
+def test_a_port_that_drips_is_given_up_and_leaks_no_thread(answer: bytes, make_client: Callable[..., Client]) -> None:
     dripping = Dripping(answer)
     before = set(threading.enumerate())
-    calls = calls_to(dripping.address, 1.5, events)
-    assert post(calls, events, 0).fault is Fault.DOUBT
+    client = make_client(dripping.address, 1.5)
+    assert client.post(0).fault is Fault.DOUBT
     if b"Content" not in answer:  # a probe reads the headers alone
-        for serial in range(2):
-            calls.health(Probe(0, serial), 0.5)
-        for _ in range(2):
-            event = events.get(timeout=20)
-            assert isinstance(event, HealthAnswered)
-            assert event.problem == "no answer in time"
+        assert client.health(2, 0.5) == ["no answer in time"] * 2
     assert dripping.hung_up.get(timeout=20) > 5, "it was read from until the deadline, and then hung up on"
-    calls.drop(0)
+    client.calls.drop(client.host)
     ours = {thread for thread in set(threading.enumerate()) - before if thread.name.startswith("http-")}
     for thread in ours:
         thread.join(20)

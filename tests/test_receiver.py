@@ -17,8 +17,8 @@ from receiver_run import LAYOUTS, RUN, FakeServer, Run, consume, drain, expected
 from dflash_scale.config import parse_config
 from dflash_scale.quarantine import QuarantineFile
 from dflash_scale.receiver.client import STOP_SIGNAL, RankPlace, Stream
+from dflash_scale.receiver.delivery import Dropped
 from dflash_scale.stream import wire
-from dflash_scale.stream.intake import Dropped
 from dflash_scale.stream.keys import make_keys
 from dflash_scale.stream.ring import COMMITTED, QUARANTINED, PeerDied, Ring
 from dflash_scale.verifier.identity import origin_of

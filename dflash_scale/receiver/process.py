@@ -4,7 +4,8 @@
 
 The first rank of a node starts it (`client.Stream.start`) and it ends with that rank: on SIGUSR1, when the rank dies
 (the kernel's parent-death signal, and a look at the parent's pid once a second), or when every sample is delivered.
-When it fails, its traceback is on stderr, its exit status is not 0, and every rank sees a dead writer in its ring.
+When it fails, its traceback is on stderr, its exit status is not 0, and every rank sees a dead writer in its ring; when it
+hangs, every rank sees one that does not beat.
 
 Once a second it writes its status file (`status.py`) for progress and reports.
 """
@@ -22,16 +23,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from dflash_scale.model_files import origin_of
+from dflash_scale.config_stream import StreamSection
+from dflash_scale.verifier.identity import origin_of
 from dflash_scale.packer import RowSchedule, Samples, schedule_spec
 from dflash_scale.quarantine import FILE_NAME, QuarantineFile
 from dflash_scale.receiver.client import STOP_SIGNAL, ReceiverSpec
+from dflash_scale.receiver.connections import Identity
+from dflash_scale.receiver.loop import ReceiverLoop
 from dflash_scale.receiver.status import Status
 from dflash_scale.stream.cached_delivery import make_delivery
 from dflash_scale.stream.delivery import Delivery
 from dflash_scale.stream.endpoints import Endpoints
-from dflash_scale.stream.greetings import Identity
-from dflash_scale.stream.intake import Intake, limits_of
+from dflash_scale.stream.jobs import Limits
 from dflash_scale.stream.keys import receiver_keys
 from dflash_scale.stream.questions import SampleQuestions
 from dflash_scale.stream.ring import Ring, own_ring_name
@@ -59,6 +62,19 @@ def keep_freed_memory() -> None:
     libc.mallopt(M_MMAP_MAX, 0)
     libc.mallopt(M_TRIM_THRESHOLD, ctypes.c_int(2**31 - 1))
     libc.mallopt(M_ARENA_MAX, 1)  # other arenas than the first are too small for large messages
+
+
+def limits_of(stream: StreamSection) -> Limits:
+    """The bounds of asking the servers."""
+    return Limits(
+        credit_bytes=stream.credit_bytes,
+        server_credit_bytes=stream.server_credit_bytes,
+        requests_per_server=stream.requests_per_server,
+        request_timeout_s=stream.request_timeout_s,
+        attempts=stream.attempts,
+        probe_s=stream.probe_s,
+        no_server_timeout_s=stream.no_server_timeout_s,
+    )
 
 
 class Stop:
@@ -105,26 +121,26 @@ def serve(spec: ReceiverSpec, rings: Sequence[Ring], stop: Stop) -> Status:
     status = Status("starting", os.getpid(), [ring.name for ring in rings])
     status.write(spec.status)  # other ranks find their rings by it
     file = StatusFile(spec.status)
-    intake, delivery = make_intake(spec, rings)
+    loop, delivery = make_loop(spec, rings)
     status.state, next_status = "running", 0.0
     try:
         while status.state == "running":
-            intake.step()
+            loop.step()
             if time.monotonic() >= next_status or delivery.complete or delivery.deserted or stop.reason:
                 gone = stop.look() or delivery.deserted
                 status.state = "complete" if delivery.complete else "stopped" if gone else "running"
                 if status.state != "running":
                     delivery.close()  # before the last status: it counts what is still written to the cache
-                intake.report(status)
+                loop.report(status)
                 delivery.report(status)
                 file.write(status)
                 next_status = time.monotonic() + STATUS_EVERY_S
         return status
     finally:
-        intake.close()
+        loop.close()
 
 
-def make_intake(spec: ReceiverSpec, rings: Sequence[Ring]) -> tuple[Intake, Delivery]:
+def make_loop(spec: ReceiverSpec, rings: Sequence[Ring]) -> tuple[ReceiverLoop, Delivery]:
     """The loop and where it delivers, from the spec: the same schedule that the ranks compute."""
     from dflash_scale.prompts import load_prepared  # imports datasets, seconds: after the rings are there
 
@@ -153,10 +169,8 @@ def make_intake(spec: ReceiverSpec, rings: Sequence[Ring]) -> tuple[Intake, Deli
     delivery = make_delivery(config.stream, windows, samples, layouts.validation)
     quarantine = QuarantineFile(Path(config.train.output_dir) / FILE_NAME, prepared.fingerprint)
     questions = SampleQuestions(samples)
-    return (
-        Intake(Endpoints(config.stream), limits_of(config.stream), identity, delivery, questions, quarantine),
-        delivery,
-    )
+    loop = ReceiverLoop(Endpoints(config.stream), limits_of(config.stream), identity, delivery, questions, quarantine)
+    return loop, delivery
 
 
 def main() -> int:

@@ -36,10 +36,10 @@ class Posted:
 
 @dataclass(frozen=True, slots=True)
 class HealthAnswered:
-    """GET /health is over; `problem` empty: the server answered 200."""
+    """GET /health is over; `problem` None: the server answered 200."""
 
     probe: Probe
-    problem: str
+    problem: str | None
 
 
 Event = Posted | HealthAnswered
@@ -97,8 +97,8 @@ class _Connection(http.client.HTTPConnection):
 
 
 @dataclass(slots=True)
-class _Host:
-    """One server: where it is, and who talks to it."""
+class Host:
+    """One server's HTTP face: where it is, and the threads that talk to it."""
 
     address: tuple[str, int]
     headers: dict[str, str]
@@ -108,7 +108,7 @@ class _Host:
 
 
 class Calls:
-    """The HTTP side of a fleet. Servers have the indices 0, 1, ... in the order of `add`.
+    """The HTTP side of a fleet.
 
     Args:
         slots: threads, and so requests in flight, per server at most.
@@ -118,25 +118,20 @@ class Calls:
 
     def __init__(self, slots: int, timeout_s: float, report: Callable[[Event], None]) -> None:
         self._slots, self._timeout_s, self._report = slots, timeout_s, report
-        self._hosts: list[_Host] = []
+        self._hosts: list[Host] = []
         self._lock = threading.Lock()
 
-    def add(self, address: str, data_parallel_rank: int | None = None) -> None:
-        """One more server, at http://HOST:PORT; with a rank, that engine of it."""
+    def host(self, address: str, data_parallel_rank: int | None = None) -> Host:
+        """A server at http://HOST:PORT; with a rank, that engine of it."""
         parts = urlsplit(address)
         headers = {"Content-Type": "application/json"}
         if data_parallel_rank is not None:
             headers[RANK_HEADER] = str(data_parallel_rank)
-        self._hosts.append(_Host((parts.hostname or "", parts.port or 80), headers))
+        self._hosts.append(Host((parts.hostname or "", parts.port or 80), headers))
+        return self._hosts[-1]
 
-    def renew(self, server: int) -> None:
-        """A server that was dropped is asked again, by other threads."""
-        old = self._hosts[server]
-        self._hosts[server] = _Host(old.address, old.headers)
-
-    def post(self, sent: Send, body: dict[str, Any]) -> None:
+    def post(self, host: Host, sent: Send, body: dict[str, Any]) -> None:
         """POST /v1/completions; one `Posted` follows, whatever happens."""
-        host = self._hosts[sent.server]
         with self._lock:
             host.busy += 1
             start = host.busy > host.threads and host.threads < self._slots
@@ -145,35 +140,35 @@ class Calls:
             threading.Thread(target=self._work, args=(host,), name=f"http-{sent.server}", daemon=True).start()
         host.calls.put(_Call(sent, body))
 
-    def health(self, probe: Probe, timeout_s: float) -> None:
+    def health(self, host: Host, probe: Probe, timeout_s: float) -> None:
         """GET /health on a connection of its own; one `HealthAnswered` follows."""
-        threading.Thread(target=self._health, args=(probe, timeout_s), name="http-health", daemon=True).start()
+        threading.Thread(target=self._health, args=(host, probe, timeout_s), name="http-health", daemon=True).start()
 
-    def drop(self, server: int) -> None:
+    def drop(self, host: Host) -> None:
         """Ends a server's threads, each after the request that it is in."""
-        host = self._hosts[server]
         for _ in range(host.threads):
             host.calls.put(None)
 
     def close(self) -> None:
         """Ends all idle threads; those in a request are daemons and end with the process."""
-        for server in range(len(self._hosts)):
-            self.drop(server)
+        for host in self._hosts:
+            self.drop(host)
 
-    def _health(self, probe: Probe, timeout_s: float) -> None:
-        connection = _Connection(self._hosts[probe.server].address, timeout_s)
+    def _health(self, host: Host, probe: Probe, timeout_s: float) -> None:
+        connection = _Connection(host.address, timeout_s)
+        problem: str | None
         try:
             connection.begin()
             connection.request("GET", "/health")
             status = connection.getresponse().status
-            problem = "" if status == 200 else f"GET /health answered {status}"
+            problem = None if status == 200 else f"GET /health answered {status}"
         except (OSError, http.client.HTTPException) as error:
             problem = explain(error)
         finally:
             connection.close()
         self._report(HealthAnswered(probe, problem))
 
-    def _work(self, host: _Host) -> None:
+    def _work(self, host: Host) -> None:
         connection = _Connection(host.address, self._timeout_s)
         while (call := host.calls.get()) is not None:
             posted = self._post(connection, host.headers, call)

@@ -27,8 +27,8 @@ class Questions(Protocol):
         """Prompt and sampling of POST /v1/completions."""
         ...
 
-    def problem(self, sample: int, token_ids: bytes) -> str:
-        """Why these cannot be the tokens of the sample; empty if they can."""
+    def problem(self, sample: int, token_ids: bytes) -> str | None:
+        """Why these cannot be the tokens of the sample; None if they can."""
         ...
 
 
@@ -44,9 +44,9 @@ class SampleQuestions:
     def body(self, sample: int) -> dict[str, Any]:
         return {"prompt": self._samples.tokens(sample).tolist(), "max_tokens": 1, "temperature": 0}
 
-    def problem(self, sample: int, token_ids: bytes) -> str:
+    def problem(self, sample: int, token_ids: bytes) -> str | None:
         same = token_ids == self._samples.tokens(sample).astype("<i4").tobytes()
-        return "" if same else "the token ids are not those of the sample"
+        return None if same else "the token ids are not those of the sample"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +75,10 @@ class PromptQuestions:
         most = int(self.lengths[sample]) - len(prompt)
         return {"prompt": prompt.tolist(), "max_tokens": most, "temperature": self._temperature}
 
-    def problem(self, sample: int, token_ids: bytes) -> str:
+    def problem(self, sample: int, token_ids: bytes) -> str | None:
         prompt = self._prompts[sample].astype("<i4").tobytes()
         if not token_ids.startswith(prompt) or len(token_ids) == len(prompt):
             return "the token ids are not the prompt's and an answer's"
         if len(token_ids) > int(self.lengths[sample]) * TOKEN_ID_BYTES:
             return f"{len(token_ids) // TOKEN_ID_BYTES} tokens came, at most {self.lengths[sample]} were asked for"
-        return ""
+        return None

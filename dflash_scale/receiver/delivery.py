@@ -1,0 +1,130 @@
+"""From a server's message to a sample where it is wanted: what is checked on the way, and what is thrown away.
+
+The payload goes from ZeroMQ's message straight to its place; no other copy is made. A sample that was taken from a
+`Sink` is committed or quarantined, exactly one of the two, and once.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from typing import Final, Protocol
+
+from dflash_scale.stream.jobs import Key
+from dflash_scale.stream.payload import check_payload
+from dflash_scale.stream.questions import Questions
+from dflash_scale.stream.sockets import Incoming
+from dflash_scale.stream.window import Want
+from dflash_scale.stream.wire import Header, WireError
+
+log = logging.getLogger(__name__)
+
+LOG_EVERY_S: Final = 60.0
+
+
+class Sink(Protocol):
+    """Where samples go, and which ones are wanted there."""
+
+    attached: bool  # whether everybody is there who wants samples
+
+    @property
+    def backlog(self) -> bool:
+        """Whether `take` has more to do at once."""
+        ...
+
+    @property
+    def blocked_on(self) -> str:
+        """What more samples wait for, as the status file says it."""
+        ...
+
+    def take(self) -> list[Want]:
+        """The samples that servers may be asked for since the last call. Call it every few milliseconds."""
+        ...
+
+    def want(self, key: Key) -> Want:
+        """What was taken under this key and is neither committed nor quarantined."""
+        ...
+
+    def reserve(self, key: Key) -> memoryview | None:
+        """Where the sample's hidden states go; `commit` or `abandon` must follow before the next `reserve`.
+
+        None: nobody wants the sample any more, and it is forgotten.
+        """
+        ...
+
+    def abandon(self, key: Key) -> None:
+        """What was written to the place that was reserved is void; the sample is still wanted."""
+        ...
+
+    def commit(self, key: Key, token_ids: bytes) -> None:
+        """The place that was reserved holds the sample, whose tokens are these (int32, little-endian)."""
+        ...
+
+    def quarantine(self, key: Key, reason: str) -> None:
+        """The sample cannot be had."""
+        ...
+
+
+class Unusable(ValueError):
+    """A message that is thrown away, counted under `reason`."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+class Dropped:
+    """Counts messages that are thrown away, and says so at most once a minute per reason."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._said: dict[str, tuple[float, int]] = {}
+
+    def __call__(self, reason: str, detail: str, server: str) -> None:
+        self.counts[reason] += 1
+        when, count = self._said.get(reason, (-LOG_EVERY_S, 0))
+        if time.monotonic() - when >= LOG_EVERY_S:
+            self._said[reason] = time.monotonic(), self.counts[reason]
+            log.warning(
+                "dropped %d message(s), %s; the last from %s: %s", self.counts[reason] - count, reason, server, detail
+            )
+
+
+def deliver(incoming: Incoming, header: Header, key: Key, sink: Sink, questions: Questions) -> None:
+    """Moves the payload of a message into the sink, which wants the sample.
+
+    Raises:
+        Unusable: it is not what was asked for; the sample is still wanted.
+    """
+    want = sink.want(key)
+    if header.layout != want.layout:
+        raise Unusable("wrong layout", f"{header.layout} came, {want.layout} was asked for")
+    if not incoming.more:
+        raise Unusable("malformed", "the token ids are missing")
+    token_ids = incoming.read()
+    if problem := questions.problem(key[1], token_ids):
+        raise Unusable("wrong tokens", problem)
+    if len(token_ids) != header.token_bytes:
+        raise Unusable("malformed", f"{header.token_bytes} bytes of token ids were announced, {len(token_ids)} came")
+    if not incoming.more:
+        raise Unusable("malformed", "the hidden states are missing")
+    place = sink.reserve(key)
+    if place is None:
+        return
+    try:
+        _fill(place[: header.hidden_bytes], incoming, header, token_ids)
+    except Unusable:
+        sink.abandon(key)
+        raise
+    sink.commit(key, token_ids)
+
+
+def _fill(place: memoryview, incoming: Incoming, header: Header, token_ids: bytes) -> None:
+    received = incoming.read_into(place)
+    if incoming.more or received != len(place):
+        raise Unusable("malformed", f"{len(place)} bytes in one frame were announced, {received} or more frames came")
+    try:
+        check_payload(header, token_ids, place)
+    except WireError as error:
+        raise Unusable("corrupt", str(error)) from error
