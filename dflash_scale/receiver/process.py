@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Final
 
 from dflash_scale.config_stream import StreamSection
-from dflash_scale.verifier.identity import origin_of
 from dflash_scale.packer import RowSchedule, Samples, schedule_spec
 from dflash_scale.quarantine import FILE_NAME, QuarantineFile
 from dflash_scale.receiver.client import STOP_SIGNAL, ReceiverSpec
@@ -39,6 +38,7 @@ from dflash_scale.stream.keys import receiver_keys
 from dflash_scale.stream.questions import SampleQuestions
 from dflash_scale.stream.ring import Ring, own_ring_name
 from dflash_scale.stream.window import Window
+from dflash_scale.verifier.identity import origin_of
 
 log = logging.getLogger(__name__)
 
