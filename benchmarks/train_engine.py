@@ -83,7 +83,7 @@ class EngineStep(Step):
 
     def take_over(self) -> None:
         from dflash_scale.ranks import join_ranks
-        from dflash_scale.trainer import make_engine
+        from dflash_scale.training.optim import make_engine
 
         if not dist.is_initialized():
             with socket.socket() as probe:

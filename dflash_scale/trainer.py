@@ -6,7 +6,6 @@ talking; what they do exchange are small CPU all-reduces: the loss denominator Z
 
 import json
 import logging
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +14,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import deepspeed
 import torch
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
@@ -26,7 +24,9 @@ from dflash_scale.books import Balance, balance, report
 from dflash_scale.checkpoint import Checkpoints, Position, write_aside
 from dflash_scale.config import Config
 from dflash_scale.drafter.heads import OutputHead
-from dflash_scale.drafter.model import Drafter, DrafterSpec, block_inputs
+from dflash_scale.drafter.model import Drafter
+from dflash_scale.drafter.model import DrafterSpec
+from dflash_scale.drafter.model import block_inputs
 from dflash_scale.loss import (
     BlockSums,
     VerifierStates,
@@ -45,50 +45,6 @@ from dflash_scale.vocabulary import DraftVocabulary
 log = logging.getLogger(__name__)
 
 LOOK_FOR_STOP_S = 0.2  # how often a rank that waits for data looks whether it was asked to stop
-
-
-def lr_factor(step: int, total: int, warmup_ratio: float, floor: float) -> float:
-    """Linear warm-up to 1, then a cosine to `floor`; `step` optimizer steps are completed."""
-    warmup = max(1, round(warmup_ratio * total))
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def engine_config(config: Config, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's dictionary: the user's, and the keys that follow from the rest of the configuration."""
-    rows = config.train.rows_per_step
-    derived: dict[str, Any] = {
-        "train_batch_size": rows,
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": rows // world_size,
-        "gradient_clipping": config.train.clip,
-    }
-    if config.train.precision == "bf16":
-        derived["bf16"] = {"enabled": True}
-        derived["data_types"] = {"grad_accum_dtype": "fp32"}
-    zero = {**config.deepspeed.get("zero_optimization", {}), "stage": config.zero_stage}
-    return {"steps_per_print": 2**31 - 1, **config.deepspeed, "zero_optimization": zero, **derived}
-
-
-def make_engine(config: Config, drafter: Drafter, total_steps: int) -> DeepSpeedEngine:
-    """Hands the drafter to DeepSpeed, which owns weights, gradients and optimizer from here on."""
-    train = config.train
-    matrices = [p for p in drafter.parameters() if p.dim() == 2]
-    norms = [p for p in drafter.parameters() if p.dim() == 1]  # weight decay would pull them from 1 to 0
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": train.weight_decay}, {"params": norms, "weight_decay": 0.0}],
-        lr=train.lr,
-        betas=train.betas,
-        fused=True,  # one pass over weights, gradients and moments, on a CPU too
-    )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: lr_factor(step, total_steps, train.warmup_ratio, train.min_lr_ratio)
-    )
-    settings = engine_config(config, dist.get_world_size())
-    engine, *_ = deepspeed.initialize(model=drafter, optimizer=optimizer, lr_scheduler=scheduler, config=settings)
-    return engine
 
 
 def agree(local: list[float], group: dist.ProcessGroup) -> list[float]:

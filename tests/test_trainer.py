@@ -14,7 +14,7 @@ from conftest import free_port
 from safetensors.torch import load_file
 
 from dflash_scale.config import parse_config
-from dflash_scale.trainer import engine_config, lr_factor
+from dflash_scale.training.optim import engine_config, lr_factor
 
 WORKER = Path(__file__).with_name("trainer_worker.py")
 

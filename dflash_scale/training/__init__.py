@@ -1,0 +1,1 @@
+"""One run of training, rank by rank: where its rows come from, the step, what it writes."""
