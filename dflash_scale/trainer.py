@@ -24,9 +24,7 @@ from dflash_scale.books import Balance, balance, report
 from dflash_scale.checkpoint import Checkpoints, Position, write_aside
 from dflash_scale.config import Config
 from dflash_scale.drafter.heads import OutputHead
-from dflash_scale.drafter.model import Drafter
-from dflash_scale.drafter.model import DrafterSpec
-from dflash_scale.drafter.model import block_inputs
+from dflash_scale.drafter.model import DrafterSpec, block_inputs
 from dflash_scale.loss import (
     BlockSums,
     VerifierStates,

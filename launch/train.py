@@ -131,8 +131,7 @@ def set_up(
     from dflash_scale.row_memory import Copier, HostCopier
     from dflash_scale.stream.cache import CacheOrigin, claim
     from dflash_scale.stream.keys import receiver_keys
-    from dflash_scale.trainer import Parts
-    from dflash_scale.trainer import Trainer
+    from dflash_scale.trainer import Parts, Trainer
     from dflash_scale.training.optim import make_engine
     from dflash_scale.verifier.identity import origin_of
     from dflash_scale.verifier.shape import mask_token_id

@@ -25,8 +25,7 @@ from dflash_scale.config import load_config
 from dflash_scale.drafter.model import Drafter, drafter_spec
 from dflash_scale.packer import AnchorSpec, Row, RowSchedule, Samples, plan_row, schedule_spec
 from dflash_scale.ranks import join_ranks, leave_ranks
-from dflash_scale.trainer import Parts
-from dflash_scale.trainer import Trainer
+from dflash_scale.trainer import Parts, Trainer
 from dflash_scale.training.optim import make_engine
 from dflash_scale.verifier.shape import VerifierShape
 from dflash_scale.verifier_head import VerifierHead

@@ -4,8 +4,8 @@
 
 The first rank of a node starts it (`client.Stream.start`) and it ends with that rank: on SIGUSR1, when the rank dies
 (the kernel's parent-death signal, and a look at the parent's pid once a second), or when every sample is delivered.
-When it fails, its traceback is on stderr, its exit status is not 0, and every rank sees a dead writer in its ring; when it
-hangs, every rank sees one that does not beat.
+When it fails, its traceback is on stderr, its exit status is not 0, and every rank sees a dead writer in its ring;
+when it hangs, every rank sees one that does not beat.
 
 Once a second it writes its status file (`status.py`) for progress and reports.
 """
