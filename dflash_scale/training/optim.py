@@ -9,7 +9,7 @@ from deepspeed import DeepSpeedEngine
 from torch import distributed as dist
 
 from dflash_scale.config import Config
-from dflash_scale.drafter import Drafter
+from dflash_scale.drafter.model import Drafter
 
 
 def lr_factor(step: int, total: int, warmup_ratio: float, floor: float) -> float:
