@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import stat
 from dataclasses import replace
 from pathlib import Path
 
@@ -162,6 +164,18 @@ def test_config_says_what_vllm_reads(tmp_path: Path, verifier: Path) -> None:
     assert {"fc.weight", "hidden_norm.weight", "norm.weight", "layers.1.self_attn.q_norm.weight"} < names
     assert not any("embed" in name or "lm_head" in name for name in names)
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_whoever_may_read_the_folder_may_read_the_weights(tmp_path: Path, verifier: Path, umask: int) -> None:
+    """A server in a container is often another user."""
+    spec, before = make_spec(), os.umask(umask)
+    try:
+        folder = export_drafter(make_drafter(spec).state_dict(), spec, str(verifier), tmp_path / "out")
+    finally:
+        os.umask(before)
+    modes = {path.name: oct(stat.S_IMODE(path.stat().st_mode)) for path in folder.iterdir()}
+    assert modes == dict.fromkeys(("config.json", "model.safetensors"), oct(0o666 & ~umask))
 
 
 def test_definition_comes_back(tmp_path: Path, verifier: Path) -> None:

@@ -339,6 +339,7 @@ def export_drafter(
     save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
     content = exported_config(spec, verifier, dtype, len(vocabulary.ids) if vocabulary is not None else None)
     (aside / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    shutil.copymode(aside / CONFIG, aside / WEIGHTS)  # safetensors' files are for their owner alone: 0600
     if out_dir.exists():
         shutil.rmtree(out_dir)
     os.replace(aside, out_dir)

@@ -341,6 +341,7 @@ def _save(
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
     (aside / "recipe.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    shutil.copymode(aside / "recipe.json", aside / "model.safetensors")  # safetensors' are for their owner alone: 0600
     if out_dir.exists():  # an older recipe's
         shutil.rmtree(out_dir)
     os.replace(aside, out_dir)
