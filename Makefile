@@ -39,7 +39,8 @@ $(VENV)/.installed: setup.py pyproject.toml $(shell find csrc -type f)
 	$(VENV)/bin/pip install -q -e '.[dev]'
 	touch $@
 
-# The connector runs inside vLLM and is found through PYTHONPATH; msgpack and xxhash are all that it needs besides.
+# The connector runs inside vLLM and is found through PYTHONPATH; msgpack and xxhash are all that it needs
+# besides: pyzmq is vLLM's own requirement.
 # vLLM's CPU package pulls torchvision and its like built for CUDA, which break its import.
 $(VLLM_VENV)/.installed:
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)

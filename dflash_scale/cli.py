@@ -7,7 +7,7 @@ train      `deepspeed launch/train.py ...`; with --plan, print the resolved run 
 generate   hidden states of a data set -> a cache on disk, for the modes offline and hybrid
 answer     prompts -> the verifier's own answers as a data set, and their hidden states as a cache
 export     a checkpoint -> a folder that `vllm serve` takes
-evaluate   acceptance of an exported drafter in a real server
+evaluate   acceptance of an exported drafter; with --vllm-python, also in a real vLLM server
 demo       the whole way on one machine, with a tiny verifier
 doctor     what this machine lacks for which feature, and what to do about it
 """

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dflash_scale import cli, doctor
 from dflash_scale.prompts import load_prepared
@@ -138,3 +139,16 @@ def test_doctor_reads_versions_without_importing(tmp_path: Path) -> None:
     assert doctor.vllm(str(fake)).found == f"0.32.0 in {fake}"
     assert doctor.version_tuple("2.13.0+cpu") == (2, 13, 0)
     assert doctor.version_tuple("2.14.0a1") == (2, 14)
+
+
+@pytest.mark.parametrize(("capability", "ok"), [((7, 5), False), ((8, 0), True), ((9, 0), True), ((12, 0), True)])
+def test_doctor_knows_which_gpus_the_kernels_run_on(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], ok: bool
+) -> None:
+    """On GPUs newer than all machine codes too: they compile the PTX."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    check = doctor.gpu()
+    assert (check.ok, check.found) == (ok, f"4 × a GPU, sm_{capability[0]}{capability[1]}")

@@ -1,6 +1,6 @@
 """Who was asked for what: the samples that are wanted, the attempts at them, and the credit that these hold.
 
-What an attempt's end means for its sample is decided here; what it means for its server is decided in `fleet.py`.
+What an attempt's end means for its sample is decided here; what it means for its server is decided in `faults.py`.
 """
 
 from __future__ import annotations

@@ -16,8 +16,7 @@ refused. A receiver that is gone costs as long as the Publisher's patience.
 Sent are the prompt's tokens, for which max_tokens 1 is enough, or, if the ticket says `answer`, the tokens of prompt
 and answer. The last of them was sampled and never fed to the verifier: zeros stand for its hidden states.
 `launch/serve_vllm.py` writes the configuration for this.
-Imports of this project: verifier/identity, and of stream/ wire, keys, publisher, copies and host_pool; what those need
-is in docs/design.md.
+What may be imported here stands in docs/design.md.
 
 Shape letters: L aux layers · H hidden size · B cache blocks · P tokens in one cache block.
 """
