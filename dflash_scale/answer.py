@@ -38,6 +38,7 @@ from dflash_scale.receiver.process import keep_freed_memory
 from dflash_scale.stream.cache import Cache, CacheOrigin, claim, open_cache, read_manifest
 from dflash_scale.stream.cache_fill import QUARANTINED_FILE
 from dflash_scale.stream.questions import PromptQuestions, Sampling
+from dflash_scale.verifier.files import load_tokenizer
 
 WORK: Final = ".answering"  # in the folder of the states: renaming works within one file system only
 NUMBERS: Final = "numbers.json"  # prompt -> sample; once it is there, nothing is asked any more
@@ -168,8 +169,6 @@ def _fingerprint(order: Order, prompts: Sequence[npt.NDArray[np.int32]]) -> str:
 
 def _number(config: Config, order: Order, asked: Sequence[Asked], questions: PromptQuestions, cache: Cache) -> None:
     """Writes the data set, and which sample each file becomes."""
-    from transformers import AutoTokenizer
-
     data, reasons = cache.folder / DATA, _reasons(cache.folder)
     shutil.rmtree(data, ignore_errors=True)  # of a start that ended here
     data.mkdir()
@@ -201,7 +200,7 @@ def _number(config: Config, order: Order, asked: Sequence[Asked], questions: Pro
     manifest = writer.finish(
         {
             "model": model,
-            "tokenizer": tokenizer_hash(AutoTokenizer.from_pretrained(model)),
+            "tokenizer": tokenizer_hash(load_tokenizer(model)),
             "sources": [str(path) for path in find_files(order.sources)],
             "validation_fraction": order.validation_fraction,
             "seed": order.seed,

@@ -20,6 +20,7 @@ from dflash_scale.memory import Memory, Sizes, chunk_slots, gpu_memory, row_buff
 from dflash_scale.packer import Place, RowSchedule, Samples, schedule_spec
 from dflash_scale.prompts import Prepared, load_prepared
 from dflash_scale.stream.layouts import RowLayouts
+from dflash_scale.verifier.files import load_tokenizer
 from dflash_scale.verifier.shape import VerifierShape, mask_token_id, verifier_shape
 from dflash_scale.vocabulary import DraftVocabulary, run_vocabulary
 
@@ -91,11 +92,9 @@ def make_plan(config: Config, world_size: int) -> Plan:
 
 def local_tokenizer(model: str) -> Any:
     """The verifier's tokenizer if it is on this machine, else None."""
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(model, local_files_only=True)
-    except (OSError, ValueError):  # Transformers has no error of its own for "not here"
+        return load_tokenizer(model, allow_network=False)
+    except ValueError:
         return None
 
 

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from dflash_scale.conversations import BadLine, Encoder
 from dflash_scale.prepared_writer import FORMAT, SPLITS, Outcome, PreparedWriter, check_fraction
+from dflash_scale.verifier.files import load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ def prepare(
         The manifest.
 
     Raises:
-        ValueError: no source, a source without one usable line, or an output folder that exists.
+        ValueError: no source, a source without one usable line, no tokenizer, or an output folder that exists.
     """
     out = Path(out_dir)
     if out.exists():
@@ -150,18 +151,17 @@ def prepare(
     check_fraction(validation_fraction)
     if max_tokens < 2 or workers < 1:
         raise ValueError(f"prepare: got max_tokens {max_tokens} and workers {workers}, wanted at least 2 and 1")
-    from transformers import AutoTokenizer  # seconds; the receiver imports this module too, and tokenises nothing
-
     files = find_files(sources)
+    encoder = make_encoder(model, max_tokens)  # before there is a folder, or a process that would fail in its place
     aside = out.with_name(f"{out.name}.partial-{os.getpid()}")
     aside.mkdir(parents=True)
     try:
         writer = PreparedWriter(aside, validation_fraction, seed)
-        for outcome in _encode_all(files, model, max_tokens, workers):
+        for outcome in _encode_all(files, encoder, workers):
             writer.add(outcome)
         about = {
             "model": model,
-            "tokenizer": tokenizer_hash(AutoTokenizer.from_pretrained(model)),
+            "tokenizer": tokenizer_hash(load_tokenizer(model)),
             "sources": [str(path) for path in files],
             "validation_fraction": validation_fraction,
             "max_tokens": max_tokens,
@@ -196,10 +196,8 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def check_tokenizer(prepared: Prepared, model: str) -> Any:
-    """The verifier's tokenizer; raises ValueError if the data set was prepared with another."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    """The verifier's tokenizer; raises ValueError if there is none, or the data set was prepared with another."""
+    tokenizer = load_tokenizer(model)
     if tokenizer_hash(tokenizer) != prepared.manifest["tokenizer"]:
         raise ValueError(
             f"data.path: the data set was prepared with the tokenizer of {prepared.manifest['model']}, not with that "
@@ -220,30 +218,27 @@ def lines_of(files: Sequence[Path]) -> Iterator[Line]:
                         yield str(path), number, raw.decode("utf-8", errors="replace")
 
 
-def _encode_all(files: Sequence[Path], model: str, max_tokens: int, workers: int) -> Iterator[Outcome]:
+def _encode_all(files: Sequence[Path], encoder: Encoder, workers: int) -> Iterator[Outcome]:
     """Encodes every line, in the order of the files."""
     lines = lines_of(files)
     tasks = iter(lambda: list(islice(lines, LINES_PER_TASK)), [])
     if workers == 1:
-        encoder = make_encoder(model, max_tokens)
         for task in tasks:
             yield from _encode(encoder, task)
         return
     room = threading.Semaphore(4 * workers)  # imap would read the files as fast as the disk, into memory
     spawn = multiprocessing.get_context("spawn")  # a forked tokenizer would run without its threads, or hang
-    with spawn.Pool(workers, initializer=_start_worker, initargs=(model, max_tokens)) as pool:
+    with spawn.Pool(workers, initializer=_start_worker, initargs=(encoder,)) as pool:
         for outcomes in pool.imap(_work, (task for task in tasks if room.acquire())):
             room.release()
             yield from outcomes
 
 
 def make_encoder(model: str, max_tokens: int) -> Encoder:
-    """The encoder of a verifier, or of a folder that holds only its tokenizer."""
-    from transformers import AutoTokenizer
+    """The encoder of a verifier, or of a folder that holds only its tokenizer; raises ValueError if there is none."""
+    from dflash_scale.verifier.shape import verifier_shape  # seconds; the receiver imports this module too
 
-    from dflash_scale.verifier.shape import verifier_shape
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     try:
         vocab_rows = verifier_shape(model).vocab_size
     except ValueError:  # a folder without config.json: its tokens are all that is known
@@ -264,10 +259,10 @@ def _encode(encoder: Encoder, task: Sequence[Line]) -> list[Outcome]:
 _worker_encoder: Encoder | None = None  # one per worker process, set before its first task
 
 
-def _start_worker(model: str, max_tokens: int) -> None:
+def _start_worker(encoder: Encoder) -> None:
     global _worker_encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
-    _worker_encoder = make_encoder(model, max_tokens)
+    _worker_encoder = encoder
 
 
 def _work(task: Sequence[Line]) -> list[Outcome]:

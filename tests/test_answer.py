@@ -52,6 +52,12 @@ def test_what_cannot_be_ordered(
     assert not (tmp_path / "states").exists() and not (tmp_path / "data").exists()
 
 
+def test_a_verifier_that_is_nowhere_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command(tmp_path / "nowhere", tmp_path, "--states", str(tmp_path / "states"))) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("dflash-scale answer: model '") and "hf auth login" in said and said.count("\n") == 1
+
+
 @pytest.mark.parametrize(("out", "states"), [("a", "a"), ("a", "a/states"), ("a/data", "a"), ("a/../b", "b/s")])
 def test_one_folder_in_the_other_is_refused(
     verifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], out: str, states: str

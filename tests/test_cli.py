@@ -152,3 +152,16 @@ def test_doctor_knows_which_gpus_the_kernels_run_on(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     check = doctor.gpu()
     assert (check.ok, check.found) == (ok, f"4 × a GPU, sm_{capability[0]}{capability[1]}")
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_prepare_with_a_model_that_is_nowhere(workers: str, tmp_path: Path) -> None:
+    """One line and no folder, however many processes tokenise: none of them is started."""
+    source = tmp_path / "chats.jsonl"
+    source.write_text(chat("q", "answer") + "\n")
+    out = tmp_path / "out"
+    done = run_cli("prepare", str(source), "--model", "nobody/nothing", "--out", str(out), "--workers", workers)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("dflash-scale prepare: model 'nobody/nothing': ")
+    assert "hf download nobody/nothing" in done.stderr and done.stderr.count("\n") == 1
+    assert [*tmp_path.iterdir()] == [source]
