@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return start(program(command, rest))
         if command == "prepare":
             return prepare(rest)
-        room = "dflash_scale.stream" if command == "keys" else "dflash_scale"
+        room = {"keys": "dflash_scale.stream", "evaluate": "dflash_scale.evaluation"}.get(command, "dflash_scale")
         return int(importlib.import_module(f"{room}.{command}").main(rest))
     except ValueError as error:
         print(f"dflash-scale {command}: {error}", file=sys.stderr)

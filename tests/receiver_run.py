@@ -13,7 +13,6 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
-from conftest import free_port
 from fake_verifier import LAYOUT, states
 
 from dflash_scale.config import Config, parse_config
@@ -21,6 +20,7 @@ from dflash_scale.packer import Row, RowSchedule, Samples, schedule_spec
 from dflash_scale.prepared_writer import FEATURES, FORMAT
 from dflash_scale.prompts import load_prepared
 from dflash_scale.receiver.client import Receiver, ReceiverSpec, spawn_receiver
+from dflash_scale.server.process import free_port
 from dflash_scale.stream.jobs import Key
 from dflash_scale.stream.layouts import RowLayouts
 from dflash_scale.stream.ring import COMMITTED, Ring

@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import free_port
 
 from dflash_scale.cli import main
+from dflash_scale.server.process import free_port
 from tests.test_cli import run_cli
 from tests.test_conversations import chat, save_tokenizer
 

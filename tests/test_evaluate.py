@@ -7,22 +7,14 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from dflash_scale import evaluate
 from dflash_scale.acceptance import Acceptance
 from dflash_scale.config import DrafterSection
-from dflash_scale.drafter.model import Drafter, DrafterSpec, drafter_spec
+from dflash_scale.drafter.model import Drafter, DrafterSpec, block_inputs, drafter_spec
 from dflash_scale.drafter.pretrained import export_drafter
-from dflash_scale.evaluate import (
-    EvaluateSpec,
-    GreedyVerifier,
-    counted,
-    cut,
-    replayed,
-    speculate,
-    uniform_anchors,
-    untrained_drafter,
-)
-from dflash_scale.evaluate_vllm import ServerSpec, parse_counters, serving
+from dflash_scale.evaluation import evaluate, speculative
+from dflash_scale.evaluation.evaluate import EvaluateSpec, replayed, uniform_anchors, untrained_drafter
+from dflash_scale.evaluation.speculative import GreedyVerifier, counted, cut, speculate
+from dflash_scale.evaluation.vllm import ServerSpec, parse_counters, serving
 from dflash_scale.verifier.shape import verifier_shape
 from tests.verifier_families import make_verifier
 
@@ -88,13 +80,13 @@ def test_output_is_the_greedy_one(verifier: GreedyVerifier) -> None:
 def test_drafter_sees_what_a_plain_forward_shows(verifier: GreedyVerifier, monkeypatch: pytest.MonkeyPatch) -> None:
     """The states behind the cropped cache are those of the tokens before the anchor, in one piece."""
     seen: list[tuple[torch.Tensor, int]] = []
-    original = evaluate.draft
+    original = speculative.draft
 
     def spy(drafter: Drafter, own: GreedyVerifier, states: torch.Tensor, token: int) -> list[int]:
         seen.append((states, token))
         return original(drafter, own, states, token)
 
-    monkeypatch.setattr(evaluate, "draft", spy)
+    monkeypatch.setattr(speculative, "draft", spy)
     trace = speculate(verifier, make_drafter(), make_prompts(1)[0], NEW)
     for (states, token), (anchor, _) in zip(seen, trace.steps, strict=True):
         wanted = verifier.read(trace.tokens[:anchor])[1]
@@ -113,7 +105,7 @@ def test_counts_with_an_oracle(verifier: GreedyVerifier, monkeypatch: pytest.Mon
         after = truth[len(states) + 1 : len(states) + SIZE]
         return [token if k < right else (token + 1) % 40 for k, token in enumerate(after)]
 
-    monkeypatch.setattr(evaluate, "draft", oracle)
+    monkeypatch.setattr(speculative, "draft", oracle)
     trace = speculate(verifier, make_drafter(), prompt, NEW)
     steps = -(-(NEW - 1) // (right + 1))  # the prompt's own step gives the first token
     assert list(trace.output) == truth[len(prompt) : len(prompt) + NEW]
@@ -160,7 +152,7 @@ def teach(drafter: Drafter, verifier: GreedyVerifier) -> None:
         states = verifier.read(tokens.tolist())[1].clone()
         anchors = torch.arange(6, len(tokens) - SIZE + 1, dtype=torch.int32)
         positions = torch.arange(len(tokens), dtype=torch.int32)
-        slots = evaluate.block_inputs(verifier.embedding, tokens[anchors], drafter.spec)
+        slots = block_inputs(verifier.embedding, tokens[anchors], drafter.spec)
         hidden = drafter(slots, states, positions, anchors, torch.zeros_like(positions))
         logits = verifier.head.logits(hidden).view(len(anchors), SIZE, -1)[:, 1:]
         labels = tokens[anchors[:, None] + torch.arange(1, SIZE)]

@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import free_port
 from transformers import AutoTokenizer
 
 from dflash_scale.cli import main
 from dflash_scale.generate import Progress, pace
 from dflash_scale.prompts import prepare
+from dflash_scale.server.process import free_port
 from tests.test_cli import run_cli
 from tests.test_conversations import chat, save_tokenizer
 

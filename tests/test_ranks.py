@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import psutil
-from conftest import free_port
 
 from dflash_scale.ranks import interface_towards
+from dflash_scale.server.process import free_port
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import free_port
 from safetensors.torch import load_file
 
 from dflash_scale.config import parse_config
+from dflash_scale.server.process import free_port
 from dflash_scale.training.optim import engine_config, lr_factor
 
 WORKER = Path(__file__).with_name("trainer_worker.py")

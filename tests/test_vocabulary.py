@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from dflash_scale.config import parse_config
 from dflash_scale.drafter.heads import OutputHead
 from dflash_scale.drafter.pretrained import export_drafter, load_drafter, load_output
-from dflash_scale.evaluate import GreedyVerifier, speculate
+from dflash_scale.evaluation.speculative import GreedyVerifier, speculate
 from dflash_scale.loss import LossSpec, drafter_loss, kept_slots, normaliser, trained_mask
 from dflash_scale.packer import AnchorSpec, Row, RowPlan, Samples, pack, plan_row
 from dflash_scale.verifier.layers import causal_model

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from conftest import free_port
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from dflash_scale.prompts import load_prepared, prepare
 from dflash_scale.receiver.status import read_status
+from dflash_scale.server.process import free_port
 from dflash_scale.stream.ring import reclaim
 
 REPO = Path(__file__).resolve().parents[2]

@@ -6,7 +6,6 @@ DFLASH_SCALE_VLLM_PYTHON names the interpreter that has vLLM; the default is .ve
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from dflash_scale.packer import Samples
 from dflash_scale.prompts import load_prepared
+from dflash_scale.server.process import free_port
 from dflash_scale.stream import sockets, wire
 from dflash_scale.stream.embedded import TappedVerifier
 from dflash_scale.stream.encoding import decode
@@ -53,12 +53,6 @@ class Server:
     keys: Path
     process: "subprocess.Popen[bytes]"
     log: Path
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def write_model(folder: Path) -> None:

@@ -5,18 +5,11 @@ Only this process's own server is stopped, by its process id. T=0 throughout: gr
 
 from __future__ import annotations
 
-import ctypes
 import json
-import logging
-import os
 import re
-import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,12 +19,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dflash_scale.acceptance import Acceptance
+from dflash_scale.server.process import call, end_with_parent, free_port, stop, wait_until_ready
 
-log = logging.getLogger(__name__)
-
-LAUNCHER = Path(__file__).parents[1] / "launch" / "serve_vllm.py"
-START_S = 600.0  # a GPU server that compiles takes minutes
-STOP_S = 60.0
+LAUNCHER = Path(__file__).parents[2] / "launch" / "serve_vllm.py"
 SAMPLE = re.compile(r"^vllm:spec_decode_(\w+?)_total(?:\{([^}]*)\})? ([0-9.eE+]+)$", re.MULTILINE)
 POSITION = re.compile(r'position="(\d+)"')
 
@@ -45,28 +35,6 @@ class ServerSpec:
     python: str
     log_file: Path
     flags: tuple[str, ...] = ()
-
-
-def free_port() -> int:
-    """A loopback port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def call(url: str, body: dict[str, object] | None = None, timeout_s: float = 600.0) -> bytes:
-    """GET, or POST of JSON if there is a body. Loopback must not go through a proxy."""
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(request, timeout=timeout_s) as reply:
-        return bytes(reply.read())
-
-
-def end_with_parent() -> None:
-    """For `preexec_fn`: the kernel ends the child when the thread that started it ends, by whatever signal. It outlives
-    exec, so it holds for a server that a launcher becomes."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG, prctl(2)
 
 
 @contextmanager
@@ -89,35 +57,6 @@ def serving(spec: ServerSpec) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         stop(server)
-
-
-def wait_until_ready(server: subprocess.Popen[bytes], address: str, log_file: Path) -> None:
-    deadline = time.monotonic() + START_S
-    while server.poll() is None and time.monotonic() < deadline:
-        try:
-            call(f"{address}/health", timeout_s=5)
-            return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.5)
-    why = f"ended with status {server.returncode}" if server.poll() is not None else f"was not ready in {START_S:.0f} s"
-    tail = "\n".join(log_file.read_text(errors="replace").splitlines()[-15:])
-    raise ValueError(f"the vLLM server {why}; the end of {log_file}:\n{tail}")
-
-
-def stop(server: subprocess.Popen[bytes]) -> None:
-    """Asks the server to end, and its whole session to if it does not."""
-    if server.poll() is None:
-        server.terminate()
-        try:
-            server.wait(STOP_S)
-            return
-        except subprocess.TimeoutExpired:
-            log.warning("vLLM (process %d) did not end in %.0f s: killed", server.pid, STOP_S)
-    try:
-        os.killpg(server.pid, signal.SIGKILL)  # the session was made for it: nothing else is in it
-    except ProcessLookupError:
-        return
-    server.wait()
 
 
 def parse_counters(text: str, slots: int) -> Acceptance:

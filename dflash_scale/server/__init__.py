@@ -1,0 +1,1 @@
+"""The servers of hidden states, and the processes that they are."""
