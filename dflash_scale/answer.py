@@ -31,13 +31,14 @@ import numpy.typing as npt
 
 from dflash_scale.config import Config, load_config
 from dflash_scale.conversations import BadLine, Encoded
-from dflash_scale.generate import cache_origin, check_stream, fill_cache
+from dflash_scale.generate import check_stream, fill_cache
 from dflash_scale.prepared_writer import PreparedWriter, check_fraction
 from dflash_scale.prompts import find_files, lines_of, load_prepared, make_encoder, tokenizer_hash
 from dflash_scale.receiver.process import keep_freed_memory
 from dflash_scale.stream.cache import Cache, CacheOrigin, claim, open_cache, read_manifest
 from dflash_scale.stream.cache_fill import QUARANTINED_FILE
 from dflash_scale.stream.questions import PromptQuestions, Sampling
+from dflash_scale.training.run import resolve_verifier
 from dflash_scale.verifier.files import load_tokenizer
 
 WORK: Final = ".answering"  # in the folder of the states: renaming works within one file system only
@@ -121,7 +122,8 @@ def answer(config: Config, order: Order) -> int:
     if not prompts:
         first = f": {asked[0].file}:{asked[0].line}: {asked[0].prompt}" if asked else ""
         raise ValueError(f"{', '.join(map(str, files))}: no line has a prompt{first}")
-    origin = cache_origin(config, _fingerprint(order, prompts))
+    verifier = resolve_verifier(config, allow_network=True)
+    origin = verifier.cache_origin(_fingerprint(order, prompts))
     found = read_manifest(work)
     if found is not None and found.data_fingerprint != origin.data_fingerprint:
         raise ValueError(

@@ -1,7 +1,7 @@
 """Checkpoints: DeepSpeed's own files plus the run's position, written aside and renamed, `latest` last.
 
-    checkpoints/step-000100/     DeepSpeed's files, config.json (the resolved configuration), position.json,
-                                 d2t.npy if the drafter's vocabulary is pruned
+    checkpoints/step-000100/     DeepSpeed's files, position.json, and what the run resolves to (training/run.py):
+                                 run.json, config.json, d2t.npy if the drafter's vocabulary is pruned
     checkpoints/latest           the name of the newest complete checkpoint, plain text
     checkpoints/best             the name of the one with the best validation acceptance length
 
@@ -16,29 +16,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import deepspeed.comm as dist
-import numpy as np
-import numpy.typing as npt
 from deepspeed import DeepSpeedEngine
 
-from dflash_scale.vocabulary import D2T
+from dflash_scale.training.run import ResolvedRun
 
 PARTIAL = ".partial"
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a run is: completed optimizer steps, its best validation, what the schedule depends on, and (`definition`)
-    what the weights mean: the verifier, its tapped layers, the mask token and the drafter's section."""
+    """Where a run is: completed optimizer steps, its best validation, and what the schedule depends on."""
 
     step: int
     best_acceptance_length: float
     world_size: int
     rows_per_step: int
     row_tokens: int
-    block_size: int
     seed: int
     data: str
-    definition: str
 
 
 def write_aside(path: Path, text: str) -> None:
@@ -54,28 +49,26 @@ class Checkpoints:
     Args:
         folder: where they lie.
         keep: how many of the newest are kept; the best is kept besides.
-        d2t: (N,) offsets of the drafter's vocabulary where it is pruned (vocabulary.py): export needs them.
+        run: what each of them holds, and what a resumed run is compared with.
     """
 
-    def __init__(self, folder: Path, keep: int, d2t: npt.NDArray[np.int64] | None = None) -> None:
-        self.folder, self._keep, self._d2t = folder, keep, d2t
+    def __init__(self, folder: Path, keep: int, run: ResolvedRun) -> None:
+        self.folder, self._keep, self._run = folder, keep, run
 
     def clean(self) -> None:
         """Removes what an interrupted save left. Rank 0 calls it at the start."""
         for leftover in self.folder.glob(f"*{PARTIAL}"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
-    def save(self, engine: DeepSpeedEngine, position: Position, config_json: str, *, best: bool) -> None:
+    def save(self, engine: DeepSpeedEngine, position: Position, *, best: bool) -> None:
         """Saves on all ranks; returns when the checkpoint is complete on disk."""
         name = f"step-{position.step:06d}"
         partial = name + PARTIAL
         engine.save_checkpoint(str(self.folder), tag=partial, save_latest=False)
         dist.barrier()
         if dist.get_rank() == 0:
-            (self.folder / partial / "config.json").write_text(config_json)
+            self._run.save(self.folder / partial)
             (self.folder / partial / "position.json").write_text(json.dumps(asdict(position)))
-            if self._d2t is not None:
-                np.save(self.folder / partial / D2T, self._d2t)
             if (self.folder / name).exists():  # the same step again, after a resume
                 shutil.rmtree(self.folder / name)
             os.replace(self.folder / partial, self.folder / name)
@@ -104,18 +97,19 @@ class Checkpoints:
         """Loads the newest checkpoint into the engine, on all ranks.
 
         Raises:
-            ValueError: there is none, or it was written by a run whose schedule differs from `expected`.
+            ValueError: there is none, or it was written by a run whose drafter or schedule differs from this one's.
         """
         path = self.latest()
         if path is None:
             raise ValueError(f"--resume: no checkpoint in {self.folder}; start without --resume")
+        self._run.check_same(ResolvedRun.load(path), path)
         position = Position(**json.loads((path / "position.json").read_text()))
         if expected.world_size != position.world_size:
             raise ValueError(
                 f"--resume: got {expected.world_size} ranks, but {path} was written by {position.world_size}: "
                 "ZeRO splits the optimizer state by rank; resume on as many ranks"
             )
-        for name in ("rows_per_step", "row_tokens", "block_size", "seed", "data", "definition"):
+        for name in ("rows_per_step", "row_tokens", "seed", "data"):
             got, wanted = getattr(expected, name), getattr(position, name)
             if got != wanted:
                 raise ValueError(

@@ -3,7 +3,7 @@
 prepare    conversations -> a prepared data set
 serve      a vLLM server that sends hidden states (`--embedded`: a small verifier in Transformers, without vLLM)
 keys       the keys of the wire between servers and receivers
-train      `deepspeed launch/train.py ...`; with --plan, print the resolved run and exit
+train      `deepspeed launch/train.py ...`; with --plan, print what the run resolves to and exit
 generate   hidden states of a data set -> a cache on disk, for the modes offline and hybrid
 answer     prompts -> the verifier's own answers as a data set, and their hidden states as a cache
 export     a checkpoint -> a folder that `vllm serve` takes

@@ -7,32 +7,13 @@ vllm serve VERIFIER --speculative-config '{"method": "dflash", "model": "runs/de
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
-from dflash_scale.config import Config, parse_config
-from dflash_scale.drafter.model import DrafterSpec, drafter_spec
 from dflash_scale.drafter.pretrained import export_drafter
-from dflash_scale.verifier.layers import aux_layers
-from dflash_scale.verifier.shape import mask_token_id, verifier_shape
-from dflash_scale.vocabulary import D2T, DraftVocabulary
-
-CONFIG = "config.json"  # of a checkpoint
-
-
-def resolved_spec(config: Config) -> DrafterSpec:
-    """The definition of the drafter that a run with `config` trains."""
-    model = config.verifier.model
-    shape = verifier_shape(model)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    mask = mask_token_id(tokenizer, shape.vocab_size, config.drafter.mask_token_id)
-    return drafter_spec(config.drafter, shape, aux_layers(config.verifier.layer_ids, shape.layers), mask)
+from dflash_scale.training.run import ResolvedRun
 
 
 def checkpoint_state(checkpoint: Path) -> dict[str, Tensor]:
@@ -52,26 +33,16 @@ def checkpoint_state(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def export_checkpoint(checkpoint: Path, out_dir: Path, verifier: str | None = None) -> Path:
-    """Exports one checkpoint of a run, as the resolved configuration beside it says.
+    """Exports one checkpoint of a run, as the run.json beside the weights says.
 
     Args:
         checkpoint: a step folder.
         out_dir: the folder to make.
         verifier: replaces the run's `verifier.model`, where it has moved since.
     """
-    path = checkpoint / CONFIG
-    if not path.is_file():
-        raise ValueError(f"checkpoint {checkpoint}: got no {CONFIG}, wanted the step folder of a run; check the path")
-    config = parse_config(json.loads(path.read_text(encoding="utf-8")), str(path))
-    if verifier is not None:
-        config = config.model_copy(update={"verifier": config.verifier.model_copy(update={"model": verifier})})
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    spec, vocabulary = resolved_spec(config), None
-    if (checkpoint / D2T).is_file():
-        vocabulary = DraftVocabulary.of_offsets(np.load(checkpoint / D2T), spec.layers.vocab_size)
-    elif config.drafter.vocab_size is not None:
-        raise ValueError(f"checkpoint {checkpoint}: got no {D2T}, wanted it for drafter.vocab_size; it is incomplete")
-    return export_drafter(checkpoint_state(checkpoint), spec, config.verifier.model, out_dir, dtype, vocabulary)
+    run = ResolvedRun.load(checkpoint)
+    state, model = checkpoint_state(checkpoint), verifier or run.verifier.model
+    return export_drafter(state, run.spec, model, out_dir, run.dtype, run.vocabulary)
 
 
 def named_checkpoint(path: Path) -> Path:

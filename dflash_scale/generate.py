@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from dflash_scale.config import Config, load_config
-from dflash_scale.hidden_states import run_layouts
 from dflash_scale.packer import Samples
 from dflash_scale.prompts import check_tokenizer, load_prepared
 from dflash_scale.receiver.connections import Identity
@@ -37,8 +36,8 @@ from dflash_scale.stream.endpoints import Endpoints
 from dflash_scale.stream.fleet import NoServerError
 from dflash_scale.stream.keys import receiver_keys
 from dflash_scale.stream.questions import Questions, SampleQuestions
+from dflash_scale.training.run import resolve_verifier
 from dflash_scale.verifier.identity import origin_of
-from dflash_scale.verifier.shape import verifier_shape
 
 log = logging.getLogger(__name__)
 
@@ -82,14 +81,8 @@ def generate(config: Config, folder: Path) -> int:
     prepared = load_prepared(config.data.path)
     check_tokenizer(prepared, config.verifier.model)
     questions = SampleQuestions(Samples(prepared.train, prepared.validation))
-    filled = fill_cache(config, questions, folder, cache_origin(config, prepared.fingerprint))
-    return settle(filled, folder)
-
-
-def cache_origin(config: Config, fingerprint: str) -> CacheOrigin:
-    """Of a cache of this run's verifier with all the layers that its rows may want."""
-    layout = run_layouts(config, verifier_shape(config.verifier.model, allow_network=True)).validation
-    return CacheOrigin(layout, config.verifier.model, origin_of(config.verifier.model).verifier, fingerprint)
+    verifier = resolve_verifier(config, allow_network=True)
+    return settle(fill_cache(config, questions, folder, verifier.cache_origin(prepared.fingerprint)), folder)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""`--plan`: what a run resolves to, without a GPU, a server or the network.
+"""The dry run, `--plan`: what a run resolves to, without a GPU, a server or the network.
 
 Counts and bytes of the stream are exact; memory of a GPU is an estimate (memory.py).
 
@@ -14,15 +14,12 @@ from typing import Any, cast
 import torch
 
 from dflash_scale.config import Config, resolve
-from dflash_scale.drafter.model import Drafter, DrafterSpec, drafter_spec
-from dflash_scale.hidden_states import run_layouts
+from dflash_scale.drafter.model import Drafter
 from dflash_scale.memory import Memory, Sizes, chunk_slots, gpu_memory, row_buffers
 from dflash_scale.packer import Place, RowSchedule, Samples, schedule_spec
 from dflash_scale.prompts import Prepared, load_prepared
-from dflash_scale.stream.layouts import RowLayouts
+from dflash_scale.training.run import UNKNOWN_MASK, ResolvedRun, resolve_run, resolve_verifier
 from dflash_scale.verifier.files import load_tokenizer
-from dflash_scale.verifier.shape import VerifierShape, mask_token_id, verifier_shape
-from dflash_scale.vocabulary import DraftVocabulary, run_vocabulary
 
 GPUS_PER_NODE = 8  # what "per node" means in the printout
 ASSUMED_DOCUMENT = 3072  # tokens, where there is no data set yet: the paper's length (arXiv 2602.06036)
@@ -30,14 +27,10 @@ ASSUMED_DOCUMENT = 3072  # tokens, where there is no data set yet: the paper's l
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The resolved run; `print_plan` writes it out. Bytes, tokens and counts."""
+    """What a dry run knows of a run; `print_plan` writes it out. Bytes, tokens and counts."""
 
-    config: Config
-    shape: VerifierShape
-    spec: DrafterSpec
-    vocabulary: DraftVocabulary | None  # None: the verifier's, or unknown before there is a data set
+    run: ResolvedRun  # its vocabulary is None before there is a data set, too
     mask: str  # the mask token, in words: its id is only known where the tokenizer is
-    layouts: RowLayouts
     world_size: int
     micro_steps: int
     trainable: int  # parameters
@@ -50,32 +43,27 @@ class Plan:
 
 
 def make_plan(config: Config, world_size: int) -> Plan:
-    """Resolves a run; raises ValueError for what cannot be run on `world_size` ranks."""
-    shape = verifier_shape(config.verifier.model)
-    layouts = run_layouts(config, shape)
+    """The dry run of a configuration; raises ValueError for what cannot be run on `world_size` ranks."""
+    verifier = resolve_verifier(config)
+    shape, layouts = verifier.shape, verifier.layouts
     data = load_prepared(config.data.path) if Path(config.data.path).exists() else None
     longest = int(data.manifest["longest"]) if data is not None else None
     shares = resolve(config, world_size, token_bytes=layouts.validation.bytes_per_token, longest_sample=longest)
-    tokenizer = local_tokenizer(config.verifier.model)
-    mask_id, mask = planned_mask(config, shape, tokenizer)
-    pruned = config.drafter.vocab_size
-    vocabulary = run_vocabulary(data.train, shape.vocab_size, tokenizer, pruned) if data is not None else None
-    spec = drafter_spec(config.drafter, shape, layouts.taps, mask_id)
+    tokenizer = local_tokenizer(verifier.model)
+    run = resolve_run(config, verifier, tokenizer, data.train if data is not None else None)
     with torch.device("meta"):
-        trainable = sum(parameter.numel() for parameter in Drafter(spec).parameters())
+        trainable = sum(parameter.numel() for parameter in Drafter(run.spec).parameters())
+    pruned = config.drafter.vocab_size
     rows = shape.vocab_size * (1 if shape.tie_word_embeddings else 2) + (pruned or 0)
     frozen = rows * shape.hidden_size + shape.hidden_size
     schedule = schedule_of(config, data, world_size) if data is not None else None
     most = most_anchors(config, schedule)
     per_document, tokens = config.data.anchors_per_document, config.data.row_tokens
     anchors = most if schedule is not None else min(most, max(per_document, per_document * tokens // ASSUMED_DOCUMENT))
+    sizes = Sizes(world_size, trainable, frozen, pruned or shape.vocab_size, anchors)
     return Plan(
-        config=config,
-        shape=shape,
-        spec=spec,
-        vocabulary=vocabulary,
-        mask=mask,
-        layouts=layouts,
+        run=run,
+        mask=mask_in_words(run, tokenizer),
         world_size=world_size,
         micro_steps=shares.micro_steps,
         trainable=trainable,
@@ -84,9 +72,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
         anchors=anchors,
         data=data,
         schedule=schedule,
-        memory=gpu_memory(
-            config, spec, layouts, Sizes(world_size, trainable, frozen, pruned or shape.vocab_size, anchors)
-        ),
+        memory=gpu_memory(config, run.spec, layouts, sizes),
     )
 
 
@@ -98,15 +84,14 @@ def local_tokenizer(model: str) -> Any:
         return None
 
 
-def planned_mask(config: Config, shape: VerifierShape, tokenizer: Any) -> tuple[int, str]:
-    """The mask token and a word on it; 0 where it is left to a tokenizer that is not here."""
-    configured = config.drafter.mask_token_id
-    if configured is not None:
-        return configured, f"{configured}, as configured"
-    if tokenizer is None:
-        return 0, "unknown until the tokenizer is here: its own, or an unused row of the embedding"
-    found = mask_token_id(tokenizer, shape.vocab_size, None)
-    return found, f"{found}, {'its own' if found == tokenizer.mask_token_id else 'an unused row of the embedding'}"
+def mask_in_words(run: ResolvedRun, tokenizer: Any) -> str:
+    """The mask token and where it is from, as far as it is known."""
+    mask = run.spec.mask_token_id
+    if run.config.drafter.mask_token_id is not None:
+        return f"{mask}, as configured"
+    if mask == UNKNOWN_MASK:
+        return "unknown until the tokenizer is here: its own, or an unused row of the embedding"
+    return f"{mask}, {'its own' if mask == tokenizer.mask_token_id else 'an unused row of the embedding'}"
 
 
 def schedule_of(config: Config, data: Prepared, world_size: int) -> RowSchedule:
@@ -139,7 +124,7 @@ def size(count: float) -> str:
 
 
 def print_plan(config: Config, world_size: int) -> str:
-    """The resolved run as text; raises ValueError for what cannot be run."""
+    """The dry run as text; raises ValueError for what cannot be run."""
     plan = make_plan(config, world_size)
     sections = {
         f"Run on {world_size} ranks": _processes(plan),
@@ -165,57 +150,56 @@ def _processes(plan: Plan) -> Lines:
         ("receivers", f"{nodes}, one per node"),
         *(
             (f"server {index}", f"{server.name}, hidden states from {server.zmq}")
-            for index, server in enumerate(plan.config.stream.servers)
-            if plan.config.stream.mode != "offline"
+            for index, server in enumerate(plan.run.config.stream.servers)
+            if plan.run.config.stream.mode != "offline"
         ),
-        ("ZeRO stage", str(plan.config.zero_stage)),
-        ("output", plan.config.train.output_dir),
+        ("ZeRO stage", str(plan.run.config.zero_stage)),
+        ("output", plan.run.config.train.output_dir),
     ]
 
 
 def _models(plan: Plan) -> Lines:
-    layers, shape = plan.spec.layers, plan.shape
+    run, layers, shape = plan.run, plan.run.spec.layers, plan.run.verifier.shape
     rope = cast(dict[str, object], layers.rope_parameters)
     attention = f"{layers.num_attention_heads} query and {layers.num_key_value_heads} key heads of {layers.head_dim}"
     return [
-        (
-            "verifier",
-            f"{plan.config.verifier.model} ({shape.model_type}, {shape.layers} layers of {shape.hidden_size})",
-        ),
+        ("verifier", f"{run.verifier.model} ({shape.model_type}, {shape.layers} layers of {shape.hidden_size})"),
         (
             "tapped layers",
-            f"{list(plan.spec.layer_ids)}, and {shape.layers} for the verifier's logits (k = residual after k layers)",
+            f"{list(run.spec.layer_ids)}, and {shape.layers} for the verifier's logits (k = residual after k layers)",
         ),
         ("drafter", f"{layers.num_hidden_layers} layers of {layers.hidden_size}, MLP {layers.intermediate_size}"),
-        ("attention", f"{attention}; blocks {'causal' if plan.spec.causal_block else 'bidirectional'}"),
+        ("attention", f"{attention}; blocks {'causal' if run.spec.causal_block else 'bidirectional'}"),
         *_layer_kinds(plan),
         ("rotary embedding", ", ".join(f"{name} {value}" for name, value in rope.items())),
         ("mask token", plan.mask),
         ("vocabulary", _vocabulary(plan)),
-        ("block size", f"{plan.spec.block_size}: the anchor and {plan.spec.block_size - 1} drafts"),
-        ("trainable parameters", f"{plan.trainable:,}, from {plan.config.drafter.init_from or 'random weights'}"),
+        ("block size", f"{run.spec.block_size}: the anchor and {run.spec.block_size - 1} drafts"),
+        ("trainable parameters", f"{plan.trainable:,}, from {run.config.drafter.init_from or 'random weights'}"),
         ("frozen parameters", f"{plan.frozen:,} (the verifier's embedding, final norm and head)"),
     ]
 
 
 def _vocabulary(plan: Plan) -> str:
-    size, rows = plan.config.drafter.vocab_size, plan.shape.vocab_size
+    run, rows = plan.run, plan.run.verifier.shape.vocab_size
+    size = run.config.drafter.vocab_size
     if size is None:
         return f"all {rows:,} tokens"
-    if plan.vocabulary is None:
+    if run.vocabulary is None:
         return f"{size:,} of {rows:,} tokens; what they cover is unknown until the data set is prepared"
-    return f"{size:,} of {rows:,} tokens, {100 * plan.vocabulary.coverage:.2f} % of the answers' tokens"
+    return f"{size:,} of {rows:,} tokens, {100 * run.vocabulary.coverage:.2f} % of the answers' tokens"
 
 
 def _layer_kinds(plan: Plan) -> Lines:
-    windows = [plan.spec.window(layer) for layer in range(plan.spec.layers.num_hidden_layers)]
+    spec = plan.run.spec
+    windows = [spec.window(layer) for layer in range(spec.layers.num_hidden_layers)]
     if not any(windows):
         return [("layers", "all with full attention")]
     return [("layers", ", ".join(f"window {window}" if window else "full" for window in windows))]
 
 
 def _stream(plan: Plan) -> Lines:
-    config, layouts = plan.config, plan.layouts
+    config, layouts = plan.run.config, plan.run.verifier.layouts
     per_token, validation = layouts.train.bytes_per_token, layouts.validation.bytes_per_token
     ranks = min(plan.world_size, GPUS_PER_NODE)
     row = config.data.row_tokens * validation
@@ -235,7 +219,7 @@ def _stream(plan: Plan) -> Lines:
 
 
 def _schedule(plan: Plan) -> Lines:
-    config, rows = plan.config, plan.config.train.rows_per_step
+    config, rows = plan.run.config, plan.run.config.train.rows_per_step
     known = "in the data set's rows" if plan.data is not None else "if all documents are short"
     lines = [
         ("optimizer step", f"{rows} rows = {plan.world_size} ranks × {plan.micro_steps} micro-steps"),
@@ -251,19 +235,19 @@ def _schedule(plan: Plan) -> Lines:
     return [
         *lines,
         ("samples", f"{len(plan.data.train):,} to train on, {held_out:,} held out"),
-        ("a whole cache", size(tokens * plan.layouts.validation.bytes_per_token)),
+        ("a whole cache", size(tokens * plan.run.verifier.layouts.validation.bytes_per_token)),
         ("steps per epoch", f"{schedule.steps_per_epoch:,}"),
         ("steps", f"{schedule.total_steps:,}"),
     ]
 
 
 def _memory(plan: Plan) -> Lines:
-    memory, stage, world = plan.memory, plan.config.zero_stage, plan.world_size
-    slots = plan.anchors * plan.spec.block_size
+    memory, config, world = plan.memory, plan.run.config, plan.world_size
+    stage = config.zero_stage
+    slots = plan.anchors * plan.run.spec.block_size
     rows = "the fullest row" if plan.data is not None else f"a row of {ASSUMED_DOCUMENT}-token documents"
-
-    vocabulary = plan.config.drafter.vocab_size or plan.shape.vocab_size
-    dense = plan.config.drafter.attention_backend == "reference"
+    vocabulary = config.drafter.vocab_size or plan.run.verifier.shape.vocab_size
+    dense = config.drafter.attention_backend == "reference"
     scores = "dense scores (drafter.attention_backend is reference)" if dense else "statistics, no scores"
 
     def share(first_stage: int) -> str:
@@ -276,10 +260,7 @@ def _memory(plan: Plan) -> Lines:
         ("frozen weights", size(memory.frozen)),
         ("activations", f"{size(memory.activations)} at {slots:,} slots ({plan.anchors:,} anchors, {rows})"),
         ("attention", f"{size(memory.attention)} of {scores}"),
-        (
-            "loss",
-            f"{size(memory.loss)} for chunks of {chunk_slots(plan.config, vocabulary)} slots",
-        ),
-        (f"hidden states of {row_buffers(plan.config)} rows", size(memory.rows)),
+        ("loss", f"{size(memory.loss)} for chunks of {chunk_slots(config, vocabulary)} slots"),
+        (f"hidden states of {row_buffers(config)} rows", size(memory.rows)),
         ("sum", size(memory.total)),
     ]

@@ -286,7 +286,7 @@ class Trainer:
     def _save(self, best: bool) -> None:
         position = replace(self.parts.position, step=self.step, best_acceptance_length=self.best)
         started = time.perf_counter()
-        self.parts.checkpoints.save(self.parts.engine, position, self.parts.config.dump(), best=best)
+        self.parts.checkpoints.save(self.parts.engine, position, best=best)
         self._leave_out(started, self.interval.waited)
 
     def _leave_out(self, started: float, waited: float) -> None:

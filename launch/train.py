@@ -13,6 +13,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,12 +21,16 @@ import torch
 from torch import distributed as dist
 
 from dflash_scale.config import Config, load_config, resolve
-from dflash_scale.hidden_states import run_layouts
+from dflash_scale.drafter.model import Drafter
+from dflash_scale.drafter.pretrained import load_start
+from dflash_scale.packer import AnchorSpec, RowSchedule, Samples, schedule_spec
 from dflash_scale.plan import print_plan
-from dflash_scale.prompts import check_tokenizer, load_prepared
-from dflash_scale.verifier.shape import verifier_shape
+from dflash_scale.prompts import Prepared, check_tokenizer, load_prepared
+from dflash_scale.quarantine import read_exclusion
+from dflash_scale.training.run import ResolvedRun, resolve_run, resolve_verifier
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # DeepSpeed takes seconds, and a dry run does without
+    from dflash_scale.checkpoint import Checkpoints, Position
     from dflash_scale.trainer import Trainer
 
 log = logging.getLogger("train")
@@ -36,7 +41,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, type=Path, help="JSON file of the run")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value")
     parser.add_argument("--resume", action="store_true", help="continue from the latest checkpoint in output_dir")
-    parser.add_argument("--plan", action="store_true", help="print the resolved run and exit")
+    parser.add_argument("--plan", action="store_true", help="print what the run resolves to and exit")
     parser.add_argument("--world", type=int, default=8, help="ranks (GPUs) to plan for, with --plan")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
     return parser.parse_args(argv)
@@ -120,94 +125,51 @@ def set_up(
         ValueError: what was given does not fit together.
     """
     from dflash_scale.assembler import AssemblerSpec, RowAssembler
-    from dflash_scale.checkpoint import Checkpoints, Position
     from dflash_scale.cuda_copier import CudaCopier
-    from dflash_scale.drafter.model import Drafter, drafter_spec
-    from dflash_scale.drafter.pretrained import load_start
-    from dflash_scale.packer import AnchorSpec, RowSchedule, Samples, schedule_spec
-    from dflash_scale.quarantine import read_exclusion
-    from dflash_scale.ranks import check_alike, check_shared
+    from dflash_scale.ranks import check_shared
     from dflash_scale.receiver.client import RankPlace, Stream
     from dflash_scale.row_memory import Copier, HostCopier
-    from dflash_scale.stream.cache import CacheOrigin, claim
-    from dflash_scale.stream.keys import receiver_keys
     from dflash_scale.trainer import Parts, Trainer
     from dflash_scale.training.optim import make_engine
-    from dflash_scale.verifier.identity import origin_of
-    from dflash_scale.verifier.shape import mask_token_id
     from dflash_scale.verifier_head import load_verifier_head
-    from dflash_scale.vocabulary import run_vocabulary
 
-    rank, world, train = dist.get_rank(), dist.get_world_size(), config.train
-    output, run_id = Path(train.output_dir), shared_run_id(control)
+    output, run_id = Path(config.train.output_dir), shared_run_id(control)
     check_shared(output, run_id, control)
-
-    # What is trained when: a function of the data set and the configuration alone.
-    prepared = load_prepared(Path(config.data.path))
-    samples = Samples(prepared.train, prepared.validation)
-    exclusion = read_exclusion(config.data.exclude)
-    exclusion.check(prepared.fingerprint)
-    check_alike(common(config) | {"data.path": exclusion.fingerprint(prepared.fingerprint)}, control)
-    schedule = RowSchedule(samples, schedule_spec(config, world))
-
-    # The drafter, and of the verifier what the drafter needs: embedding, norm and head.
-    shape = verifier_shape(config.verifier.model, allow_network=True)
-    layouts = run_layouts(config, shape)
-    resolve(config, world, token_bytes=layouts.validation.bytes_per_token, longest_sample=int(samples.lengths.max()))
-    tokenizer = check_tokenizer(prepared, config.verifier.model)
-    if config.stream.keys is not None:
-        receiver_keys(Path(config.stream.keys))  # the receiver reads them; what is wrong with them is said here
-    if config.stream.cache is not None:
-        digest = origin_of(config.verifier.model).verifier
-        origin = CacheOrigin(layouts.validation, config.verifier.model, digest, prepared.fingerprint)
-        claim(Path(config.stream.cache), origin, writable=config.stream.mode == "hybrid")
-    mask = mask_token_id(tokenizer, shape.vocab_size, config.drafter.mask_token_id)
-    vocabulary = run_vocabulary(prepared.train, shape.vocab_size, tokenizer, config.drafter.vocab_size)
-    if vocabulary is not None:
-        log.info("the drafter's %d tokens are %.2f %% of the answers", len(vocabulary.ids), 100 * vocabulary.coverage)
-    inside = None if vocabulary is None else vocabulary.t2d
-    anchors = AnchorSpec(config.drafter.block_size, config.data.anchors_per_document, train.seed, inside)
-    spec = drafter_spec(config.drafter, shape, layouts.taps, mask)
-    dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
-    head = load_verifier_head(config.verifier.model, dtype, device)
-    backends = (config.drafter.attention_backend, config.drafter.pointwise)
-    drafter = Drafter(spec, *backends, recompute=train.activation_checkpointing)
-    drafter.initialise(train.seed)
-    if config.drafter.init_from is not None and not resume:
-        drafter.load_state_dict(load_start(Path(config.drafter.init_from), spec))
-
-    # A run is continued only if it is asked for, and only with the schedule that it began with.
-    d2t = None if vocabulary is None else vocabulary.d2t
-    checkpoints = Checkpoints(output / "checkpoints", train.keep_checkpoints, d2t)
-    if not resume and checkpoints.latest() is not None:
-        raise ValueError(f"{output} holds a run: give --resume to continue it, or another train.output_dir")
-    if rank == 0:
-        checkpoints.clean()
-    engine = make_engine(config, drafter, schedule.total_steps)
-    # Which kernels work out norms and SiLU is no part of it.
-    definition = config.drafter.model_dump(mode="json", exclude={"pointwise"})
-    position = Position(
-        step=0,
-        best_acceptance_length=0.0,
-        world_size=world,
-        rows_per_step=train.rows_per_step,
-        row_tokens=config.data.row_tokens,
-        block_size=config.drafter.block_size,
-        seed=train.seed,
-        data=exclusion.fingerprint(prepared.fingerprint),
-        definition=json.dumps([config.verifier.model, layouts.taps, mask, definition]),
-    )
+    data = load_data(config, control)
+    run = resolve_trained(config, data)
+    checkpoints = open_checkpoints(run, resume=resume)
+    head = load_verifier_head(run.verifier.model, run.dtype, device)
+    engine = make_engine(config, make_drafter(run, resume=resume), data.schedule.total_steps)
+    position = first_position(run, data)
     if resume:
         position = checkpoints.load(engine, position)
 
     # Hidden states: one receiver process per node fills this rank's ring, a thread fills rows from the ring.
-    place = RankPlace(rank, world, *local_place())
+    layouts = run.verifier.layouts
+    place = RankPlace(dist.get_rank(), dist.get_world_size(), *local_place())
     stream = Stream.start(config, layouts, place, first_step=position.step + 1, run_id=run_id)
     copier: Copier = CudaCopier(stream.ring, device) if device.type == "cuda" else HostCopier()
-    room = AssemblerSpec(layouts, config.data.row_tokens, config.stream.lookahead_rows, anchors)
-    assembler = RowAssembler(stream.ring, schedule.rows(rank, position.step + 1), samples, room, copier)
-    rest = (engine, iter(assembler), assembler.wait, checkpoints, control, position, output, vocabulary, stream.servers)
-    parts = Parts(config, spec, head, samples, schedule, anchors, *rest)
+    anchors = anchor_spec(run)
+    settings = AssemblerSpec(layouts, config.data.row_tokens, config.stream.lookahead_rows, anchors)
+    rows = data.schedule.rows(dist.get_rank(), position.step + 1)
+    assembler = RowAssembler(stream.ring, rows, data.samples, settings, copier)
+    parts = Parts(
+        config=config,
+        spec=run.spec,
+        head=head,
+        samples=data.samples,
+        schedule=data.schedule,
+        anchors=anchors,
+        engine=engine,
+        batches=iter(assembler),
+        wait_for_batch=assembler.wait,
+        checkpoints=checkpoints,
+        control=control,
+        position=position,
+        output=output,
+        vocabulary=run.vocabulary,
+        servers=stream.servers,
+    )
 
     def close() -> None:
         try:
@@ -216,6 +178,99 @@ def set_up(
             stream.close()
 
     return Trainer(parts), close
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data set of a run, and what is trained of it when: a function of it and of the configuration alone."""
+
+    prepared: Prepared
+    samples: Samples
+    schedule: RowSchedule
+    fingerprint: str  # of the data set without what is left out
+
+
+def load_data(config: Config, control: dist.ProcessGroup) -> Data:
+    """Opens the data set, which has to be the same on all ranks, as the configuration; raises ValueError."""
+    from dflash_scale.ranks import check_alike
+
+    prepared = load_prepared(Path(config.data.path))
+    samples = Samples(prepared.train, prepared.validation)
+    exclusion = read_exclusion(config.data.exclude)
+    exclusion.check(prepared.fingerprint)
+    fingerprint = exclusion.fingerprint(prepared.fingerprint)
+    check_alike(common(config) | {"data.path": fingerprint}, control)
+    return Data(prepared, samples, RowSchedule(samples, schedule_spec(config, dist.get_world_size())), fingerprint)
+
+
+def resolve_trained(config: Config, data: Data) -> ResolvedRun:
+    """Resolves a run with its data set, and checks what the stream needs; raises ValueError."""
+    from dflash_scale.stream.cache import claim
+    from dflash_scale.stream.keys import receiver_keys
+
+    verifier = resolve_verifier(config, allow_network=True)
+    token_bytes, longest = verifier.layouts.validation.bytes_per_token, int(data.samples.lengths.max())
+    resolve(config, dist.get_world_size(), token_bytes=token_bytes, longest_sample=longest)
+    tokenizer = check_tokenizer(data.prepared, verifier.model)
+    if config.stream.keys is not None:
+        receiver_keys(Path(config.stream.keys))  # the receiver reads them; what is wrong with them is said here
+    if config.stream.cache is not None:
+        origin = verifier.cache_origin(data.prepared.fingerprint)
+        claim(Path(config.stream.cache), origin, writable=config.stream.mode == "hybrid")
+    run = resolve_run(config, verifier, tokenizer, data.prepared.train)
+    if run.vocabulary is not None:
+        share = 100 * run.vocabulary.coverage
+        log.info("the drafter's %d tokens are %.2f %% of the answers", len(run.vocabulary.ids), share)
+    return run
+
+
+def anchor_spec(run: ResolvedRun) -> AnchorSpec:
+    """Where blocks begin, and inside which vocabulary."""
+    return AnchorSpec(
+        block_size=run.config.drafter.block_size,
+        per_document=run.config.data.anchors_per_document,
+        seed=run.config.train.seed,
+        inside=None if run.vocabulary is None else run.vocabulary.t2d,
+    )
+
+
+def make_drafter(run: ResolvedRun, *, resume: bool) -> Drafter:
+    """The drafter, its weights random or those of `drafter.init_from`; a checkpoint's replace them all."""
+    section, train = run.config.drafter, run.config.train
+    recompute = train.activation_checkpointing
+    drafter = Drafter(run.spec, section.attention_backend, section.pointwise, recompute=recompute)
+    drafter.initialise(train.seed)
+    if section.init_from is not None and not resume:
+        drafter.load_state_dict(load_start(Path(section.init_from), run.spec))
+    return drafter
+
+
+def open_checkpoints(run: ResolvedRun, *, resume: bool) -> "Checkpoints":
+    """The run's checkpoints; raises ValueError where there are some and nobody asked to continue from them."""
+    from dflash_scale.checkpoint import Checkpoints
+
+    output = Path(run.config.train.output_dir)
+    checkpoints = Checkpoints(output / "checkpoints", run.config.train.keep_checkpoints, run)
+    if not resume and checkpoints.latest() is not None:
+        raise ValueError(f"{output} holds a run: give --resume to continue it, or another train.output_dir")
+    if dist.get_rank() == 0:
+        checkpoints.clean()
+    return checkpoints
+
+
+def first_position(run: ResolvedRun, data: Data) -> "Position":
+    """Where a run begins; it is continued with the same schedule only."""
+    from dflash_scale.checkpoint import Position
+
+    return Position(
+        step=0,
+        best_acceptance_length=0.0,
+        world_size=dist.get_world_size(),
+        rows_per_step=run.config.train.rows_per_step,
+        row_tokens=run.config.data.row_tokens,
+        seed=run.config.train.seed,
+        data=data.fingerprint,
+    )
 
 
 def common(config: Config) -> dict[str, str]:

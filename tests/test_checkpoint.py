@@ -5,8 +5,18 @@ from pathlib import Path
 import pytest
 
 from dflash_scale.checkpoint import Checkpoints, Position, write_aside
+from dflash_scale.config import parse_config
+from dflash_scale.training.run import resolve_run, resolve_verifier
 
-POSITION = Position(3, 1.5, 2, 8, 64, 4, 0, "data", "")
+POSITION = Position(
+    step=3, best_acceptance_length=1.5, world_size=2, rows_per_step=8, row_tokens=64, seed=0, data="data"
+)
+
+
+def make_checkpoints(folder: Path, keep: int) -> Checkpoints:
+    drafter = {"mask_token_id": 9}
+    config = parse_config({"verifier": {"model": "Qwen/Qwen3-8B"}, "data": {"path": "unused"}, "drafter": drafter})
+    return Checkpoints(folder, keep, resolve_run(config, resolve_verifier(config), None, None))
 
 
 def fill(folder: Path, names: list[str], **pointers: str) -> Checkpoints:
@@ -14,7 +24,7 @@ def fill(folder: Path, names: list[str], **pointers: str) -> Checkpoints:
         (folder / name).mkdir(parents=True)
     for pointer, name in pointers.items():
         write_aside(folder / pointer, name)
-    return Checkpoints(folder, keep=2)
+    return make_checkpoints(folder, keep=2)
 
 
 def test_what_an_interrupted_save_left_is_removed(tmp_path: Path) -> None:
@@ -34,4 +44,11 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
 
 def test_resume_without_a_checkpoint_says_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--resume: no checkpoint in"):
-        Checkpoints(tmp_path, keep=1).load(None, POSITION)
+        make_checkpoints(tmp_path, keep=1).load(None, POSITION)
+
+
+def test_a_checkpoint_of_a_version_before_run_json_is_not_resumed(tmp_path: Path) -> None:
+    checkpoints = fill(tmp_path, ["step-000010"], latest="step-000010")
+    (tmp_path / "step-000010" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"step-000010: got no run\.json, wanted .* with the version that wrote it"):
+        checkpoints.load(None, POSITION)

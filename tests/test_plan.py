@@ -32,9 +32,9 @@ def test_qwen3_8b_on_8_gpus() -> None:
     layer = 2 * hidden * queries + 2 * hidden * keys + 3 * hidden * inner + 2 * hidden + 2 * 128
     assert plan.trainable == depth * layer + 5 * hidden * hidden + 2 * hidden
     assert plan.frozen == 2 * 151936 * hidden + hidden
-    assert plan.layouts.train.bytes_per_token == 5 * hidden * 2
-    assert plan.layouts.validation.bytes_per_token == 6 * hidden * 2
-    assert plan.layouts.validation.layer_ids == (2, 10, 18, 26, 34, 36)
+    assert plan.run.verifier.layouts.train.bytes_per_token == 5 * hidden * 2
+    assert plan.run.verifier.layouts.validation.bytes_per_token == 6 * hidden * 2
+    assert plan.run.verifier.layouts.validation.layer_ids == (2, 10, 18, 26, 34, 36)
     assert plan.micro_steps == 1
 
 
@@ -78,7 +78,7 @@ def test_what_is_taken_over_and_what_is_set_are_both_printed() -> None:
     }
     plan = make_plan(qwen3_8b(drafter=drafter), 8)
     assert plan.frozen == (2 * 151936 + 32000) * 4096 + 4096
-    text = print_plan(plan.config, 8)
+    text = print_plan(plan.run.config, 8)
     for expected in (
         "16 query and 4 key heads of 64",
         "full, window 512",
@@ -101,9 +101,9 @@ def test_what_is_taken_over_and_what_is_set_are_both_printed() -> None:
 )
 def test_the_transport_is_the_layouts_dtype(transport: str, dtype: str, want: str) -> None:
     plan = make_plan(qwen3_8b(stream={"transport": transport}, verifier={"model": "Qwen/Qwen3-8B", "dtype": dtype}), 8)
-    assert (plan.layouts.train.dtype, plan.layouts.validation.dtype) == (want, want)
+    assert (plan.run.verifier.layouts.train.dtype, plan.run.verifier.layouts.validation.dtype) == (want, want)
     if want == "float8_e4m3fn":
-        assert plan.layouts.train.bytes_per_token == 5 * (4096 + 4)
+        assert plan.run.verifier.layouts.train.bytes_per_token == 5 * (4096 + 4)
         unpacked = 5 * 2 * 4096
         assert plan.memory.rows == 8192 * (6 * 6 * (4096 + 4) + unpacked), "as they came, and one in bfloat16"
 
@@ -149,7 +149,7 @@ def test_the_loss_holds_a_chunk_and_the_verifiers_where_it_is_wanted() -> None:
         wanted = matrices * chunk * vocabulary * 2 + slices * 4 * min(1 << 23, chunk * vocabulary)
         wanted += plan.anchors * 16 * hidden * 2 + chunk * hidden * 6
         assert plan.memory.loss == wanted, loss
-        assert f"for chunks of {chunk} slots" in print_plan(plan.config, 8)
+        assert f"for chunks of {chunk} slots" in print_plan(plan.run.config, 8)
 
 
 def test_two_nodes_have_two_receivers() -> None:
@@ -182,7 +182,7 @@ def test_a_prepared_data_set_gives_steps_and_anchors(tmp_path: Path) -> None:
     assert plan.schedule.steps_per_epoch == math.ceil(math.ceil(50 / per_row) / 4)
     more = data | {"anchors_per_document": 1000}  # more than there are: all but the last token of each
     assert make_plan(qwen3_8b(data=more), 2).most_anchors == per_row * (length - 1)
-    text = print_plan(plan.config, 2)
+    text = print_plan(plan.run.config, 2)
     assert f"steps per epoch          {plan.schedule.steps_per_epoch}" in text
     assert "samples                  50 to train on, 0 held out" in text
     assert f"a whole cache            {50 * length * 49_152 / 1e6:.1f} MB" in text

@@ -29,7 +29,7 @@ LOSSES = {
 
 def settings(rows: int, row_tokens: int, loss: str = "decay", stage: int = 2, **train: object) -> dict:
     return {
-        "verifier": {"model": "unused"},
+        "verifier": {"model": "unused", "layer_ids": [1, 3]},
         "drafter": {"layers": 2, "block_size": 4},
         "data": {"path": "unused", "row_tokens": row_tokens, "anchors_per_document": 4},
         "loss": {**LOSSES[loss], "chunk_slots": 5},
@@ -178,10 +178,14 @@ def test_books_that_do_not_balance_are_seen_after_a_resume(tmp_path: Path) -> No
     assert json.loads((tmp_path / "totals.json").read_text())["unbalanced"] == 2, "one is missing, one is not wanted"
 
 
-def test_resume_refuses_another_schedule(tmp_path: Path) -> None:
+def test_resume_refuses_another_schedule_and_another_drafter(tmp_path: Path) -> None:
     launch(1, settings(4, 64, checkpoint_every=1), tmp_path)
     with pytest.raises(AssertionError, match=r"--resume: seed is 9, but .* was trained with 0"):
         launch(1, settings(4, 64, seed=9), tmp_path, "--resume")
+    config = settings(4, 64)
+    config["drafter"]["block_size"] = 5
+    with pytest.raises(AssertionError, match=r"--resume: drafter.block_size is 5, but .* was trained with 4"):
+        launch(1, config, tmp_path, "--resume")
 
 
 def test_a_step_that_was_not_applied_is_an_error_and_not_in_the_ledger(tmp_path: Path) -> None:

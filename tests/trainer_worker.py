@@ -23,10 +23,12 @@ from dflash_scale.assembler import RowBatch
 from dflash_scale.checkpoint import Checkpoints, Position
 from dflash_scale.config import load_config
 from dflash_scale.drafter.model import Drafter, drafter_spec
+from dflash_scale.hidden_states import run_layouts
 from dflash_scale.packer import AnchorSpec, Row, RowSchedule, Samples, plan_row, schedule_spec
 from dflash_scale.ranks import join_ranks, leave_ranks
 from dflash_scale.trainer import Parts, Trainer
 from dflash_scale.training.optim import make_engine
+from dflash_scale.training.run import ResolvedRun, ResolvedVerifier
 from dflash_scale.verifier.shape import VerifierShape
 from dflash_scale.verifier_head import VerifierHead
 from dflash_scale.vocabulary import choose_vocabulary
@@ -108,34 +110,26 @@ def main() -> None:
     shape = VerifierShape(
         "qwen3", HIDDEN, 4, 4, 2, 8, 48, VOCAB, 64, 1e-6, {"rope_type": "default", "rope_theta": 1e4}, False, "float32"
     )
-    spec = drafter_spec(config.drafter, shape, (1, 3), VOCAB - 1)
+    verifier = ResolvedVerifier("formula", "", shape, run_layouts(config, shape))
+    vocabulary = None
+    if config.drafter.vocab_size is not None:
+        said = np.concatenate([samples.tokens(i)[samples.loss_mask(i)] for i in range(12)])
+        vocabulary = choose_vocabulary(np.bincount(said, minlength=VOCAB), [5], config.drafter.vocab_size)
+    dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+    spec = drafter_spec(config.drafter, shape, verifier.layouts.taps, VOCAB - 1)
+    run = ResolvedRun(config, verifier, spec, vocabulary, dtype)
     backends = (config.drafter.attention_backend, config.drafter.pointwise)
     drafter = Drafter(spec, *backends, recompute=train.activation_checkpointing)
     drafter.initialise(train.seed)
     generator = torch.Generator().manual_seed(1)
     matrices = [torch.randn(VOCAB, HIDDEN, generator=generator) for _ in range(2)]
-    dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
     head = VerifierHead(matrices[0].to(dtype), torch.nn.RMSNorm(HIDDEN, dtype=dtype), matrices[1].to(dtype))
     engine = make_engine(config, drafter, schedule.total_steps)
-    vocabulary = None
-    if config.drafter.vocab_size is not None:
-        said = np.concatenate([samples.tokens(i)[samples.loss_mask(i)] for i in range(12)])
-        vocabulary = choose_vocabulary(np.bincount(said, minlength=VOCAB), [5], config.drafter.vocab_size)
-    d2t, inside = (vocabulary.d2t, vocabulary.t2d) if vocabulary is not None else (None, None)
-    checkpoints = Checkpoints(out / "checkpoints", train.keep_checkpoints, d2t)
-    position = Position(
-        0,
-        0.0,
-        world,
-        train.rows_per_step,
-        config.data.row_tokens,
-        config.drafter.block_size,
-        train.seed,
-        "formula",
-        "",
-    )
+    checkpoints = Checkpoints(out / "checkpoints", train.keep_checkpoints, run)
+    position = Position(0, 0.0, world, train.rows_per_step, config.data.row_tokens, train.seed, "formula")
     if resume:
         position = checkpoints.load(engine, position)
+    inside = vocabulary.t2d if vocabulary is not None else None
     anchors = AnchorSpec(config.drafter.block_size, config.data.anchors_per_document, train.seed, inside)
     supply = Supply(stall if rank == world - 1 else None)
     source = batches(schedule.rows(rank, position.step + 1), samples, anchors, supply)
