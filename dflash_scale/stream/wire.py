@@ -19,7 +19,7 @@ Channel, in both directions over one ZeroMQ connection per (server, receiver) pa
   with its own range. These two, hello and `incompatible`, look the same in every version; all others carry it.
 
 Nothing here is unpickled, and no size that came over the network is used before it was compared with a bound. The
-sockets are in `sockets.py`. Imported inside the vLLM server: standard library, msgpack and xxhash only.
+sockets are in `sockets.py`. Imported inside the vLLM server: standard library and msgpack only.
 Shape letters: L verifier layers sent · H hidden size.
 """
 
