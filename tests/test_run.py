@@ -92,7 +92,9 @@ def test_an_export_is_what_was_trained_whatever_the_defaults_are_today(
     before = export_checkpoint(checkpoint, tmp_path / "before")
     monkeypatch.setattr("dflash_scale.verifier.layers.default_layer_ids", lambda layers: (1, 2, 3, 4, 5))
     monkeypatch.setattr("dflash_scale.training.run.mask_token_id", lambda *given: 3)
-    monkeypatch.setattr("dflash_scale.drafter.model.drafter_rope", lambda *given: {"rope_type": "default", "rope_theta": 5.0})
+    monkeypatch.setattr(
+        "dflash_scale.drafter.model.drafter_rope", lambda *given: {"rope_type": "default", "rope_theta": 5.0}
+    )
     other = resolved(verifier).spec
     assert (other.layer_ids, other.mask_token_id) != (run.spec.layer_ids, run.spec.mask_token_id)
     assert other.layers.rope_parameters != run.spec.layers.rope_parameters
