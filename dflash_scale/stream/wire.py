@@ -353,8 +353,9 @@ def _layer_ids(value: object) -> tuple[Any, ...]:
 
 def layer_ids_problem(ids: object, last: int = MAX_LAYER_ID) -> str | None:
     """What is wrong with a tuple of layer ids of which none may be above `last`; None if nothing is."""
-    integers = isinstance(ids, tuple) and 1 <= len(ids) <= MAX_LAYERS and all(type(k) is int for k in ids)
-    if integers and ids[0] >= 0 and ids[-1] <= last and all(a < b for a, b in itertools.pairwise(ids)):
+    given = ids if isinstance(ids, tuple) else ()
+    integers = 1 <= len(given) <= MAX_LAYERS and all(type(k) is int for k in given)
+    if integers and given[0] >= 0 and given[-1] <= last and all(a < b for a, b in itertools.pairwise(given)):
         return None
     got = list(ids) if isinstance(ids, tuple) else ids
     return f"got {got!r:.80}, wanted 1 to {MAX_LAYERS} different ids in ascending order from 0 (embeddings) to {last}"
