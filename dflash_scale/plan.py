@@ -165,7 +165,7 @@ def _models(plan: Plan) -> Lines:
     return [
         ("verifier", f"{run.verifier.model} ({shape.model_type}, {shape.layers} layers of {shape.hidden_size})"),
         (
-            "tapped layers",
+            "aux layers",
             f"{list(run.spec.layer_ids)}, and {shape.layers} for the verifier's logits (k = residual after k layers)",
         ),
         ("drafter", f"{layers.num_hidden_layers} layers of {layers.hidden_size}, MLP {layers.intermediate_size}"),

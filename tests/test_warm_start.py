@@ -90,7 +90,7 @@ def test_all_that_does_not_fit_is_said_at_once(tmp_path: Path) -> None:
         load_start(folder, spec)
     text = str(caught.value)
     for expected in (
-        "tapped layers: got [1, 2], wanted [1, 2, 3]; set verifier.layer_ids",
+        "aux layers: got [1, 2], wanted [1, 2, 3]; set verifier.layer_ids",
         "mask token: got 95, wanted 94; set drafter.mask_token_id",
         "rotary embedding: got {'rope_type': 'default', 'rope_theta': 7.0}",
         "fc.weight: got (48, 96), wanted (48, 144)",
@@ -106,7 +106,7 @@ def test_all_that_does_not_fit_is_said_at_once(tmp_path: Path) -> None:
 def test_layer_ids_differ_by_one_between_the_formats(tmp_path: Path) -> None:
     state = make_drafter(make_spec()).state_dict()
     folder = zlab(tmp_path / "zlab", state, dflash_config={"mask_token_id": 95, "target_layer_ids": [1, 2]})
-    with pytest.raises(ValueError, match=r"tapped layers: got \[2, 3\], wanted \[1, 2\]"):
+    with pytest.raises(ValueError, match=r"aux layers: got \[2, 3\], wanted \[1, 2\]"):
         load_start(folder, make_spec())
 
 

@@ -238,7 +238,7 @@ def _meaning(there: Definition, spec: DrafterSpec) -> list[str]:
     rope = drafter_rope(verifier_rope(there.layers), spec.layers.head_dim)
     own = drafter_rope(verifier_rope(spec.layers), spec.layers.head_dim)
     compared = [
-        ("tapped layers", list(there.layer_ids), list(spec.layer_ids), "verifier.layer_ids"),
+        ("aux layers", list(there.layer_ids), list(spec.layer_ids), "verifier.layer_ids"),
         ("mask token", there.mask_token_id, spec.mask_token_id, "drafter.mask_token_id"),
         ("rotary embedding", rope, own, "drafter.rope_parameters"),
     ]
