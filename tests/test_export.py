@@ -6,6 +6,7 @@ import os
 import stat
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +16,11 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dflash_scale.drafter.model import Drafter, DrafterSpec, block_inputs
-from dflash_scale.drafter.pretrained import export_drafter, load_drafter, load_spec
+from dflash_scale.drafter.pretrained import FORMATS, export_drafter, load_drafter, load_spec
 from dflash_scale.export import main
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, VOCABULARY, EPS, THETA = 4, 2, 16, 48, 96, 1e-5, 5000.0
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 
 @pytest.fixture
@@ -178,16 +180,32 @@ def test_whoever_may_read_the_folder_may_read_the_weights(tmp_path: Path, verifi
     assert modes == dict.fromkeys(("config.json", "model.safetensors"), oct(0o666 & ~umask))
 
 
-def test_definition_comes_back(tmp_path: Path, verifier: Path) -> None:
-    spec = make_spec(causal=True, window=6)
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(("causal", "rope"), [(True, {}), (False, YARN)])
+def test_definition_comes_back(tmp_path: Path, verifier: Path, form: str, causal: bool, rope: dict[str, Any]) -> None:
+    spec = make_spec(causal=causal, window=6)
+    spec.layers.rope_parameters.update(rope)
     drafter = make_drafter(spec)
-    folder = export_drafter(drafter.state_dict(), spec, str(verifier), tmp_path / "drafter")
+    for _ in range(2):  # an export replaces one of either format
+        folder = export_drafter(drafter.state_dict(), spec, str(verifier), tmp_path / "drafter", form=form)
     loaded = load_spec(folder)
     assert replace(loaded, layers=spec.layers) == spec
     for name in ("hidden_size", "head_dim", "rms_norm_eps", "rope_parameters", "layer_types", "sliding_window"):
         assert getattr(loaded.layers, name) == getattr(spec.layers, name), name
     for name, tensor in load_drafter(folder).state_dict().items():
         assert torch.equal(tensor, drafter.state_dict()[name]), name
+
+
+def test_zlab_config_is_as_published(tmp_path: Path, verifier: Path) -> None:
+    """The keys that z-lab's folders have, under which vLLM and SGLang look for them; theta by its old name."""
+    spec = make_spec()
+    folder = export_drafter(make_drafter(spec).state_dict(), spec, str(verifier), tmp_path / "drafter", form="zlab")
+    content = json.loads((folder / "config.json").read_text())
+    assert content["dflash_config"] == {"mask_token_id": 95, "target_layer_ids": [0, 1], "causal": False}
+    assert (content["architectures"], content["model_type"]) == (["DFlashDraftModel"], "qwen3")
+    assert (content["block_size"], content["num_target_layers"], content["num_hidden_layers"]) == (5, 4, 2)
+    assert (content["rope_theta"], content["rope_scaling"]) == (THETA, None)
+    assert content.keys().isdisjoint({"rope_parameters", "speculators_model_type", "transformer_layer_config"})
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path, verifier: Path, capsys: pytest.CaptureFixture[str]) -> None:

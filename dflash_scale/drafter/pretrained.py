@@ -35,6 +35,7 @@ from dflash_scale.vocabulary import DraftVocabulary
 log = logging.getLogger(__name__)
 
 ALGORITHM = "dflash"  # speculators' name of it
+ARCHITECTURE = "DFlashDraftModel"  # that of vLLM's model
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 # The verifier's matrices and the maps to its ids, which folders may hold beside the drafter's own weights.
 NOT_TRAINED = ("embed_tokens.", "lm_head.", "d2t", "t2d", "verifier_")
@@ -252,7 +253,7 @@ def _meaning(there: Definition, spec: DrafterSpec) -> list[str]:
 def exported_config(
     spec: DrafterSpec, verifier: str, dtype: torch.dtype, draft_vocab_size: int | None = None
 ) -> dict[str, Any]:
-    """The config.json that makes vLLM serve what was trained.
+    """The config.json of the speculators format, which makes vLLM serve what was trained.
 
     Args:
         spec: the drafter's definition.
@@ -260,7 +261,6 @@ def exported_config(
         dtype: of the exported weights.
         draft_vocab_size: N of a pruned vocabulary.
     """
-    layers = {name: value for name, value in spec.layers.to_dict().items() if name not in NOT_THE_LAYERS}
     name = str(Path(verifier).resolve()) if Path(verifier).is_dir() else verifier
     proposal = {
         "proposal_type": "greedy",
@@ -269,7 +269,7 @@ def exported_config(
         "verifier_accept_k": 1,
     }
     return {
-        "architectures": ["DFlashDraftModel"],
+        "architectures": [ARCHITECTURE],
         "speculators_model_type": ALGORITHM,
         "block_size": spec.block_size,
         "mask_token_id": spec.mask_token_id,
@@ -291,8 +291,40 @@ def exported_config(
                 "architectures": list(AutoConfig.from_pretrained(verifier).architectures or []),
             },
         },
-        "transformer_layer_config": layers,
+        "transformer_layer_config": _own_layers(spec),
     }
+
+
+def zlab_config(
+    spec: DrafterSpec, verifier: str, dtype: torch.dtype, draft_vocab_size: int | None = None
+) -> dict[str, Any]:
+    """The same of z-lab's format, with the rotary embedding under the names that Transformers 4 reads."""
+    layers = _own_layers(spec)
+    rope = layers.pop("rope_parameters")
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    return layers | {
+        "architectures": [ARCHITECTURE],
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if rope["rope_type"] == "default" else scaling,
+        "block_size": spec.block_size,
+        "draft_vocab_size": draft_vocab_size or spec.layers.vocab_size,
+        "num_target_layers": AutoConfig.from_pretrained(verifier).get_text_config(decoder=True).num_hidden_layers,
+        "target_hidden_size": spec.context_size,
+        "tie_word_embeddings": False,
+        "dtype": str(dtype).removeprefix("torch."),
+        "dflash_config": {
+            "mask_token_id": spec.mask_token_id,
+            "target_layer_ids": [k - 1 for k in spec.layer_ids],
+            "causal": spec.causal_block,
+        },
+    }
+
+
+FORMATS = {"speculators": exported_config, "zlab": zlab_config}
+
+
+def _own_layers(spec: DrafterSpec) -> dict[str, Any]:
+    return {name: value for name, value in spec.layers.to_dict().items() if name not in NOT_THE_LAYERS}
 
 
 def vocabulary_tensors(vocabulary: DraftVocabulary, verifier: str, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -312,6 +344,7 @@ def export_drafter(
     out_dir: Path,
     dtype: torch.dtype = torch.float32,
     vocabulary: DraftVocabulary | None = None,
+    form: str = "speculators",
 ) -> Path:
     """Writes the drafter to `out_dir`, aside first and then renamed; an older export there is replaced.
 
@@ -322,6 +355,7 @@ def export_drafter(
         out_dir: the folder to make.
         dtype: of the weights; vLLM casts them to the verifier's when it loads them.
         vocabulary: the drafter's, if it is pruned.
+        form: one of FORMATS.
 
     Raises:
         ValueError: the weights do not fit the definition, or `out_dir` holds something else than an export.
@@ -337,7 +371,7 @@ def export_drafter(
     if vocabulary is not None:
         tensors |= vocabulary_tensors(vocabulary, verifier, dtype)
     save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
-    content = exported_config(spec, verifier, dtype, len(vocabulary.ids) if vocabulary is not None else None)
+    content = FORMATS[form](spec, verifier, dtype, len(vocabulary.ids) if vocabulary is not None else None)
     (aside / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     shutil.copymode(aside / CONFIG, aside / WEIGHTS)  # safetensors' files are for their owner alone: 0600
     if out_dir.exists():
@@ -348,4 +382,5 @@ def export_drafter(
 
 def _is_export(folder: Path) -> bool:
     path = folder / CONFIG
-    return path.is_file() and "speculators_model_type" in json.loads(path.read_text(encoding="utf-8"))
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return "speculators_model_type" in content or "dflash_config" in content
