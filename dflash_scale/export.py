@@ -1,4 +1,4 @@
-"""From a training checkpoint to a folder that stock vLLM serves, in the speculators format.
+"""From a training checkpoint to a folder that stock vLLM serves.
 
 dflash-scale export runs/demo/train runs/demo/drafter
 vllm serve VERIFIER --speculative-config '{"method": "dflash", "model": "runs/demo/drafter", ...}'
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dflash_scale.drafter.pretrained import export_drafter
+from dflash_scale.drafter.pretrained import FORMATS, export_drafter
 from dflash_scale.training.run import ResolvedRun
 
 
@@ -32,17 +32,18 @@ def checkpoint_state(checkpoint: Path) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
-def export_checkpoint(checkpoint: Path, out_dir: Path, verifier: str | None = None) -> Path:
+def export_checkpoint(checkpoint: Path, out_dir: Path, verifier: str | None = None, form: str = "speculators") -> Path:
     """Exports one checkpoint of a run, as the run.json beside the weights says.
 
     Args:
         checkpoint: a step folder.
         out_dir: the folder to make.
         verifier: replaces the run's `verifier.model`, where it has moved since.
+        form: of the folder, one of `pretrained.FORMATS`.
     """
     run = ResolvedRun.load(checkpoint)
     state, model = checkpoint_state(checkpoint), verifier or run.verifier.model
-    return export_drafter(state, run.spec, model, out_dir, run.dtype, run.vocabulary)
+    return export_drafter(state, run.spec, model, out_dir, run.dtype, run.vocabulary, form)
 
 
 def named_checkpoint(path: Path) -> Path:
@@ -59,9 +60,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("checkpoint", type=Path, help="step folder; a run's folder means its best checkpoint")
     parser.add_argument("out_dir", type=Path, help="folder to make")
     parser.add_argument("--verifier", help="folder or hub id, if it is not where the run had it")
+    parser.add_argument("--format", choices=FORMATS, default="speculators", help="of config.json; vLLM reads both")
     args = parser.parse_args(argv)
     try:
-        print(export_checkpoint(named_checkpoint(args.checkpoint), args.out_dir, args.verifier))
+        print(export_checkpoint(named_checkpoint(args.checkpoint), args.out_dir, args.verifier, args.format))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -208,6 +208,17 @@ def test_zlab_config_is_as_published(tmp_path: Path, verifier: Path) -> None:
     assert content.keys().isdisjoint({"rope_parameters", "speculators_model_type", "transformer_layer_config"})
 
 
+def test_the_command_takes_the_format(tmp_path: Path, verifier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, step = make_spec(), tmp_path / "step-000001"
+    step.mkdir()
+    (step / "config.json").write_text(json.dumps({"verifier": {"model": str(verifier)}, "data": {"path": "data"}}))
+    monkeypatch.setattr("dflash_scale.export.resolved_spec", lambda config: spec)
+    monkeypatch.setattr("dflash_scale.export.checkpoint_state", lambda checkpoint: make_drafter(spec).state_dict())
+    for flags, key in (([], "speculators_model_type"), (["--format", "zlab"], "dflash_config")):
+        assert main([str(step), str(tmp_path / "drafter"), *flags]) == 0
+        assert key in json.loads((tmp_path / "drafter" / "config.json").read_text())
+
+
 def test_what_does_not_fit_is_refused(tmp_path: Path, verifier: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spec = make_spec()
     state = make_drafter(spec).state_dict()
