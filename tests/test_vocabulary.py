@@ -107,6 +107,24 @@ def test_the_loss_is_that_of_the_kept_rows() -> None:
     assert normaliser(mask, spec) == pytest.approx(z)
 
 
+def test_a_pruned_head_says_what_the_whole_one_says_of_its_rows() -> None:
+    chosen, weight = DraftVocabulary(KEPT, VOCABULARY), torch.randn(VOCABULARY, HIDDEN, dtype=torch.float64)
+    whole, pruned = OutputHead.pruned(weight, None), OutputHead.pruned(weight, chosen)
+    hidden = torch.randn(9, HIDDEN, dtype=torch.float64, requires_grad=True)
+    logits = whole.logits(hidden)
+    assert whole.kept(logits) is logits and whole.state() == {} and OutputHead.of_state({}, VOCABULARY) is None
+    torch.testing.assert_close(pruned.kept(logits), pruned.logits(hidden))
+    (wanted,) = torch.autograd.grad(logits[:, KEPT].square().sum() / 2, hidden)
+    torch.testing.assert_close(pruned.hidden_grad(pruned.logits(hidden)), wanted)
+    assert pruned.greedy(hidden).tolist() == [KEPT[i] for i in logits[:, KEPT].argmax(1)]
+    assert pruned.labels(torch.tensor([[KEPT[2], 1]])).tolist() == [[2, -1]]
+    again = OutputHead.of_state(pruned.state(), VOCABULARY)
+    assert again is not None and again.ids is not None and again.draft_ids is not None
+    assert again.ids.tolist() == KEPT.tolist() and again.draft_ids.tolist() == chosen.draft_ids.tolist()
+    with pytest.raises(ValueError, match=r"got 7 rows of lm_head for 8 of d2t"):
+        OutputHead.of_rows(weight[:7], chosen)
+
+
 def test_export_holds_rows_and_maps(tmp_path: Path, verifier: Path) -> None:  # noqa: F811
     spec, chosen = make_spec(), DraftVocabulary(KEPT, VOCABULARY)
     state = make_drafter(spec).state_dict()
