@@ -57,8 +57,8 @@ from dflash_scale.quarantine import QuarantineFile  # noqa: E402
 from dflash_scale.receiver.connections import Identity  # noqa: E402
 from dflash_scale.receiver.loop import ReceiverLoop  # noqa: E402
 from dflash_scale.receiver.process import keep_freed_memory  # noqa: E402
+from dflash_scale.receiver.ring_sink import RingSink  # noqa: E402
 from dflash_scale.receiver.status import Status  # noqa: E402
-from dflash_scale.stream.delivery import Delivery  # noqa: E402
 from dflash_scale.stream.embedded_http import CompletionServer, Reply, Request  # noqa: E402
 from dflash_scale.stream.embedded_http import Limits as RequestLimits  # noqa: E402
 from dflash_scale.stream.encoding import decode, encode  # noqa: E402
@@ -185,13 +185,13 @@ def receive(size: Size, servers: list[tuple[str, str]], keys: Path | None, pipe:
     identity = Identity(RUN, f"{RUN}:0", LAYOUT, Origin(), pair)
     fleet = Endpoints(StreamSection(servers=tuple(Server(http=http, zmq=address) for http, address in servers)))
     quarantine = QuarantineFile(Path(RUN) / "absent", "")  # a sample that is quarantined fails the benchmark
-    delivery = Delivery([window])
-    loop = ReceiverLoop(fleet, limits, identity, delivery, questions, quarantine)
-    while not delivery.complete:
+    sink = RingSink([window])
+    loop = ReceiverLoop(fleet, limits, identity, sink, questions, quarantine)
+    while not sink.complete:
         loop.step()
     status = Status("complete", os.getpid(), [ring.name])
     loop.report(status)
-    delivery.report(status)
+    sink.report(status)
     pipe.send((status, questions.at))
     pipe.recv()
     ring.close()

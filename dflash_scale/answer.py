@@ -34,9 +34,9 @@ from dflash_scale.conversations import BadLine, Encoded
 from dflash_scale.generate import check_stream, fill_cache
 from dflash_scale.prepared_writer import PreparedWriter, check_fraction
 from dflash_scale.prompts import find_files, lines_of, load_prepared, make_encoder, tokenizer_hash
+from dflash_scale.receiver.cache_sink import QUARANTINED_FILE
 from dflash_scale.receiver.process import keep_freed_memory
 from dflash_scale.stream.cache import Cache, CacheOrigin, claim, open_cache, read_manifest
-from dflash_scale.stream.cache_fill import QUARANTINED_FILE
 from dflash_scale.stream.questions import PromptQuestions, Sampling
 from dflash_scale.training.run import resolve_verifier
 from dflash_scale.verifier.files import load_tokenizer

@@ -27,11 +27,11 @@ from typing import Any, Final
 from dflash_scale.config import Config, load_config
 from dflash_scale.packer import Samples
 from dflash_scale.prompts import check_tokenizer, load_prepared
+from dflash_scale.receiver.cache_sink import CacheSink, CacheUnwritable
 from dflash_scale.receiver.connections import Identity
 from dflash_scale.receiver.loop import ReceiverLoop
 from dflash_scale.receiver.process import keep_freed_memory, limits_of
 from dflash_scale.stream.cache import CacheOrigin, claim, open_cache
-from dflash_scale.stream.cache_fill import CacheFill, CacheUnwritable
 from dflash_scale.stream.endpoints import Endpoints
 from dflash_scale.stream.fleet import NoServerError
 from dflash_scale.stream.keys import receiver_keys
@@ -87,7 +87,7 @@ def generate(config: Config, folder: Path) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """How far it came. `books`: `CacheFill.status`; `problem`: what ended it early other than a signal."""
+    """How far it came. `books`: `CacheSink.status`; `problem`: what ended it early other than a signal."""
 
     complete: bool
     books: dict[str, Any]
@@ -119,7 +119,7 @@ def fill_cache(config: Config, questions: Questions, folder: Path, cache_origin:
     run_id = secrets.token_hex(6)
     keys = None if config.stream.keys is None else receiver_keys(Path(config.stream.keys))
     identity = Identity(run_id, f"{run_id}:generate:{os.getpid()}", layout, origin_of(config.verifier.model), keys)
-    fill = CacheFill(questions, open_cache(folder, layout), layout, limits.credit_bytes)
+    fill = CacheSink(questions, open_cache(folder, layout), layout, limits.credit_bytes)
     asking = config.stream.model_copy(update={"mode": "online"})  # whatever the run does with the folder
     loop = ReceiverLoop(Endpoints(asking), limits, identity, fill, questions, None)
     signals: list[int] = []

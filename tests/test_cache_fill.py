@@ -13,12 +13,12 @@ from fake_verifier import LAYOUT, answer_to, states
 from receiver_run import FakeServer, Run
 from test_receiver import BAD
 
+from dflash_scale.receiver.cache_sink import CacheSink, CacheUnwritable
 from dflash_scale.receiver.connections import Identity
 from dflash_scale.receiver.loop import ReceiverLoop
 from dflash_scale.receiver.process import limits_of
 from dflash_scale.receiver.status import Status
 from dflash_scale.stream.cache import open_cache
-from dflash_scale.stream.cache_fill import CacheFill, CacheUnwritable
 from dflash_scale.stream.endpoints import Endpoints
 from dflash_scale.stream.questions import PromptQuestions, SampleQuestions, Sampling
 from dflash_scale.stream.wire import Origin
@@ -35,7 +35,7 @@ class Filling:
         folder.mkdir(exist_ok=True)
         self.run, self.cache = run, open_cache(folder, LAYOUT)
         questions = prompts or SampleQuestions(run.samples)
-        self.fill = CacheFill(questions, self.cache, LAYOUT, most_bytes)
+        self.fill = CacheSink(questions, self.cache, LAYOUT, most_bytes)
         identity = Identity("fill", f"fill:{id(self)}", LAYOUT, Origin(), None)
         stream = run.config.stream
         self.loop = ReceiverLoop(Endpoints(stream), limits_of(stream), identity, self.fill, questions, None)
@@ -120,8 +120,9 @@ def test_files_are_looked_at_one_a_turn_and_the_last_one_written_is_booked(
     assert len(wants) == len(run.samples.lengths) and not first.fill.backlog
     for want in wants[:3]:
         token_ids = run.samples.tokens(want.key[1]).astype("<i4").tobytes()
-        first.fill.reserve(want.key)[:] = states(token_ids, LAYOUT)
-        first.fill.commit(want.key, token_ids)
+        place = first.fill.reserve(want.key)
+        place[:] = states(token_ids, LAYOUT)
+        first.fill.commit(want.key, token_ids, place)
     first.loop.close()
     first.fill.close()
     assert first.fill.counts["written"] == 3 and not first.fill.complete

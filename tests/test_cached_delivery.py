@@ -9,8 +9,8 @@ import pytest
 from fake_verifier import LAYOUT, states
 from receiver_run import LAYOUTS, RUN, SAMPLES, FakeServer, Run, drain, expected, read_all
 
+from dflash_scale.receiver.cached_sink import FAILURES_IN_A_ROW, make_sink
 from dflash_scale.stream.cache import Cache, open_cache
-from dflash_scale.stream.cached_delivery import FAILURES_IN_A_ROW, make_delivery
 from dflash_scale.stream.ring import COMMITTED, QUARANTINED, PeerDied, Ring, own_ring_name
 from dflash_scale.stream.window import Window
 from dflash_scale.stream.wire import Layout
@@ -199,20 +199,20 @@ def test_what_is_kept_is_not_what_the_ring_holds_later(
     rows = run.rows(1, 0)
     with Ring.create(own_ring_name(RUN, 7), run.config.stream.ring_bytes) as ring, Ring.open(ring.name) as reader:
         window = Window(ring, iter(rows), run.samples.lengths, LAYOUTS, len(rows))
-        delivery = make_delivery(run.config.stream, [window], run.samples, LAYOUT)
+        sink = make_sink(run.config.stream, [window], run.samples, LAYOUT)
         sent: dict[int, tuple[Layout, bytes]] = {}
         while len(sent) < SAMPLES:
-            for want in delivery.take():
+            for want in sink.take():
                 token_ids = run.samples.tokens(want.key[1]).astype("<i4").tobytes()
-                slot = delivery.reserve(want.key)
+                slot = sink.reserve(want.key)
                 assert slot is not None
                 slot[:] = states(token_ids, want.layout)
                 sent[want.key[1]] = want.layout, bytes(slot)
-                delivery.commit(want.key, token_ids)
+                sink.commit(want.key, token_ids, slot)
                 assert reader.read() is not None
                 reader.release()
         turned.set()
-        delivery.close()
+        sink.close()
         ring.unlink()
     cache = open_cache(tmp_path, LAYOUT)
     for sample, (layout, wanted) in sent.items():

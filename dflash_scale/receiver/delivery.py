@@ -26,7 +26,10 @@ LOG_EVERY_S: Final = 60.0
 class Sink(Protocol):
     """Where samples go, and which ones are wanted there."""
 
-    attached: bool  # whether everybody is there who wants samples
+    @property
+    def attached(self) -> bool:
+        """Whether everybody is there who wants samples."""
+        ...
 
     @property
     def backlog(self) -> bool:
@@ -57,8 +60,8 @@ class Sink(Protocol):
         """What was written to the place that was reserved is void; the sample is still wanted."""
         ...
 
-    def commit(self, key: Key, token_ids: bytes) -> None:
-        """The place that was reserved holds the sample, whose tokens are these (int32, little-endian)."""
+    def commit(self, key: Key, token_ids: bytes, states: memoryview) -> None:
+        """`states`, the place that was reserved or its beginning, holds the sample. token_ids: int32, little-endian."""
         ...
 
     def quarantine(self, key: Key, reason: str) -> None:
@@ -112,19 +115,20 @@ def deliver(incoming: Incoming, header: Header, key: Key, sink: Sink, questions:
     place = sink.reserve(key)
     if place is None:
         return
+    states = place[: header.hidden_bytes]
     try:
-        _fill(place[: header.hidden_bytes], incoming, header, token_ids)
+        _fill(states, incoming, header, token_ids)
     except Unusable:
         sink.abandon(key)
         raise
-    sink.commit(key, token_ids)
+    sink.commit(key, token_ids, states)
 
 
-def _fill(place: memoryview, incoming: Incoming, header: Header, token_ids: bytes) -> None:
-    received = incoming.read_into(place)
-    if incoming.more or received != len(place):
-        raise Unusable("malformed", f"{len(place)} bytes in one frame were announced, {received} or more frames came")
+def _fill(states: memoryview, incoming: Incoming, header: Header, token_ids: bytes) -> None:
+    received = incoming.read_into(states)
+    if incoming.more or received != len(states):
+        raise Unusable("malformed", f"{len(states)} bytes in one frame were announced, {received} or more frames came")
     try:
-        check_payload(header, token_ids, place)
+        check_payload(header, token_ids, states)
     except WireError as error:
         raise Unusable("corrupt", str(error)) from error

@@ -26,12 +26,12 @@ from typing import Final
 from dflash_scale.config_stream import StreamSection
 from dflash_scale.packer import RowSchedule, Samples, schedule_spec
 from dflash_scale.quarantine import FILE_NAME, QuarantineFile
+from dflash_scale.receiver.cached_sink import CachedSink, make_sink
 from dflash_scale.receiver.client import STOP_SIGNAL, ReceiverSpec
 from dflash_scale.receiver.connections import Identity
 from dflash_scale.receiver.loop import ReceiverLoop
+from dflash_scale.receiver.ring_sink import RingSink
 from dflash_scale.receiver.status import Status
-from dflash_scale.stream.cached_delivery import make_delivery
-from dflash_scale.stream.delivery import Delivery
 from dflash_scale.stream.endpoints import Endpoints
 from dflash_scale.stream.jobs import Limits
 from dflash_scale.stream.keys import receiver_keys
@@ -121,18 +121,18 @@ def serve(spec: ReceiverSpec, rings: Sequence[Ring], stop: Stop) -> Status:
     status = Status("starting", os.getpid(), [ring.name for ring in rings])
     status.write(spec.status)  # other ranks find their rings by it
     file = StatusFile(spec.status)
-    loop, delivery = make_loop(spec, rings)
+    loop, sink = make_loop(spec, rings)
     status.state, next_status = "running", 0.0
     try:
         while status.state == "running":
             loop.step()
-            if time.monotonic() >= next_status or delivery.complete or delivery.deserted or stop.reason:
-                gone = stop.look() or delivery.deserted
-                status.state = "complete" if delivery.complete else "stopped" if gone else "running"
+            if time.monotonic() >= next_status or sink.complete or sink.deserted or stop.reason:
+                gone = stop.look() or sink.deserted
+                status.state = "complete" if sink.complete else "stopped" if gone else "running"
                 if status.state != "running":
-                    delivery.close()  # before the last status: it counts what is still written to the cache
+                    sink.close()  # before the last status: it counts what is still written to the cache
                 loop.report(status)
-                delivery.report(status)
+                sink.report(status)
                 file.write(status)
                 next_status = time.monotonic() + STATUS_EVERY_S
         return status
@@ -140,7 +140,7 @@ def serve(spec: ReceiverSpec, rings: Sequence[Ring], stop: Stop) -> Status:
         loop.close()
 
 
-def make_loop(spec: ReceiverSpec, rings: Sequence[Ring]) -> tuple[ReceiverLoop, Delivery]:
+def make_loop(spec: ReceiverSpec, rings: Sequence[Ring]) -> tuple[ReceiverLoop, RingSink | CachedSink]:
     """The loop and where it delivers, from the spec: the same schedule that the ranks compute."""
     from dflash_scale.prompts import load_prepared  # imports datasets, seconds: after the rings are there
 
@@ -166,11 +166,11 @@ def make_loop(spec: ReceiverSpec, rings: Sequence[Ring]) -> tuple[ReceiverLoop, 
         origin=origin_of(config.verifier.model),
         keys=receiver_keys(Path(keys)) if keys is not None else None,
     )
-    delivery = make_delivery(config.stream, windows, samples, layouts.validation)
+    sink = make_sink(config.stream, windows, samples, layouts.validation)
     quarantine = QuarantineFile(Path(config.train.output_dir) / FILE_NAME, prepared.fingerprint)
     questions = SampleQuestions(samples)
-    loop = ReceiverLoop(Endpoints(config.stream), limits_of(config.stream), identity, delivery, questions, quarantine)
-    return loop, delivery
+    loop = ReceiverLoop(Endpoints(config.stream), limits_of(config.stream), identity, sink, questions, quarantine)
+    return loop, sink
 
 
 def main() -> int:

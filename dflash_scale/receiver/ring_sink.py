@@ -1,7 +1,4 @@
-"""The receiver's output: what the ranks want now, and the way of a sample into the ring of the rank that wants it.
-
-A sample that was taken is committed or quarantined, exactly one of the two, and once.
-"""
+"""The sink of a training run: what the ranks want now, and the way of a sample into the ring of its rank."""
 
 from __future__ import annotations
 
@@ -18,8 +15,8 @@ from dflash_scale.stream.window import Want, Window
 QUARANTINED_KEPT: Final = 1000  # named in the status; all are counted
 
 
-class Delivery:
-    """Fills the rings of one node's ranks, one window each."""
+class RingSink:
+    """Fills the rings of one node's ranks, one window each. A `Sink`, and when there is an end to it."""
 
     def __init__(self, windows: Sequence[Window]) -> None:
         self._windows = list(windows)
@@ -40,7 +37,6 @@ class Delivery:
 
     @property
     def backlog(self) -> bool:
-        """Whether `take` has more to do at once."""
         return False
 
     @property
@@ -59,7 +55,7 @@ class Delivery:
         """Finishes what is under way besides the rings."""
 
     def take(self) -> list[Want]:
-        """The samples that are due since the last call. Call it every few milliseconds: it keeps the rings alive."""
+        """The samples that are due. Call it every few milliseconds: it keeps the rings alive."""
         taken = []
         for window in self._windows:
             window.ring.beat()
@@ -75,14 +71,10 @@ class Delivery:
         return taken
 
     def want(self, key: Key) -> Want:
-        """What was taken under this key and is neither committed nor quarantined."""
         return self._wanted[key][0]
 
     def reserve(self, key: Key) -> memoryview | None:
-        """Where the sample's hidden states go; `commit` or `abandon` must follow before the next `reserve`.
-
-        None: the rank has left, nobody wants the sample any more, and it is forgotten.
-        """
+        """A slot of the rank's ring; None when the rank has left."""
         want, window = self._wanted[key]
         slot = _reserve(window, want.nbytes)
         if slot is None:
@@ -90,11 +82,9 @@ class Delivery:
         return slot
 
     def abandon(self, key: Key) -> None:
-        """What was written to the slot is void; the sample is still wanted."""
         self._wanted[key][1].ring.abandon()
 
-    def commit(self, key: Key, token_ids: bytes) -> None:
-        """The slot holds the sample."""
+    def commit(self, key: Key, token_ids: bytes, states: memoryview) -> None:
         want, window = self._wanted.pop(key)
         window.ring.commit(sample=key[1], epoch=key[0], status=COMMITTED, tokens=want.tokens)
         window.committed(want, want.nbytes)

@@ -1,4 +1,4 @@
-"""Takes every sample to the cache: where `generate` and `answer` let the receiver's loop deliver.
+"""The sink of `generate` and `answer`: takes every sample to the cache.
 
 A sample is present (its file was there and is good), written or quarantined, exactly one of the three. Files that are
 there are read in the loop, one a turn; what servers send goes to the writing thread as it came, without a copy.
@@ -29,8 +29,8 @@ class CacheUnwritable(RuntimeError):
     """The cache can take no more."""
 
 
-class CacheFill:
-    """The receiver's output, into files.
+class CacheSink:
+    """A `Sink` into files, and when there is an end to it.
 
     Args:
         questions: the samples.
@@ -42,13 +42,13 @@ class CacheFill:
     def __init__(self, questions: Questions, cache: Cache, layout: Layout, most_bytes: int) -> None:
         self._questions, self._cache, self._layout, self._most_bytes = questions, cache, layout, most_bytes
         self._lengths = questions.lengths
-        self.attached, self.backlog = True, False
+        self.attached = True
+        self.backlog = False
         self.counts: Counter[str] = Counter()  # present, written, written_bytes, quarantined
         self._next = 0
         self._in_hand: dict[int, Want] = {}
         self._bytes_in_hand = 0
         self._being_written: dict[int, int] = {}  # sample -> bytes of states
-        self._slot: memoryview | None = None
         self._scratch = memoryview(bytearray(int(self._lengths.max()) * layout.bytes_per_token))
         self._reports: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
         self._keeper = Keeper(cache, most_bytes, report=lambda *report: self._reports.put(report))
@@ -108,18 +108,14 @@ class CacheFill:
         return self._in_hand[key[1]]
 
     def reserve(self, key: Key) -> memoryview:
-        self._slot = np.empty(self.want(key).nbytes, np.uint8).data
-        return self._slot
+        return np.empty(self.want(key).nbytes, np.uint8).data  # not zeroed: all of it is written
 
     def abandon(self, key: Key) -> None:
-        self._slot = None
+        """Nobody else holds what was reserved."""
 
-    def commit(self, key: Key, token_ids: bytes) -> None:
-        assert self._slot is not None, "reserved before"
-        states = self._slot[: len(token_ids) // TOKEN_ID_BYTES * self._layout.bytes_per_token]
+    def commit(self, key: Key, token_ids: bytes, states: memoryview) -> None:
         self._being_written[key[1]] = len(states)
         self._keeper.put(Sample(key[1], token_ids, self._layout, states))
-        self._slot = None
 
     def quarantine(self, key: Key, reason: str) -> None:
         self._done(key[1], "quarantined")

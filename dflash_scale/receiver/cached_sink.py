@@ -1,4 +1,4 @@
-"""A delivery that looks into the cache before a server is asked, and may keep what servers sent.
+"""The sink of a training run with a cache: it looks there before a server is asked, and may keep what servers sent.
 
 Files are read by the receiver's own loop, straight into the slot, one sample a turn so that messages of servers are
 never kept waiting for long: there is one writer to a ring, and a copy out of a reading thread costs more than it saves.
@@ -14,10 +14,10 @@ from typing import Final
 
 from dflash_scale.config_stream import StreamSection
 from dflash_scale.packer import Samples
+from dflash_scale.receiver.ring_sink import RingSink
 from dflash_scale.receiver.status import CacheStatus, Status
 from dflash_scale.stream.cache import Cache, open_cache
 from dflash_scale.stream.cache_file import BadFile
-from dflash_scale.stream.delivery import Delivery
 from dflash_scale.stream.jobs import Key
 from dflash_scale.stream.keeper import Keeper, Sample
 from dflash_scale.stream.window import Want, Window
@@ -26,32 +26,33 @@ from dflash_scale.stream.wire import Layout
 log = logging.getLogger(__name__)
 
 FAILURES_IN_A_ROW: Final = 64  # samples that an offline run cannot find; more of them are no accident
-
-
 KEEPER_BYTES: Final = 256 << 20  # that may wait to be written
 
 
-def make_delivery(stream: StreamSection, windows: Sequence[Window], samples: Samples, layout: Layout) -> Delivery:
+def make_sink(
+    stream: StreamSection, windows: Sequence[Window], samples: Samples, layout: Layout
+) -> RingSink | CachedSink:
     """The way into the rings, past the cache if the run has one. `layout`: all that the run's rows may want."""
+    rings = RingSink(windows)
     if stream.cache is None:
-        return Delivery(windows)
+        return rings
     cache = open_cache(Path(stream.cache), layout)
     files, nbytes = cache.size()
     log.info("cache %s: %d files for %d samples, %.1f GB", cache.folder, files, len(samples.lengths), nbytes / 1e9)
     keeps = stream.mode == "hybrid" and stream.keep
     keeper = Keeper(cache, KEEPER_BYTES, stream.cache_bytes) if keeps else None
-    return CachedDelivery(windows, samples, cache, offline=stream.mode == "offline", keeper=keeper)
+    return CachedSink(rings, samples, cache, offline=stream.mode == "offline", keeper=keeper)
 
 
 class CacheLacking(RuntimeError):
     """An offline run finds sample after sample missing or damaged."""
 
 
-class CachedDelivery(Delivery):
-    """What the cache has goes into the rings here; `take` gives what it has not.
+class CachedSink:
+    """A `Sink` before the rings: what the cache has goes into them here, and `take` gives what it has not.
 
     Args:
-        windows: one per rank.
+        rings: where all samples go.
         samples: the data set, for the token ids.
         cache: where to look.
         offline: whether a sample that the cache lacks is quarantined, because there is no server to ask.
@@ -59,14 +60,28 @@ class CachedDelivery(Delivery):
     """
 
     def __init__(
-        self, windows: Sequence[Window], samples: Samples, cache: Cache, *, offline: bool, keeper: Keeper | None
+        self, rings: RingSink, samples: Samples, cache: Cache, *, offline: bool, keeper: Keeper | None
     ) -> None:
-        super().__init__(windows)
-        self._samples, self._cache, self._offline, self._keeper = samples, cache, offline, keeper
+        self._rings = rings
+        self._samples = samples
+        self._cache = cache
+        self._offline = offline
+        self._keeper = keeper
         self._due: deque[Want] = deque()  # to be read
-        self._slot: memoryview | None = None
         self._lacking_in_a_row = 0
         self._cache_counts: Counter[str] = Counter()  # hits, misses, corrupt
+
+    @property
+    def attached(self) -> bool:
+        return self._rings.attached
+
+    @property
+    def complete(self) -> bool:
+        return self._rings.complete
+
+    @property
+    def deserted(self) -> bool:
+        return self._rings.deserted
 
     @property
     def backlog(self) -> bool:
@@ -74,10 +89,10 @@ class CachedDelivery(Delivery):
 
     @property
     def blocked_on(self) -> str:
-        return "cache" if self._due else super().blocked_on
+        return "cache" if self._due else self._rings.blocked_on
 
     def report(self, status: Status) -> None:
-        super().report(status)
+        self._rings.report(status)
         counts, written = self._cache_counts, self._keeper.status() if self._keeper is not None else {}
         status.cache = CacheStatus(counts["hits"], counts["misses"], counts["corrupt"], **written)
 
@@ -92,7 +107,7 @@ class CachedDelivery(Delivery):
             CacheLacking: offline, too many samples in a row cannot be had.
         """
         lacking = []
-        for want in super().take():
+        for want in self._rings.take():
             if self._offline or self._cache.has(want.key[1]):
                 self._due.append(want)
             else:
@@ -107,16 +122,16 @@ class CachedDelivery(Delivery):
         return lacking
 
     def _read(self, want: Want) -> None:
-        slot = super().reserve(want.key)
+        slot = self._rings.reserve(want.key)
         if slot is None:  # the rank has left
             return
         token_ids = self._samples.tokens(want.key[1]).astype("<i4").tobytes()
         try:
             self._cache.read(want.key[1], token_ids, want.layout, slot)
         except BadFile:
-            self.abandon(want.key)
+            self._rings.abandon(want.key)
             raise
-        super().commit(want.key, token_ids)
+        self._rings.commit(want.key, token_ids, slot)
         self._cache_counts["hits"] += 1
         self._lacking_in_a_row = 0
 
@@ -139,13 +154,20 @@ class CachedDelivery(Delivery):
 
     # What servers sent.
 
-    def reserve(self, key: Key) -> memoryview | None:
-        self._slot = super().reserve(key)
-        return self._slot
+    def want(self, key: Key) -> Want:
+        return self._rings.want(key)
 
-    def commit(self, key: Key, token_ids: bytes) -> None:
-        want, slot = self.want(key), self._slot
-        super().commit(key, token_ids)
-        # The slot still holds the sample: nobody but this thread writes to the ring.
-        if self._keeper is not None and slot is not None and self._keeper.room(len(slot)):
-            self._keeper.put(Sample(key[1], token_ids, want.layout, bytes(slot)))
+    def reserve(self, key: Key) -> memoryview | None:
+        return self._rings.reserve(key)
+
+    def abandon(self, key: Key) -> None:
+        self._rings.abandon(key)
+
+    def commit(self, key: Key, token_ids: bytes, states: memoryview) -> None:
+        if self._keeper is not None and self._keeper.room(len(states)):
+            # A copy: the rank frees the slot when it has trained, and the disk may be slower.
+            self._keeper.put(Sample(key[1], token_ids, self.want(key).layout, bytes(states)))
+        self._rings.commit(key, token_ids, states)
+
+    def quarantine(self, key: Key, reason: str) -> None:
+        self._rings.quarantine(key, reason)
