@@ -52,6 +52,7 @@ if str(REPO) not in sys.path:  # started as a script
 
 from benchmarks.machine import stamp  # noqa: E402
 from dflash_scale.config_stream import Server, StreamSection  # noqa: E402
+from dflash_scale.fleet.state import Limits  # noqa: E402
 from dflash_scale.packer import Place, Row, Samples  # noqa: E402
 from dflash_scale.quarantine import QuarantineFile  # noqa: E402
 from dflash_scale.receiver.connections import Identity  # noqa: E402
@@ -63,7 +64,6 @@ from dflash_scale.stream.embedded_http import CompletionServer, Reply, Request  
 from dflash_scale.stream.embedded_http import Limits as RequestLimits  # noqa: E402
 from dflash_scale.stream.encoding import decode, encode  # noqa: E402
 from dflash_scale.stream.endpoints import Endpoints  # noqa: E402
-from dflash_scale.stream.jobs import Limits  # noqa: E402
 from dflash_scale.stream.keys import make_keys, receiver_keys, server_keys  # noqa: E402
 from dflash_scale.stream.layouts import RowLayouts  # noqa: E402
 from dflash_scale.stream.publisher import Publisher  # noqa: E402

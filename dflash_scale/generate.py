@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from dflash_scale.config import Config, load_config
+from dflash_scale.fleet.fleet import NoServerError
 from dflash_scale.packer import Samples
 from dflash_scale.prompts import check_tokenizer, load_prepared
 from dflash_scale.receiver.cache_sink import CacheSink, CacheUnwritable
@@ -33,7 +34,6 @@ from dflash_scale.receiver.loop import ReceiverLoop
 from dflash_scale.receiver.process import keep_freed_memory, limits_of
 from dflash_scale.stream.cache import CacheOrigin, claim, open_cache
 from dflash_scale.stream.endpoints import Endpoints
-from dflash_scale.stream.fleet import NoServerError
 from dflash_scale.stream.keys import receiver_keys
 from dflash_scale.stream.questions import Questions, SampleQuestions
 from dflash_scale.training.run import resolve_verifier

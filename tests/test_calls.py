@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from dflash_scale.fleet.state import Fault, Probe, Send
 from dflash_scale.stream.calls import Calls, Event, HealthAnswered, Posted
-from dflash_scale.stream.jobs import Fault, Probe, Send
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 

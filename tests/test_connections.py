@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from dflash_scale.config_stream import Server
+from dflash_scale.fleet.state import Lost, Probe
 from dflash_scale.receiver.connections import Connections, Identity, Outcome
 from dflash_scale.stream import wire
 from dflash_scale.stream.calls import HealthAnswered, Host
-from dflash_scale.stream.jobs import Lost, Probe
 from dflash_scale.stream.publisher import Publisher
 from dflash_scale.stream.wire import Layout, Origin
 

@@ -5,11 +5,10 @@ from dataclasses import replace
 
 import pytest
 
+from dflash_scale.fleet.failures import BUSY_S, FAILURES_IN_A_ROW
+from dflash_scale.fleet.fleet import Fleet, NoServerError
+from dflash_scale.fleet.state import BACKOFF_MAX_S, Action, Cut, Fault, Key, Limits, Lost, Probe, Quarantined, Send
 from dflash_scale.stream.calls import fault_of, judge
-from dflash_scale.stream.faults import BUSY_S, FAILURES_IN_A_ROW
-from dflash_scale.stream.fleet import Fleet, NoServerError
-from dflash_scale.stream.jobs import Action, Cut, Fault, Limits, Lost, Probe, Quarantined, Send
-from dflash_scale.stream.servers import BACKOFF_MAX_S
 
 LIMITS = Limits(
     credit_bytes=1000,
@@ -34,7 +33,7 @@ class Bench:
         if healthy:
             for action in self.poll():
                 assert isinstance(action, Probe)
-                self.fleet.probe_done(action, "", self.now)
+                self.fleet.probe_done(action, None, self.now)
 
     def poll(self, later: float = 0.0) -> list[Action]:
         """What is due; the connections that are given up are kept aside in `cuts`."""
@@ -55,13 +54,23 @@ class Bench:
 
     def add(self, *samples: int, nbytes: int = 100) -> None:
         for sample in samples:
-            self.fleet.add((0, sample), 10, nbytes)
+            self.fleet.add(Key(0, sample), 10, nbytes)
 
     def deliver(self, send: Send) -> bool:
         job = self.fleet.claim(send.server, send.key, send.attempt)
         if job is not None:
             self.fleet.delivered(job, send.attempt, job.tokens, self.now)
         return job is not None
+
+    def failures(self, send: Send) -> list[str] | None:
+        """What counts against the sample; None if it has ended."""
+        job = self.fleet.claim(send.server, send.key, send.attempt)
+        return None if job is None else job.failures
+
+    def lose(self, server: int) -> None:
+        """The server is gone: its connection breaks, and it does not answer the probe."""
+        self.fleet.disconnected(server, self.now)
+        self.fleet.probe_done(self.probe(), "gone", self.now)
 
     def answer(self, send: Send, fault: Fault | None = None, reason: str = "") -> None:
         self.fleet.http_done(send, fault, reason, self.now)
@@ -77,7 +86,7 @@ def test_nothing_is_sent_before_every_server_was_greeted_or_given_up() -> None:
     first, second = bench.poll()
     assert isinstance(first, Probe)
     assert isinstance(second, Probe)
-    bench.fleet.probe_done(first, "", bench.now)
+    bench.fleet.probe_done(first, None, bench.now)
     assert bench.poll() == []
     bench.fleet.probe_done(second, "connection refused", bench.now)
     (send,) = bench.sends()
@@ -88,7 +97,7 @@ def test_credit_is_bounded_per_server_and_in_all() -> None:
     bench = Bench(2)
     bench.add(*range(30), nbytes=250)
     sends = bench.sends()
-    assert [send.key[1] for send in sends] == [0, 1, 2, 3]
+    assert [send.key.sample for send in sends] == [0, 1, 2, 3]
     assert [send.server for send in sends] == [0, 1, 0, 1]
     assert bench.fleet.outstanding_bytes == 1000
     assert bench.fleet.blocked == "credit"
@@ -97,7 +106,7 @@ def test_credit_is_bounded_per_server_and_in_all() -> None:
     assert bench.sends() == [], "an HTTP answer frees a slot, not the credit"
     bench.deliver(sends[2])
     (after,) = bench.sends()
-    assert (after.server, after.key[1]) == (0, 4)
+    assert (after.server, after.key.sample) == (0, 4)
 
 
 def test_request_slots_are_bounded() -> None:
@@ -149,9 +158,8 @@ def test_quarantine_names_every_attempt() -> None:
 
 def test_one_server_alone_may_quarantine_but_one_of_two_may_not() -> None:
     alone, two = Bench(1), Bench(2)
-    (probe,) = [two.fleet.servers[1]]
-    two.fleet._faults.died(1, "gone", two.now)
-    assert not probe.healthy
+    two.lose(1)
+    assert not two.fleet.servers[1].healthy
     for bench in (alone, two):
         bench.add(7)
         for _ in range(3):
@@ -161,19 +169,19 @@ def test_one_server_alone_may_quarantine_but_one_of_two_may_not() -> None:
     assert two.poll() == [], "it waits for the other server"
     two.add(8)
     (other,) = two.sends()
-    assert other.key[1] == 8, "and holds up nobody meanwhile"
+    assert other.key.sample == 8, "and holds up nobody meanwhile"
     two.deliver(other)
     two.answer(other)
-    two.fleet.probe_done(two.probe(later=LIMITS.probe_s), "", two.now)
+    two.fleet.probe_done(two.probe(later=LIMITS.probe_s), None, two.now)
     (send,) = two.sends()
-    assert (send.server, send.key[1]) == (1, 7)
+    assert (send.server, send.key.sample) == (1, 7)
     two.reject(send)
     assert isinstance(two.poll()[0], Quarantined)
 
 
 def test_a_second_server_that_never_comes_does_not_hold_a_bad_sample_for_ever() -> None:
     bench = Bench(2)
-    bench.fleet._faults.died(1, "gone", bench.now)
+    bench.lose(1)
     bench.add(7)
     for _ in range(3):
         (send,) = bench.sends()
@@ -201,9 +209,9 @@ def test_a_dead_server_costs_no_sample_an_attempt() -> None:
                 bench.answer(send)
             rest = bench.sends()
         assert len(bench.fleet) == 0
-        bench.fleet.probe_done(bench.probe(later=BACKOFF_MAX_S), "", bench.now)
+        bench.fleet.probe_done(bench.probe(later=BACKOFF_MAX_S), None, bench.now)
         bench.add(*range(100 * death + 100, 100 * death + 104), nbytes=100)
-    assert bench.fleet.servers[0].deaths == 5
+    assert bench.fleet.servers[0].totals.deaths == 5
 
 
 def test_late_news_of_an_earlier_life_does_not_end_the_next() -> None:
@@ -211,14 +219,14 @@ def test_late_news_of_an_earlier_life_does_not_end_the_next() -> None:
     bench.add(1, 2)
     first, second = bench.sends()
     bench.answer(first, Fault.SERVER, "connection reset")
-    bench.fleet.probe_done(bench.probe(later=LIMITS.probe_s), "", bench.now)
+    bench.fleet.probe_done(bench.probe(later=LIMITS.probe_s), None, bench.now)
     assert bench.fleet.servers[0].healthy
     bench.answer(second, Fault.SERVER, "connection reset")
     assert bench.fleet.servers[0].healthy
     (send,) = bench.sends()
-    assert send.key[1] == 1
+    assert send.key.sample == 1
     assert bench.deliver(send)
-    assert [send.key[1] for send in bench.sends()] == [2]
+    assert [send.key.sample for send in bench.sends()] == [2]
 
 
 def test_a_timeout_counts_only_if_the_server_answers_and_delivers() -> None:
@@ -234,10 +242,11 @@ def test_a_timeout_counts_only_if_the_server_answers_and_delivers() -> None:
         probe = bench.probe(later=1.5)
         bench.add(2)
         assert bench.poll() == [], "a server in doubt gets nothing"
-        bench.fleet.probe_done(probe, "" if alive else "no answer", bench.now)
+        bench.fleet.probe_done(probe, None if alive else "no answer", bench.now)
         assert bench.fleet.servers[0].healthy == (alive and delivers)
-        (job,) = [job for job in bench.fleet._attempts._jobs.values() if job.key == (0, 1)]
-        assert len(job.failures) == (alive and delivers)
+        failures = bench.failures(send)
+        assert failures is not None
+        assert len(failures) == (alive and delivers)
 
 
 def test_a_probe_without_an_answer_is_given_up() -> None:
@@ -248,7 +257,7 @@ def test_a_probe_without_an_answer_is_given_up() -> None:
     probe = bench.probe()
     bench.poll(later=bench.fleet.probe_timeout_s)
     assert not bench.fleet.servers[0].healthy
-    bench.fleet.probe_done(probe, "", bench.now)
+    bench.fleet.probe_done(probe, None, bench.now)
     assert not bench.fleet.servers[0].healthy, "the answer came too late"
 
 
@@ -259,7 +268,7 @@ def test_a_probe_that_a_death_overtook_does_not_count() -> None:
     bench.fleet.disconnected(0, bench.now)
     probe = bench.probe()
     bench.answer(send, Fault.SERVER, "connection reset")
-    bench.fleet.probe_done(probe, "", bench.now)
+    bench.fleet.probe_done(probe, None, bench.now)
     assert not bench.fleet.servers[0].healthy, "it was asked on a connection that is given up"
 
 
@@ -269,15 +278,15 @@ def test_a_restart_between_two_probes_is_seen_by_the_server_id() -> None:
     (send,) = bench.sends()
     bench.answer(send)
     bench.fleet.disconnected(0, bench.now)
-    bench.fleet.probe_done(bench.probe(), "", bench.now, Lost.RESTARTED)
+    bench.fleet.probe_done(bench.probe(), None, bench.now, Lost.RESTARTED)
     (again,) = bench.sends()
     assert (again.key, again.attempt) == (send.key, 1)
-    assert bench.fleet.servers[0].errors == 0
+    assert bench.fleet.servers[0].totals.errors == 0
 
 
 def break_connection(bench: Bench) -> None:
     bench.fleet.disconnected(0, bench.now)
-    bench.fleet.probe_done(bench.probe(later=LIMITS.probe_s), "", bench.now, Lost.CONNECTION)
+    bench.fleet.probe_done(bench.probe(later=LIMITS.probe_s), None, bench.now, Lost.CONNECTION)
 
 
 def test_a_broken_connection_costs_no_attempt_but_not_for_ever() -> None:
@@ -291,21 +300,21 @@ def test_a_broken_connection_costs_no_attempt_but_not_for_ever() -> None:
         break_connection(bench)
         (send,) = bench.sends()
         bench.answer(send)
-    assert bench.fleet.servers[0].errors == 0
+    assert bench.fleet.servers[0].totals.errors == 0
     bench.add(2)
     for send in bench.sends():
         bench.answer(send)
     break_connection(bench)
     for count in range(LIMITS.attempts):
-        assert bench.fleet.servers[0].errors == count
-        (send,) = [send for send in bench.sends() if send.key[1] == 1]
-        assert bench.fleet.servers[0].alone == send.key
+        assert bench.fleet.servers[0].totals.errors == count
+        (send,) = [send for send in bench.sends() if send.key.sample == 1]
+        assert bench.fleet.servers[0].load.solo == send.key
         bench.answer(send)
         break_connection(bench)
     quarantined, after = bench.poll()
     assert isinstance(quarantined, Quarantined)
     assert isinstance(after, Send)
-    assert after.key[1] == 2
+    assert after.key.sample == 2
 
 
 def test_a_server_that_never_delivers_uses_up_no_attempts() -> None:
@@ -319,17 +328,17 @@ def test_a_server_that_never_delivers_uses_up_no_attempts() -> None:
         for action in bench.poll(later=1):
             assert not isinstance(action, Quarantined)
             if isinstance(action, Probe):
-                bench.fleet.probe_done(action, "", bench.now)
+                bench.fleet.probe_done(action, None, bench.now)
                 continue
             assert isinstance(action, Send)
             bench.answer(action)
             if action.server == 1:
+                assert bench.failures(action) == []
                 bench.deliver(action)
                 continue
             mute_had += 1
             put_aside.append(bench.now)
-    assert bench.fleet.servers[1].samples > 300
-    assert not any(job.failures for job in bench.fleet._attempts._jobs.values())
+    assert bench.fleet.servers[1].totals.samples > 300
     pauses = [later - earlier for earlier, later in itertools.pairwise(sorted(set(put_aside)))]
     assert mute_had <= LIMITS.requests_per_server + len(pauses), "one request at a time once it was put aside"
     assert pauses == sorted(pauses), "and later every time"
@@ -342,16 +351,17 @@ def test_failures_of_a_server_that_fell_silent_are_taken_back() -> None:
     (first,) = bench.sends()
     bench.deliver(first)
     quiet = first.server
-    bench.fleet.servers[1 - quiet].in_doubt = True  # so that all of it goes to the one
+    bench.fleet.disconnected(1 - quiet, bench.now)
+    bench.probe()  # in doubt until it is answered, so that all of it goes to the one
     bench.add(*range(1, FAILURES_IN_A_ROW + 1))
     sends = bench.sends()
     for send in sends[:-1]:
         bench.fleet.rejected(quiet, send.key, send.attempt, Fault.DOUBT, "checksum", bench.now)
-    assert all(len(job.failures) == 1 for job in list(bench.fleet._attempts._jobs.values())[:-1])
+    assert all(len(bench.failures(send) or []) == 1 for send in sends[:-1])
     last = sends[-1]
     bench.fleet.rejected(quiet, last.key, last.attempt, Fault.DOUBT, "checksum", bench.now)
     assert not bench.fleet.servers[quiet].healthy
-    assert not any(job.failures for job in bench.fleet._attempts._jobs.values())
+    assert all(bench.failures(send) == [] for send in sends)
     assert bench.cuts == []
     bench.poll()
     assert bench.cuts == [quiet]
@@ -365,16 +375,16 @@ def test_a_sample_that_kills_servers_is_tried_alone_and_quarantined() -> None:
     for _ in range(200):
         for action in bench.poll(later=0.5):
             if isinstance(action, Probe):
-                bench.fleet.probe_done(action, "", bench.now)
+                bench.fleet.probe_done(action, None, bench.now)
             elif isinstance(action, Quarantined):
                 ended.append(action)
-            elif action.key[1] == 2:
+            elif action.key.sample == 2:
                 deaths += 1
                 bench.answer(action, Fault.SERVER, "connection reset")
             else:
                 bench.answer(action)
                 bench.deliver(action)
-    assert [action.key[1] for action in ended] == [2]
+    assert [action.key.sample for action in ended] == [2]
     assert deaths == LIMITS.attempts + 2
     for server, losses in zip(bench.fleet.servers, (4, 5), strict=True):
         assert f"{server.address} died while it had the sample: connection reset (" in ended[0].reason
@@ -391,12 +401,12 @@ def test_a_busy_server_rests_and_the_sample_does_not_pay() -> None:
         assert bench.sends() == []
         assert bench.fleet.blocked == "busy"
         (first,) = bench.sends(later=BUSY_S)
-        assert first.key[1] == 1
+        assert first.key.sample == 1
     bench.reject(first, "full", Fault.BUSY)
     assert bench.deliver(second), "it has room again"
     (last,) = bench.sends()
     assert bench.deliver(last)
-    assert (bench.fleet.servers[0].busy, bench.fleet.servers[0].errors) == (6, 0)
+    assert (bench.fleet.servers[0].totals.busy, bench.fleet.servers[0].totals.errors) == (6, 0)
 
 
 def test_data_that_is_late_holds_its_credit_until_it_comes_or_cannot_come() -> None:
@@ -408,24 +418,46 @@ def test_data_that_is_late_holds_its_credit_until_it_comes_or_cannot_come() -> N
         bench.answer(send)
     for send in sends[1:3]:
         bench.deliver(send)
-    bench.fleet.probe_done(bench.probe(later=5.1), "", bench.now)  # two are late, and the server works
-    server = bench.fleet.servers[0]
+    bench.fleet.probe_done(bench.probe(later=5.1), None, bench.now)  # two are late, and the server works
+    load = bench.fleet.servers[0].load
     again = bench.sends()
-    assert server.owed == 200
-    assert server.outstanding == 200 + 100 * len(again)
+    assert load.late_bytes == 200
+    assert load.outstanding_bytes == 200 + 100 * len(again)
     for send in again:
         bench.answer(send)
         bench.deliver(send)
     assert not bench.deliver(sends[0])
-    assert server.owed == 100, "what came at last gives its credit back"
+    assert load.late_bytes == 100, "what came at last gives its credit back"
     bench.add(99, nbytes=600)
     assert bench.poll() == []
     assert bench.cuts == [0], "no room, and nothing that is waited for: the debt is given up with its connection"
-    assert server.outstanding == 0
-    bench.fleet.probe_done(bench.probe(), "", bench.now)
+    assert load.outstanding_bytes == 0
+    bench.fleet.probe_done(bench.probe(), None, bench.now)
     (big,) = bench.sends()
     assert bench.deliver(big)
-    assert server.strikes == 0
+    assert bench.fleet.servers[0].strikes == 0
+
+
+def test_the_status_tells_late_data_from_data_that_is_awaited() -> None:
+    bench = Bench(1, replace(LIMITS, request_timeout_s=5))
+    first = bench.fleet.servers[0].snapshot(bench.now)
+    assert (first.http, first.healthy, first.reason) == ("http://s0", True, "")
+    bench.add(1, 2, 3)
+    good, late, refused = bench.sends()
+    for send in (good, late):
+        bench.answer(send)
+    bench.now += 2
+    bench.deliver(good)
+    bench.reject(refused, "too long")
+    bench.fleet.probe_done(bench.probe(later=5), None, bench.now)
+    again = bench.sends()
+    status = bench.fleet.servers[0].snapshot(bench.now)
+    assert (status.outstanding_bytes, status.owed_bytes, status.open_requests) == (300, 100, len(again))
+    assert (status.samples, status.tokens, status.bytes, status.errors, status.deaths) == (1, 10, 100, 2, 0)
+    assert (status.tokens_per_s, status.http_p50_s, status.data_p99_s) == (2.0, 0.0, 2.0)
+    bench.fleet.retire(0, bench.now)
+    retired = bench.fleet.servers[0].snapshot(bench.now)
+    assert (retired.retired, retired.reason) == (True, "removed from the fleet")
 
 
 def test_servers_join_and_leave() -> None:
@@ -439,7 +471,7 @@ def test_servers_join_and_leave() -> None:
     assert isinstance(probe, Probe)
     assert isinstance(third, Send), "nobody waits for a server that joins"
     bench.deliver(third)
-    bench.fleet.probe_done(probe, "", bench.now)
+    bench.fleet.probe_done(probe, None, bench.now)
     bench.fleet.retire(0, bench.now)
     bench.add(4)
     (fourth,) = bench.sends()
@@ -453,7 +485,7 @@ def test_servers_join_and_leave() -> None:
     bench.poll()
     assert bench.cuts == [0]
     assert bench.fleet.servers[0].closed
-    assert bench.fleet.outstanding_bytes == bench.fleet.servers[added].outstanding
+    assert bench.fleet.outstanding_bytes == bench.fleet.servers[added].load.outstanding_bytes
     assert bench.fleet.add_server("http://s0", bench.now) == 2, "it may come back, as another"
 
 
@@ -465,7 +497,7 @@ def test_a_fleet_that_answers_and_never_delivers_ends_the_run() -> None:
         for _ in range(300):
             for action in bench.poll(later=0.5):
                 if isinstance(action, Probe):
-                    bench.fleet.probe_done(action, "", bench.now)
+                    bench.fleet.probe_done(action, None, bench.now)
                 elif isinstance(action, Send):
                     bench.answer(action)
 
@@ -524,6 +556,19 @@ def test_whose_fault_an_answer_is() -> None:
     assert fault_of(TimeoutError()) is Fault.DOUBT
 
 
+def test_a_sample_with_losses_does_not_keep_a_new_one_from_a_server_on_probation() -> None:
+    bench = Bench(1)
+    bench.add(1)
+    (first,) = bench.sends()
+    bench.answer(first, Fault.SERVER, "connection reset")
+    bench.add(2)
+    bench.fleet.probe_done(bench.probe(later=LIMITS.probe_s), None, bench.now)
+    (new,) = bench.sends()
+    assert new.key.sample == 2, "the server is not judged by what may have killed it"
+    bench.deliver(new)
+    assert [send.key.sample for send in bench.sends()] == [1]
+
+
 def test_a_suspect_that_no_server_on_probation_takes_does_not_keep_the_others_from_it() -> None:
     """Two samples kill both servers, and nothing else is wanted: each is tried alone at both, and quarantined."""
     bench = Bench(2, replace(LIMITS, no_server_timeout_s=1000))
@@ -533,12 +578,12 @@ def test_a_suspect_that_no_server_on_probation_takes_does_not_keep_the_others_fr
         for action in bench.poll(10):
             match action:
                 case Probe():
-                    bench.fleet.probe_done(action, "", bench.now)
+                    bench.fleet.probe_done(action, None, bench.now)
                 case Send():
                     bench.answer(action, Fault.SERVER, "connection reset")
                 case Quarantined():
                     ended.append(action)
-    assert sorted(action.key[1] for action in ended) == [1, 2]
+    assert sorted(action.key.sample for action in ended) == [1, 2]
 
 
 def test_a_server_that_a_suspect_cuts_off_before_it_has_delivered_is_asked_only_over_a_new_connection() -> None:
@@ -549,10 +594,10 @@ def test_a_server_that_a_suspect_cuts_off_before_it_has_delivered_is_asked_only_
         bench.answer(send)
         bench.fleet.disconnected(0, bench.now)
         assert bench.cuts == []
-        bench.fleet.probe_done(bench.probe(), "", bench.now, Lost.CONNECTION)
+        bench.fleet.probe_done(bench.probe(), None, bench.now, Lost.CONNECTION)
     assert bench.poll() == []
     assert bench.cuts == [0], "it failed alone: the server is put aside, with the connection of the probe"
-    bench.fleet.probe_done(bench.probe(LIMITS.probe_s), "", bench.now)
+    bench.fleet.probe_done(bench.probe(LIMITS.probe_s), None, bench.now)
     assert len(bench.sends()) == 1
 
 
@@ -583,7 +628,7 @@ def test_a_removed_server_comes_back_as_a_new_one_at_its_old_index() -> None:
     bench.fleet.rejoin(0, bench.now)
     bench.add(2)
     new = bench.probe()
-    bench.fleet.probe_done(old, "", bench.now)
+    bench.fleet.probe_done(old, None, bench.now)
     assert bench.poll() == [], "what it answered before it left says nothing of now"
-    bench.fleet.probe_done(new, "", bench.now)
-    assert [(send.key[1], send.server) for send in bench.sends()] == [(2, 0)]
+    bench.fleet.probe_done(new, None, bench.now)
+    assert [(send.key.sample, send.server) for send in bench.sends()] == [(2, 0)]

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dflash_scale.stream.fleet import Fleet
-from dflash_scale.stream.jobs import Cut, Fault, Key, Limits, Lost, Probe, Send
+from dflash_scale.fleet.fleet import Fleet
+from dflash_scale.fleet.state import Cut, Fault, Key, Limits, Lost, Probe, Send
 
 LIMITS = Limits(
     credit_bytes=1000,
@@ -69,7 +69,7 @@ class World:
         heapq.heappush(self.events, (self.now + later, self.serial, what))
 
     def add(self, sample: int, kind: str) -> None:
-        key = (0, sample)
+        key = Key(0, sample)
         self.kinds[key], self.sizes[key] = kind, self.draw.randint(1, 300)
         self.fleet.add(key, 10, self.sizes[key])
 
@@ -178,7 +178,7 @@ class World:
             if machine.greeted not in (None, machine.process):
                 lost = Lost.RESTARTED
             machine.broken, machine.greeted = False, machine.process
-            self.fleet.probe_done(probe, "", self.now, lost)
+            self.fleet.probe_done(probe, None, self.now, lost)
 
     # The loop of the receiver.
 
@@ -203,17 +203,18 @@ class World:
     def check(self) -> None:
         total = 0
         for machine, server in zip(self.machines, self.fleet.servers, strict=True):
+            load = server.load
             coming = sum(machine.coming.values())
             total += coming
-            assert coming <= server.outstanding, "data may arrive that holds no credit"
-            assert 0 <= server.owed <= server.outstanding <= LIMITS.server_credit_bytes
-            assert 0 <= server.open_requests <= LIMITS.requests_per_server
-            live = [attempt for attempt in server.attempts.values() if not attempt.owed]
-            assert server.live == len(live)
-            if server.alone is not None:
-                assert [attempt.job.key for attempt in live] == [server.alone], "a suspect has company"
+            assert coming <= load.outstanding_bytes, "data may arrive that holds no credit"
+            assert 0 <= load.late_bytes <= load.outstanding_bytes <= LIMITS.server_credit_bytes
+            assert 0 <= load.open_requests <= LIMITS.requests_per_server
+            awaited = [attempt for attempt in load.attempts.values() if not attempt.late]
+            assert load.awaited == len(awaited)
+            if load.solo is not None:
+                assert [attempt.job.key for attempt in awaited] == [load.solo], "a suspect has company"
             if server.strikes:
-                assert server.live <= 1, "probation is one request at a time"
+                assert load.awaited <= 1, "probation is one request at a time"
         assert total <= self.fleet.outstanding_bytes <= LIMITS.credit_bytes
         assert max(self.ends.values(), default=0) <= 1
 
@@ -222,7 +223,7 @@ class World:
     def trouble(self) -> None:
         index = self.draw.randrange(len(self.machines))
         server, machine = self.fleet.servers[index], self.machines[index]
-        if index == 0 or server.alone is not None:
+        if index == 0 or server.load.solo is not None:
             return
         match self.draw.choice(("kill", "freeze", "cut", "mode", "mode", "good", "retire", "add", "back")):
             case "kill":

@@ -13,9 +13,9 @@ from typing import Final
 
 import numpy as np
 
+from dflash_scale.fleet.state import Key
 from dflash_scale.stream.cache import Cache
 from dflash_scale.stream.cache_file import BadFile
-from dflash_scale.stream.jobs import Key
 from dflash_scale.stream.keeper import Keeper, Sample
 from dflash_scale.stream.questions import Questions
 from dflash_scale.stream.window import Want
@@ -78,7 +78,7 @@ class CacheSink:
         taken: list[Want] = []
         self.backlog = False
         while self._next < len(self._lengths) and len(self._in_hand) < MOST_IN_HAND:
-            want = Want((0, self._next), int(self._lengths[self._next]), self._layout)
+            want = Want(Key(0, self._next), int(self._lengths[self._next]), self._layout)
             if self._in_hand and self._bytes_in_hand + want.nbytes > self._most_bytes:
                 break
             there = self._cache.has(self._next)
@@ -89,13 +89,13 @@ class CacheSink:
             if there and self._is_good(want):
                 self.counts["present"] += 1
                 continue
-            self._in_hand[want.key[1]] = want
+            self._in_hand[want.key.sample] = want
             self._bytes_in_hand += want.nbytes
             taken.append(want)
         return taken
 
     def _is_good(self, want: Want) -> bool:
-        sample = want.key[1]
+        sample = want.key.sample
         try:
             token_ids = self._cache.token_ids(sample, want.tokens)
             nbytes = len(token_ids) // TOKEN_ID_BYTES * self._layout.bytes_per_token
@@ -105,7 +105,7 @@ class CacheSink:
         return not self._questions.problem(sample, token_ids)
 
     def want(self, key: Key) -> Want:
-        return self._in_hand[key[1]]
+        return self._in_hand[key.sample]
 
     def reserve(self, key: Key) -> memoryview:
         return np.empty(self.want(key).nbytes, np.uint8).data  # not zeroed: all of it is written
@@ -114,12 +114,12 @@ class CacheSink:
         """Nobody else holds what was reserved."""
 
     def commit(self, key: Key, token_ids: bytes, states: memoryview) -> None:
-        self._being_written[key[1]] = len(states)
-        self._keeper.put(Sample(key[1], token_ids, self._layout, states))
+        self._being_written[key.sample] = len(states)
+        self._keeper.put(Sample(key.sample, token_ids, self._layout, states))
 
     def quarantine(self, key: Key, reason: str) -> None:
-        self._done(key[1], "quarantined")
-        self._quarantined.write(json.dumps({"sample": key[1], "reason": reason}) + "\n")
+        self._done(key.sample, "quarantined")
+        self._quarantined.write(json.dumps({"sample": key.sample, "reason": reason}) + "\n")
 
     def close(self) -> None:
         """Writes what is here. Raises CacheUnwritable as `take` does."""

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Final
 
 from dflash_scale.config_stream import StreamSection
+from dflash_scale.fleet.state import Key
 from dflash_scale.packer import Samples
 from dflash_scale.receiver.ring_sink import RingSink
 from dflash_scale.receiver.status import CacheStatus, Status
 from dflash_scale.stream.cache import Cache, open_cache
 from dflash_scale.stream.cache_file import BadFile
-from dflash_scale.stream.jobs import Key
 from dflash_scale.stream.keeper import Keeper, Sample
 from dflash_scale.stream.window import Want, Window
 from dflash_scale.stream.wire import Layout
@@ -108,7 +108,7 @@ class CachedSink:
         """
         lacking = []
         for want in self._rings.take():
-            if self._offline or self._cache.has(want.key[1]):
+            if self._offline or self._cache.has(want.key.sample):
                 self._due.append(want)
             else:
                 self._cache_counts["misses"] += 1
@@ -125,9 +125,9 @@ class CachedSink:
         slot = self._rings.reserve(want.key)
         if slot is None:  # the rank has left
             return
-        token_ids = self._samples.tokens(want.key[1]).astype("<i4").tobytes()
+        token_ids = self._samples.tokens(want.key.sample).astype("<i4").tobytes()
         try:
-            self._cache.read(want.key[1], token_ids, want.layout, slot)
+            self._cache.read(want.key.sample, token_ids, want.layout, slot)
         except BadFile:
             self._rings.abandon(want.key)
             raise
@@ -137,7 +137,7 @@ class CachedSink:
 
     def _without(self, want: Want, problem: str) -> list[Want]:
         """What is to be asked of servers for a sample that the cache cannot give."""
-        path = self._cache.path(want.key[1])
+        path = self._cache.path(want.key.sample)
         self._cache_counts["corrupt" if path.exists() else "misses"] += 1
         if not self._offline:
             log.warning("cache: %s is not used: %s", path, problem)
@@ -148,7 +148,7 @@ class CachedSink:
                 f"stream.cache: {FAILURES_IN_A_ROW} samples in a row cannot be had, the last: {path}: {problem}; "
                 'complete the folder with `dflash-scale generate`, or set stream.mode to "hybrid"'
             )
-        log.warning("sample %d (epoch %d) is quarantined: %s: %s", want.key[1], want.key[0], path, problem)
+        log.warning("sample %d (epoch %d) is quarantined: %s: %s", want.key.sample, want.key.epoch, path, problem)
         self.quarantine(want.key, f"{path}: {problem}")
         return []
 
@@ -166,7 +166,7 @@ class CachedSink:
     def commit(self, key: Key, token_ids: bytes, states: memoryview) -> None:
         if self._keeper is not None and self._keeper.room(len(states)):
             # A copy: the rank frees the slot when it has trained, and the disk may be slower.
-            self._keeper.put(Sample(key[1], token_ids, self.want(key).layout, bytes(states)))
+            self._keeper.put(Sample(key.sample, token_ids, self.want(key).layout, bytes(states)))
         self._rings.commit(key, token_ids, states)
 
     def quarantine(self, key: Key, reason: str) -> None:

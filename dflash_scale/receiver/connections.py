@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from dflash_scale.config_stream import Server
+from dflash_scale.fleet.state import Lost, Probe
 from dflash_scale.stream import wire
 from dflash_scale.stream.calls import Calls, HealthAnswered, Host
-from dflash_scale.stream.jobs import Lost, Probe
 from dflash_scale.stream.keys import ReceiverKeys
 from dflash_scale.stream.sockets import Dealer, Dealers, Incoming
 from dflash_scale.stream.wire import Layout, Origin

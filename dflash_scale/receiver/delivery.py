@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from typing import Final, Protocol
 
-from dflash_scale.stream.jobs import Key
+from dflash_scale.fleet.state import Key
 from dflash_scale.stream.payload import check_payload
 from dflash_scale.stream.questions import Questions
 from dflash_scale.stream.sockets import Incoming
@@ -106,7 +106,7 @@ def deliver(incoming: Incoming, header: Header, key: Key, sink: Sink, questions:
     if not incoming.more:
         raise Unusable("malformed", "the token ids are missing")
     token_ids = incoming.read()
-    if problem := questions.problem(key[1], token_ids):
+    if problem := questions.problem(key.sample, token_ids):
         raise Unusable("wrong tokens", problem)
     if len(token_ids) != header.token_bytes:
         raise Unusable("malformed", f"{header.token_bytes} bytes of token ids were announced, {len(token_ids)} came")

@@ -11,15 +11,15 @@ import time
 from collections import defaultdict
 from typing import Final
 
+from dflash_scale.fleet.fleet import Fleet
+from dflash_scale.fleet.state import Action, Cut, Fault, Job, Key, Limits, Probe, Quarantined, Send
 from dflash_scale.quarantine import QuarantineFile
 from dflash_scale.receiver.connections import Connections, Identity, Outcome, ServerConnection, ServerMismatch
 from dflash_scale.receiver.delivery import Dropped, Sink, Unusable, deliver
-from dflash_scale.receiver.status import ServerStatus, Status
+from dflash_scale.receiver.status import Status
 from dflash_scale.stream import wire
 from dflash_scale.stream.calls import Calls, Event, HealthAnswered
 from dflash_scale.stream.endpoints import Endpoints
-from dflash_scale.stream.fleet import Fleet
-from dflash_scale.stream.jobs import Action, Cut, Fault, Job, Key, Limits, Probe, Quarantined, Send
 from dflash_scale.stream.questions import Questions
 from dflash_scale.stream.sockets import Incoming
 from dflash_scale.stream.wire import Ticket, WireError
@@ -78,7 +78,7 @@ class ReceiverLoop:
         status.outstanding_bytes = self.fleet.outstanding_bytes
         status.blocked_on = self.blocked_on
         status.blocked_s = {what: round(seconds, 3) for what, seconds in self._blocked_s.items()}
-        status.servers = [ServerStatus(**server.snapshot(self._clock)) for server in self.fleet.servers]
+        status.servers = [server.snapshot(self._clock) for server in self.fleet.servers]
 
     def step(self) -> None:
         """One turn: receive, act, send. It takes at most about STEP_MS when nothing happens.
@@ -125,7 +125,7 @@ class ReceiverLoop:
             return
         if outcome.mismatch and not self.fleet.issued:
             raise ServerMismatch(outcome.problem)
-        self.fleet.probe_done(outcome.probe, outcome.problem or "", time.monotonic(), outcome.lost)
+        self.fleet.probe_done(outcome.probe, outcome.problem, time.monotonic(), outcome.lost)
 
     def _receive_from(self, server: ServerConnection) -> None:
         for _ in range(MESSAGES_PER_TURN):
@@ -226,7 +226,7 @@ class ReceiverLoop:
         self._clock = now
         if not self._sink.attached:
             self.blocked_on = "readers"  # a rank that has not opened its ring yet
-        elif self.fleet.waiting:
+        elif self.fleet.waiting and self.fleet.blocked is not None:
             self.blocked_on = self.fleet.blocked
         elif len(self.fleet):
             self.blocked_on = "servers"
@@ -235,4 +235,4 @@ class ReceiverLoop:
 
 
 def _key(ticket: Ticket) -> Key:
-    return ticket.epoch, ticket.sample
+    return Key(ticket.epoch, ticket.sample)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Final
 
 from dflash_scale.config_stream import StreamSection
+from dflash_scale.fleet.state import Limits
 from dflash_scale.packer import RowSchedule, Samples, schedule_spec
 from dflash_scale.quarantine import FILE_NAME, QuarantineFile
 from dflash_scale.receiver.cached_sink import CachedSink, make_sink
@@ -33,7 +34,6 @@ from dflash_scale.receiver.loop import ReceiverLoop
 from dflash_scale.receiver.ring_sink import RingSink
 from dflash_scale.receiver.status import Status
 from dflash_scale.stream.endpoints import Endpoints
-from dflash_scale.stream.jobs import Limits
 from dflash_scale.stream.keys import receiver_keys
 from dflash_scale.stream.questions import SampleQuestions
 from dflash_scale.stream.ring import Ring, own_ring_name

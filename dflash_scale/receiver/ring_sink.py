@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Final
 
+from dflash_scale.fleet.state import Key
 from dflash_scale.receiver.status import QuarantinedSample, Status
-from dflash_scale.stream.jobs import Key
 from dflash_scale.stream.ring import COMMITTED, QUARANTINED
 from dflash_scale.stream.window import Want, Window
 
@@ -86,7 +86,7 @@ class RingSink:
 
     def commit(self, key: Key, token_ids: bytes, states: memoryview) -> None:
         want, window = self._wanted.pop(key)
-        window.ring.commit(sample=key[1], epoch=key[0], status=COMMITTED, tokens=want.tokens)
+        window.ring.commit(sample=key.sample, epoch=key.epoch, status=COMMITTED, tokens=want.tokens)
         window.committed(want, want.nbytes)
         self.counts["committed"] += 1
         self.counts["committed_bytes"] += want.nbytes
@@ -96,12 +96,11 @@ class RingSink:
         want, window = self._wanted.pop(key)
         if _reserve(window, 0) is None:
             return
-        epoch, sample = key
-        window.ring.commit(sample=sample, epoch=epoch, status=QUARANTINED, tokens=0)
+        window.ring.commit(sample=key.sample, epoch=key.epoch, status=QUARANTINED, tokens=0)
         window.committed(want, 0)
         self.counts["quarantined"] += 1
         if len(self.quarantined) < QUARANTINED_KEPT:
-            self.quarantined.append(QuarantinedSample(epoch, sample, reason))
+            self.quarantined.append(QuarantinedSample(key.epoch, key.sample, reason))
 
 
 def _reserve(window: Window, nbytes: int) -> memoryview | None:

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from dflash_scale.fleet.state import ServerStatus
+
 State = Literal["starting", "running", "complete", "stopped"]
 
 
@@ -33,31 +35,6 @@ class CacheStatus:
     written_bytes: int | None = None
     not_kept: int | None = None
     stopped: str | None = None  # why nothing is written any more; empty: it is
-
-
-@dataclass(frozen=True, slots=True)
-class ServerStatus:
-    """One server of the fleet, as its state machine sees it."""
-
-    http: str
-    healthy: bool
-    retired: bool  # removed from the fleet
-    reason: str
-    strikes: int  # times it was put aside since it delivered
-    outstanding_bytes: int
-    owed_bytes: int
-    open_requests: int
-    samples: int
-    tokens: int
-    bytes: int
-    errors: int
-    busy: int
-    deaths: int
-    tokens_per_s: float
-    http_p50_s: float  # from the request to the HTTP answer
-    http_p99_s: float
-    data_p50_s: float  # from the request to the hidden states
-    data_p99_s: float
 
 
 @dataclass(slots=True)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from dflash_scale.stream.jobs import Fault, Probe, Send
+from dflash_scale.fleet.state import Fault, Probe, Send
 
 MAX_ANSWER_BYTES: Final = 1 << 22  # of an HTTP answer; of what it says only the status is used
 SHOWN_CHARS: Final = 200

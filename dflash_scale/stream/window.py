@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from dflash_scale.fleet.state import Key
 from dflash_scale.packer import Row
-from dflash_scale.stream.jobs import Key
 from dflash_scale.stream.layouts import RowLayouts
 from dflash_scale.stream.ring import Ring, record_span
 from dflash_scale.stream.wire import Layout
@@ -75,7 +75,7 @@ class Window:
             self._opened += 1
             layout = self._layouts.of(row)
             for place in row.places:
-                self._waiting.append(Want((row.epoch, place.sample), int(self._lengths[place.sample]), layout))
+                self._waiting.append(Want(Key(row.epoch, place.sample), int(self._lengths[place.sample]), layout))
         taken = []
         while self._waiting:
             span = record_span(self._waiting[0].nbytes)
