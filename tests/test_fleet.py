@@ -569,7 +569,7 @@ def test_a_sample_with_losses_does_not_keep_a_new_one_from_a_server_on_probation
     assert [send.key.sample for send in bench.sends()] == [1]
 
 
-def test_a_suspect_that_no_server_on_probation_takes_does_not_keep_the_others_from_it() -> None:
+def test_a_poison_sample_that_no_server_on_probation_takes_does_not_keep_the_others_from_it() -> None:
     """Two samples kill both servers, and nothing else is wanted: each is tried alone at both, and quarantined."""
     bench = Bench(2, replace(LIMITS, no_server_timeout_s=1000))
     bench.add(1, 2)
@@ -586,7 +586,7 @@ def test_a_suspect_that_no_server_on_probation_takes_does_not_keep_the_others_fr
     assert sorted(action.key.sample for action in ended) == [1, 2]
 
 
-def test_a_server_that_a_suspect_cuts_off_before_it_has_delivered_is_asked_only_over_a_new_connection() -> None:
+def test_a_server_that_a_poison_sample_cuts_off_before_it_has_delivered_is_asked_only_over_a_new_connection() -> None:
     bench = Bench(1)
     bench.add(1)
     for _ in range(LIMITS.attempts + 1):

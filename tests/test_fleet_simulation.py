@@ -212,7 +212,7 @@ class World:
             awaited = [attempt for attempt in load.attempts.values() if not attempt.late]
             assert load.awaited == len(awaited)
             if load.solo is not None:
-                assert [attempt.job.key for attempt in awaited] == [load.solo], "a suspect has company"
+                assert [attempt.job.key for attempt in awaited] == [load.solo], "a solo attempt has company"
             if server.strikes:
                 assert load.awaited <= 1, "probation is one request at a time"
         assert total <= self.fleet.outstanding_bytes <= LIMITS.credit_bytes
