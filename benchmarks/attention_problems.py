@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from dflash_scale.attention import Plan, anchor_attention, build_plan, obstacle
+from dflash_scale.attention import ATTENTION, Plan, anchor_attention, build_plan
 from dflash_scale.attention_flex import row_bounds
 
 KERNELS = ("sm90", "sm80", "cpu")
@@ -148,7 +148,7 @@ def implementations(problem: Problem, plan: Plan, tensors: tuple[Tensor, ...]) -
     found: dict[str, Callable[[], Attend]] = {}
     for name in OURS:
         backend = "flex" if name == "flex by plan" else name
-        if obstacle(backend, tensors, plan) is None:
+        if ATTENTION.backend(backend).obstacle(tensors, plan, 1.0) is None:
             found[name] = lambda backend=backend: ours(plan, backend)  # type: ignore[misc]
     if plan.anchors.device.type == "cuda":
         rows = problem.anchors * problem.block

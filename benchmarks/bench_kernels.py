@@ -111,7 +111,7 @@ def bench(problem: Problem, kernel: str, repeats: int, device: str) -> dict[str,
 
 def usable(problem: Problem, device: str) -> list[str]:
     plan, tensors = problem.plan(device), problem.tensors(device)
-    return [name for name in KERNELS if attention.obstacle(name, tensors, plan) is None]
+    return [name for name in KERNELS if attention.ATTENTION.backend(name).obstacle(tensors, plan, 1.0) is None]
 
 
 def print_row(row: dict[str, Any]) -> None:

@@ -39,7 +39,7 @@ from benchmarks.timing import limits  # noqa: E402
 from benchmarks.train_cases import CPU_CASES, GPU_CASES, Case, Row, make_row, row_flop  # noqa: E402
 from benchmarks.train_peers import OURS, PEERS, TOGETHER, Variant  # noqa: E402
 from benchmarks.train_step import PARTS, Evidence, Options, Step, measure  # noqa: E402
-from dflash_scale.attention import BACKENDS  # noqa: E402
+from dflash_scale.attention import ATTENTION  # noqa: E402
 
 ENGINE = Variant("DeepSpeed engine")
 # How far a variant's loss and the norms' gradients may be from ours, relative.
@@ -200,7 +200,7 @@ def parse(cases: tuple[Case, ...]) -> argparse.Namespace:
     parser.add_argument("--case", action="append", choices=[case.name for case in cases], help="default: all")
     parser.add_argument("--peers", action="store_true", help="also with a peer's parts")
     parser.add_argument("--engine", action="store_true", help="also under DeepSpeed")
-    parser.add_argument("--attention", default="auto", choices=BACKENDS)
+    parser.add_argument("--attention", default="auto", choices=ATTENTION.names)
     parser.add_argument("--loss", default="auto", choices=["auto", "cuda", "cpu", "torch"])
     parser.add_argument("--pointwise", default="auto", choices=["auto", "cuda", "torch"], help="norms, RoPE and SiLU")
     parser.add_argument("--optimizer", default="fused", choices=["fused", "foreach"], help="kind of torch's AdamW")

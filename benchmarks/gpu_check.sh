@@ -63,9 +63,9 @@ print("sm90 sm80" if (major, minor) == (9, 0) else "sm80")')" || found="sm90 sm8
 libraries() {
     step loads 60 "$python" -c '
 import sys, torch
-from dflash_scale import attention_plan as plan
-print(torch.__version__, torch.cuda.is_available() and torch.cuda.get_device_name(), plan.MISSING, plan.COMPILED)
-sys.exit(not plan.COMPILED["cuda"])' ||
+from dflash_scale.ops.library import COMPILED, MISSING
+print(torch.__version__, torch.cuda.is_available() and torch.cuda.get_device_name(), MISSING, COMPILED)
+sys.exit(not COMPILED["cuda"])' ||
         step build 150 "$python" setup.py -q build_ext --inplace --target kernels
 }
 

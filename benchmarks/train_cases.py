@@ -18,7 +18,7 @@ from benchmarks.attention_problems import BACKWARD_FLOP, visible_pairs
 from dflash_scale.attention import build_plan
 from dflash_scale.drafter.model import Drafter, DrafterSpec
 from dflash_scale.loss import LossSpec, VerifierStates, kept_slots, trained_mask
-from dflash_scale.softmax_loss import TERMS
+from dflash_scale.softmax_loss import term_weights
 
 MASK_TOKEN = 1
 
@@ -50,7 +50,7 @@ class Case:
         return getattr(torch, self.dtype)
 
     def loss(self, kernel: str) -> LossSpec:
-        return LossSpec(terms=tuple(float(term == self.term) for term in TERMS), kernel=kernel)
+        return LossSpec(terms=term_weights({self.term: 1.0}), kernel=kernel)
 
 
 GPU_CASES = (

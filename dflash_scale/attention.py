@@ -12,23 +12,22 @@ attention_plan.py says which context each block sees, attention_reference.py is 
 
 from __future__ import annotations
 
-import functools
 import importlib.util
-import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dflash_scale.attention_flex import attention_flex
-from dflash_scale.attention_plan import COMPILED, LIBRARY, MISSING, TILE, Plan, build_plan
+from dflash_scale.attention_plan import TILE, Plan, build_plan
 from dflash_scale.attention_reference import attention_reference, visible_block, visible_context
+from dflash_scale.ops.backends import Backend, Operator
+from dflash_scale.ops.library import MISSING
 
 __all__ = [
-    "BACKENDS",
-    "LIBRARY",
-    "MISSING",
-    "PROVEN",
+    "ATTENTION",
+    "KERNELS",
     "TILE",
     "Plan",
     "anchor_attention",
@@ -37,31 +36,95 @@ __all__ = [
     "visible_context",
 ]
 
-log = logging.getLogger(__name__)
-
-BACKENDS = ("auto", "sm90", "sm80", "cpu", "flex", "reference")
-FASTEST = {"cpu": ("cpu", "reference"), "cuda": ("sm90", "sm80", "flex", "reference")}  # "auto" takes the first it can
-KERNELS = {"cpu": 0, "sm80": 80, "sm90": 90}  # the operator's number of each compiled kernel
-CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-GPU_DTYPES = (torch.bfloat16, torch.float16)
-GPU_HEAD_DIMS = {"sm90": (64, 96, 128), "sm80": (64, 96, 128, 256)}
-# First and last compute capability: sm_80 code is also in the library as PTX, for GPUs newer than both machine codes.
-GPU_CAPABILITIES = {"sm90": ((9, 0), (9, 0)), "sm80": ((8, 0), None)}
-GPU_MAX_GROUP = GPU_MAX_BLOCK = 64
+HALVES = (torch.bfloat16, torch.float16)
+MAX_GROUP = MAX_BLOCK = 64  # of the GPU kernels
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+Tensors = tuple[Tensor, ...]
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Plan, float], Tensor]
 
 
 @dataclass(frozen=True)
-class Proof:
-    """That a GPU kernel matched the reference on a device: a file in benchmarks/results, written by gpu_check.sh, and
-    the sha256 of the sources that it was compiled from (tests/gpu/check.py, `source_digest`)."""
+class Kernel:
+    """A kernel of the compiled operator, by its number there."""
 
-    results: str
-    sources: str
+    number: int
+
+    def __call__(
+        self, q: Tensor, k_ctx: Tensor, v_ctx: Tensor, k_blk: Tensor, v_blk: Tensor, plan: Plan, scale: float
+    ) -> Tensor:
+        tensors = [x.contiguous() for x in (q, k_ctx, v_ctx, k_blk, v_blk)]
+        indices = (plan.starts, plan.ends, plan.tile_ranges, plan.order, plan.tile_order)
+        options = (plan.block_size, plan.window or 0, plan.causal_block, scale, self.number)
+        out, _ = torch.ops.dflash_scale.anchor_attention(*tensors, *indices, *options)
+        return out
 
 
-# "auto" takes only GPU kernels that stand here; a test holds each entry to its file and to today's sources.
-PROVEN: dict[str, Proof] = {}
+def _gpu_limits(tensors: Tensors, plan: Plan, scale: float) -> str | None:
+    """up to 64 query heads per kv head, up to 64 slots in a block, a positive scale"""
+    if plan.group > MAX_GROUP:
+        return f"takes up to {MAX_GROUP} query heads per kv head, got {plan.group}"
+    if scale <= 0:
+        return f"takes a positive scale, got {scale}"
+    if plan.block_size > MAX_BLOCK:
+        return f"takes blocks of up to {MAX_BLOCK} slots, got {plan.block_size}"
+    return None
+
+
+def _flex_limits(tensors: Tensors, plan: Plan, scale: float) -> str | None:
+    """on a GPU it needs Triton; on a CPU it takes anything, for the forward alone"""
+    if tensors[0].device.type == "cuda":
+        return None if HAS_TRITON else "needs Triton on a GPU, which is not installed"
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return "has no gradients on a CPU"
+    return None
+
+
+ATTENTION = Operator[Attend](
+    name="attention",
+    setting="drafter.attention_backend",
+    backends=(
+        Backend(
+            "sm90",
+            Kernel(90),
+            device="cuda",
+            dtypes=HALVES,
+            head_dims=(64, 96, 128),
+            capability=((9, 0), (9, 0)),
+            compiled=True,
+            limits=_gpu_limits,
+        ),
+        Backend(
+            "sm80",
+            Kernel(80),
+            device="cuda",
+            dtypes=HALVES,
+            head_dims=(64, 96, 128, 256),
+            capability=((8, 0), None),  # the library holds its code as PTX too, for GPUs newer than both machine codes
+            compiled=True,
+            limits=_gpu_limits,
+        ),
+        Backend(
+            "cpu",
+            Kernel(0),
+            device="cpu",
+            dtypes=(torch.float32, torch.bfloat16, torch.float64),
+            compiled=True,
+        ),
+        Backend(
+            "flex",
+            attention_flex,
+            device="cuda",
+            also_on="cpu",
+            dtypes=(*HALVES, torch.float32),
+            head_dims=range(16, 257),
+            limits=_flex_limits,
+        ),
+        Backend("reference", attention_reference, slow=True),
+    ),
+)
+# The compiled operator's number of each of its kernels.
+KERNELS = {backend.name: backend.run.number for backend in ATTENTION.backends if isinstance(backend.run, Kernel)}
 
 
 def anchor_attention(
@@ -80,34 +143,22 @@ def anchor_attention(
     q (A*S, Hq, D) · k_ctx, v_ctx (T, Hkv, D) · k_blk, v_blk (A*S, Hkv, D), one dtype and device · scale None = D**-0.5.
     Under autocast they are cast to its dtype first, as in torch's own attention.
 
-    backend, one name = one implementation:
-      "auto"       the fastest of these that takes the tensors, GPU kernels only where PROVEN; logged once
-      "sm90"       Hopper: bfloat16 and float16, head dims 64, 96, 128
-      "sm80"       Ampere and newer: bfloat16 and float16, head dims 64, 96, 128, 256
-      "cpu"        float32, bfloat16 with float32 arithmetic, float64
-      "flex"       FlexAttention fed by the plan: any GPU with Triton; forward only on a CPU
-      "reference"  plain torch with a dense mask: any device and floating dtype, in O(A * S * Hq * T) memory
-    "sm90", "sm80" and "cpu" repeat bit for bit; "cpu" also whatever the number of threads.
+    backend: a name of ATTENTION, whose rows say what each one takes; docs/kernels.md has them as a table. "auto" is the
+    first of them that takes the tensors, a GPU kernel only where it is proven; logged once. "sm90", "sm80" and "cpu"
+    repeat bit for bit, "cpu" also whatever the number of threads; "reference" needs O(A * S * Hq * T) memory.
 
     Returns (A*S, Hq, D) in the dtype of q. Raises ValueError for tensors that do not fit each other or the plan, and
     for a named backend that cannot run them: only "auto" ever takes another one.
     """
-    if q.device.type in FASTEST and torch.is_autocast_enabled(q.device.type):
+    if q.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(q.device.type):
         cast = [_autocast(tensor) for tensor in (q, k_ctx, v_ctx, k_blk, v_blk)]
         with torch.autocast(q.device.type, enabled=False):
             return anchor_attention(cast[0], cast[1], cast[2], cast[3], cast[4], plan, scale=scale, backend=backend)
     _check_tensors(q, k_ctx, v_ctx, k_blk, v_blk, plan)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     tensors = (q, k_ctx, v_ctx, k_blk, v_blk)
-    chosen = _choose(backend, tensors, plan, scale)
-    if chosen == "reference" or (chosen == "flex" and plan.anchors.shape[0] == 0):  # flex takes no empty tensors
-        return attention_reference(*tensors, plan, scale)
-    if chosen == "flex":
-        return attention_flex(*tensors, plan, scale)
-    indices = (plan.starts, plan.ends, plan.tile_ranges, plan.order, plan.tile_order)
-    options = (plan.block_size, plan.window or 0, plan.causal_block, scale, KERNELS[chosen])
-    out, _ = torch.ops.dflash_scale.anchor_attention(*[x.contiguous() for x in tensors], *indices, *options)
-    return out
+    chosen = ATTENTION.choose(backend, tensors, plan, scale)
+    return chosen.run(*tensors, plan, scale)
 
 
 def _autocast(tensor: Tensor) -> Tensor:
@@ -150,102 +201,6 @@ def _check_tensors(q: Tensor, k_ctx: Tensor, v_ctx: Tensor, k_blk: Tensor, v_blk
                 f"{name} must be {shape} for a plan of {plan.anchors.numel()} anchors, blocks of {plan.block_size} and "
                 f"{tokens} tokens; got {tuple(named[name].shape)}."
             )
-
-
-def _choose(backend: str, tensors: tuple[Tensor, ...], plan: Plan, scale: float) -> str:
-    """The backend that runs, never "auto"."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}.")
-    if backend != "auto":
-        reason = obstacle(backend, tensors, plan, scale)
-        if reason is not None:
-            others = [name for name in BACKENDS[1:] if obstacle(name, tensors, plan, scale) is None]
-            raise ValueError(f'attention backend "{backend}" {reason}; use backend="{others[0]}" or "auto".')
-        return backend
-    device = tensors[0].device.type
-    passed: list[str] = []
-    for name in FASTEST.get(device, ("reference",)):
-        reason = obstacle(name, tensors, plan, scale)
-        if reason is None and name in ("sm90", "sm80") and name not in PROVEN:
-            reason = "has not been proven against the reference on a GPU yet"
-        if reason is None:
-            if not torch.compiler.is_compiling():
-                _log_choice(device, name, "; ".join(passed))
-            return name
-        passed.append(f'"{name}" {reason}')
-    raise AssertionError("the reference takes everything")
-
-
-@functools.cache
-def _log_choice(device: str, chosen: str, passed: str) -> None:
-    level = logging.WARNING if chosen == "reference" else logging.INFO
-    log.log(level, 'attention on %s runs backend "%s"%s', device, chosen, f": {passed}" if passed else "")
-
-
-def obstacle(backend: str, tensors: tuple[Tensor, ...], plan: Plan, scale: float = 1.0) -> str | None:
-    """Why a backend cannot run these tensors, as the rest of a sentence that starts with its name; None if it can."""
-    if backend in ("sm90", "sm80"):
-        return _gpu_obstacle(backend, tensors[0], plan, scale)
-    if backend == "cpu":
-        return _cpu_obstacle(tensors[0])
-    if backend == "flex":
-        return _flex_obstacle(tensors)
-    return None
-
-
-def _gpu_obstacle(backend: str, q: Tensor, plan: Plan, scale: float) -> str | None:
-    if q.device.type != "cuda":
-        return f"needs CUDA tensors, got {q.device}"
-    if not COMPILED["cuda"]:
-        return f"needs the compiled operators, but {MISSING or f'{LIBRARY.name} was built without nvcc'}"
-    capability = _capability(q.device)
-    first, last = GPU_CAPABILITIES[backend]
-    if capability < first or (last is not None and capability > last):
-        wanted = f"{first[0]}.{first[1]}" + (" or newer" if last is None else "")
-        return f"needs a GPU of compute capability {wanted}, got {capability[0]}.{capability[1]}"
-    if q.dtype not in GPU_DTYPES:
-        return f"takes bfloat16 and float16, got {q.dtype}"
-    if q.shape[2] not in GPU_HEAD_DIMS[backend]:
-        return f"takes head dims {', '.join(map(str, GPU_HEAD_DIMS[backend]))}, got {q.shape[2]}"
-    if plan.group > GPU_MAX_GROUP:
-        return f"takes up to {GPU_MAX_GROUP} query heads per kv head, got {plan.group}"
-    if scale <= 0:
-        return f"takes a positive scale, got {scale}"
-    if plan.block_size > GPU_MAX_BLOCK:
-        return f"takes blocks of up to {GPU_MAX_BLOCK} slots, got {plan.block_size}"
-    return None
-
-
-def _cpu_obstacle(q: Tensor) -> str | None:
-    if q.device.type != "cpu":
-        return f"needs CPU tensors, got {q.device}"
-    if MISSING:
-        return f"needs the compiled operators, but {MISSING} (run `pip install -e .` in the repository)"
-    if q.dtype not in CPU_DTYPES:
-        return f"takes float32, bfloat16 and float64, got {q.dtype}"
-    return None
-
-
-def _flex_obstacle(tensors: tuple[Tensor, ...]) -> str | None:
-    q = tensors[0]
-    if q.device.type == "cpu":
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            return "has no gradients on a CPU"
-        return None
-    if q.device.type != "cuda":
-        return f"needs CUDA or CPU tensors, got {q.device}"
-    if not HAS_TRITON:
-        return "needs Triton on a GPU, which is not installed"
-    if q.dtype not in (*GPU_DTYPES, torch.float32):
-        return f"takes bfloat16, float16 and float32 on a GPU, got {q.dtype}"
-    if not 16 <= q.shape[2] <= 256:
-        return f"takes head dims 16 to 256 on a GPU, got {q.shape[2]}"
-    return None
-
-
-def _capability(device: torch.device) -> tuple[int, int]:
-    properties = torch.cuda.get_device_properties(device)  # a constant to torch.compile
-    return properties.major, properties.minor
 
 
 def _fake_forward(q: Tensor, *_: Tensor | int | float) -> tuple[Tensor, Tensor]:

@@ -21,12 +21,15 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from dflash_scale.attention_plan import TILE, Plan
+from dflash_scale.attention_reference import attention_reference
 
 
 def attention_flex(
     q: Tensor, k_ctx: Tensor, v_ctx: Tensor, k_blk: Tensor, v_blk: Tensor, plan: Plan, scale: float
 ) -> Tensor:
     """Compiled on CUDA. On the CPU it runs eagerly, with dense scores and, by torch's decision, without gradients."""
+    if plan.anchors.shape[0] == 0:  # FlexAttention takes no empty tensors
+        return attention_reference(q, k_ctx, v_ctx, k_blk, v_blk, plan, scale)
     attend = _compiled() if q.device.type == "cuda" else cast(Callable[..., Any], flex_attention)
     keys, values = _join(k_ctx, k_blk), _join(v_ctx, v_blk)
     queries = q.transpose(0, 1)[None]
@@ -84,7 +87,12 @@ def row_bounds(plan: Plan) -> Bounds:
     if plan.causal_block:
         own_high = slot + 1
     high = plan.ends[:, None].expand(-1, size)
-    return Bounds(*(rows.reshape(-1).contiguous() for rows in (low, high, first + own_low, first + own_high)))
+    return Bounds(
+        context_low=low.reshape(-1).contiguous(),
+        context_high=high.reshape(-1).contiguous(),
+        own_low=(first + own_low).reshape(-1).contiguous(),
+        own_high=(first + own_high).reshape(-1).contiguous(),
+    )
 
 
 def tile_masks(plan: Plan, bounds: Bounds) -> tuple[Tensor, Tensor]:
@@ -99,21 +107,23 @@ def tile_masks(plan: Plan, bounds: Bounds) -> tuple[Tensor, Tensor]:
     first_rows = TILE * torch.arange(_tiles(rows), device=device)
     last_rows = (first_rows + TILE - 1).clamp(max=rows - 1)
 
-    # The blocks that see a key tile are one range, but for blocks that see nothing at all: those are not counted.
+    # Context: a query tile sees a key tile if the blocks that it holds rows of and those that see the key tile, both of
+    # them ranges, have one in common that sees anything at all. Of blocks 0..j-1, `seeing[j]` do.
     seeing = torch.nn.functional.pad((plan.ends > plan.starts).cumsum(0), (1, 0))
     first = torch.maximum((first_rows // plan.block_size)[:, None], plan.tile_ranges[:, 0])
     last = torch.minimum((last_rows // plan.block_size + 1)[:, None], plan.tile_ranges[:, 1])
     seen_context = (first < last) & (seeing[last] > seeing[torch.minimum(first, last)])
-    # A row's own interval holds the row itself, so those of consecutive rows leave no gap.
+    # Own rows: each row sees itself, so the intervals of a query tile's rows leave no gap: one interval is all of them.
     own_low, own_high = _extremes(bounds.own_low, bounds.own_high, widest=True)
     seen_own = (own_low[:, None] < begins[contexts:] + TILE) & (own_high[:, None] > begins[contexts:])
     seen = torch.cat([seen_context, seen_own], dim=1)
 
+    # Whole: every row's interval covers the key tile, that is, what all of them have in common does.
     whole = torch.zeros_like(seen)
     for low, high in ((bounds.context_low, bounds.context_high), (bounds.own_low, bounds.own_high)):
         low, high = _extremes(low, high, widest=False)
         whole |= (low[:, None] <= begins) & (high[:, None] >= begins + TILE)
-    # Rows that a last, shorter tile lacks would be taken as rows that see everything.
+    # FlexAttention would take the rows that a last, shorter tile lacks as rows that see everything.
     whole &= (first_rows + TILE <= rows)[:, None]
     return seen & ~whole, whole
 

@@ -1,4 +1,4 @@
-"""The plan of the attention: which context each block sees, as intervals. Also loads the compiled operators.
+"""The plan of the attention: which context each block sees, as intervals.
 
 T tokens in a packed row · A anchors · S block size · G query heads per kv head
 
@@ -10,34 +10,15 @@ window, and serves all layers, forward and backward.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dflash_scale.ops.library import COMPILED, MISSING
+
 TILE = 128  # keys per tile of `Plan.tile_ranges`; kTile in csrc/attention/plan.h
 MAX_WEIGHT = 1023  # work is ordered by weights up to here; kWeights - 1 there
-LIBRARY = Path(__file__).with_name("_kernels.so")
-
-
-def _load_library() -> str | None:
-    """Loads the operators; returns why that was not possible, or None."""
-    if not LIBRARY.is_file():
-        return f"{LIBRARY.name} has not been built"
-    try:
-        torch.ops.load_library(str(LIBRARY))
-    except OSError as error:
-        return f"{LIBRARY.name} cannot be loaded ({error})"
-    return None
-
-
-MISSING = _load_library()
-# Devices with compiled operators: none without the library, and no GPU where it was built without nvcc.
-COMPILED = {
-    device.lower(): not MISSING and torch._C._dispatch_has_kernel_for_dispatch_key("dflash_scale::build_plan", device)
-    for device in ("CPU", "CUDA")
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +87,19 @@ def build_plan(
     anchors, doc_ids = anchors.contiguous(), doc_ids.contiguous()
     build = torch.ops.dflash_scale.build_plan if _compiled(anchors.device) else _plan_reference
     starts, ends, tile_ranges, order, tile_order = build(anchors, doc_ids, block_size, window or 0, group)
-    return Plan(anchors, doc_ids, starts, ends, tile_ranges, order, tile_order, block_size, window, causal_block, group)
+    return Plan(
+        anchors=anchors,
+        doc_ids=doc_ids,
+        starts=starts,
+        ends=ends,
+        tile_ranges=tile_ranges,
+        order=order,
+        tile_order=tile_order,
+        block_size=block_size,
+        window=window,
+        causal_block=causal_block,
+        group=group,
+    )
 
 
 def _compiled(device: torch.device) -> bool:

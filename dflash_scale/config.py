@@ -80,17 +80,17 @@ class LossTerms(Section):
 
     @model_validator(mode="after")
     def _one(self) -> LossTerms:
-        if not any(self.weights):
+        if not any(self.weights.values()):
             raise ValueError(
-                "loss.terms: got no weight above 0, wanted at least one of ce, kl, reverse_kl and tv; give it a weight "
-                'in the file, for example {"ce": 1.0}, or with --set loss.terms.ce=1'
+                f"loss.terms: got no weight above 0, wanted at least one of {', '.join(self.weights)}; give it one in "
+                'the file, for example {"ce": 1.0}, or with --set loss.terms.ce=1'
             )
         return self
 
     @property
-    def weights(self) -> tuple[float, ...]:
-        """In the order of the terms."""
-        return (self.ce, self.kl, self.reverse_kl, self.tv)
+    def weights(self) -> dict[str, float]:
+        """By the terms' names."""
+        return {name: getattr(self, name) for name in type(self).model_fields}
 
 
 class LossSection(Section):

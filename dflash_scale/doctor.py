@@ -121,7 +121,7 @@ def kernels() -> list[Check]:
     try:
         import torch
 
-        from dflash_scale.attention_plan import COMPILED, LIBRARY, MISSING
+        from dflash_scale.ops.library import COMPILED, LIBRARY, MISSING
     except ImportError as error:
         return [Check("_kernels", False, True, str(error)[:60], "training on a CPU", f"{remedy})")]
     found = MISSING or LIBRARY.name

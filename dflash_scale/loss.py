@@ -25,7 +25,13 @@ import torch
 from torch import Tensor
 
 from dflash_scale.drafter.heads import OutputHead
-from dflash_scale.softmax_loss import TERMS, empty_logits, softmax_loss_
+from dflash_scale.softmax_loss import CE
+from dflash_scale.softmax_loss import Rows
+from dflash_scale.softmax_loss import TERMS
+from dflash_scale.softmax_loss import empty_logits
+from dflash_scale.softmax_loss import softmax_loss_
+from dflash_scale.softmax_loss import term_weights
+from dflash_scale.softmax_loss import wants_verifier
 
 if TYPE_CHECKING:
     from dflash_scale.config import Config
@@ -49,7 +55,7 @@ class LossSpec:
     gamma: float = 7.0
     alpha: float = 0.5
     chunk_slots: int | None = None
-    terms: tuple[float, ...] = (1.0, 0.0, 0.0, 0.0)
+    terms: tuple[float, ...] = term_weights({"ce": 1.0})
     labels: Literal["data", "verifier"] = "data"
     kernel: str = "auto"
 
@@ -60,7 +66,7 @@ class LossSpec:
 
     @property
     def soft(self) -> bool:
-        return any(self.terms[1:])
+        return wants_verifier(self.terms)
 
     @property
     def needs_verifier(self) -> bool:
@@ -76,7 +82,7 @@ def loss_spec(config: "Config") -> LossSpec:
         gamma=config.gamma,
         alpha=loss.dpace_alpha,
         chunk_slots=loss.chunk_slots,
-        terms=loss.terms.weights,
+        terms=term_weights(loss.terms.weights),
         labels=loss.labels,
         kernel=loss.kernel,
     )
@@ -102,7 +108,7 @@ def normaliser(trained: Mask, spec: LossSpec) -> float:
 class BlockSums:
     """Sums over blocks that add up over chunks, rows, micro-steps and ranks; fp32 on the loss's device.
 
-    loss () sum of w*l · blocks () how many blocks · terms (4,) sums of w times each of TERMS · top (2,) labels among
+    loss () sum of w*l · blocks () how many blocks · terms (len(TERMS),) sums of w times each · top (2,) labels among
     the drafter's best TOP tokens · compared, agreed () labels, and those that are the verifier's argmax, where the two
     were compared · trained, correct, accepted (S-1,) per slot 1..S-1: how many were trained, how many predicted their
     label, how many did with all slots before them right.
@@ -125,9 +131,11 @@ class BlockSums:
     @classmethod
     def unpacked(cls, flat: Tensor) -> "BlockSums":
         """The inverse of `packed`."""
-        fixed, slots = flat[: cls.size(1)].split((1, 1, 1, 1, len(TERMS), len(TOP))), flat[cls.size(1) :].chunk(3)
-        loss, blocks, compared, agreed = (part[0] for part in fixed[:4])
-        return cls(loss, blocks, compared, agreed, *fixed[4:], *slots)
+        slots = (len(flat) - cls.size(1)) // 3
+        counts = {"terms": len(TERMS), "top": len(TOP), "trained": slots, "correct": slots, "accepted": slots}
+        names = [field.name for field in fields(cls)]
+        parts = dict(zip(names, flat.split([counts.get(name, 1) for name in names]), strict=True))
+        return cls(**{name: part if name in counts else part[0] for name, part in parts.items()})
 
     @staticmethod
     def size(block_size: int) -> int:
@@ -173,10 +181,10 @@ class Chunk:
 
 @functools.cache
 def constants(spec: LossSpec, block_size: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The fixed weights of the slots (S-1,) and those of the terms (4,); a copy for each chunk would wait for the
+    """The fixed weights of the slots (S-1,) and those of the terms; a copy for each chunk would wait for the
     device."""
-    arrays = spec.decay(block_size), spec.terms
-    return tuple(torch.as_tensor(array, device=device, dtype=dtype) for array in arrays)  # type: ignore[return-value]
+    slots = torch.as_tensor(spec.decay(block_size), device=device, dtype=dtype)
+    return slots, torch.as_tensor(spec.terms, device=device, dtype=dtype)
 
 
 def slot_weights(chunk: Chunk, label_logp: Tensor, spec: LossSpec) -> Tensor:
@@ -188,16 +196,28 @@ def slot_weights(chunk: Chunk, label_logp: Tensor, spec: LossSpec) -> Tensor:
     return reach.flip(1).cumsum(1).flip(1)[chunk.block, chunk.slot]
 
 
-def chunk_sums(chunk: Chunk, weights: Tensor, values: Tensor, ranks: Tensor, spec: LossSpec) -> BlockSums:
-    """weights (n,), values (n, 4) and ranks (n,) of `softmax_loss_`, in the order of the chunk."""
+def chunk_sums(
+    chunk: Chunk, weights: Tensor, values: Tensor, ranks: Tensor, spec: LossSpec, *, agreed: Tensor | None
+) -> BlockSums:
+    """weights (n,), values (n, len(TERMS)) and ranks (n,) of `softmax_loss_`, in the order of the chunk; agreed () as
+    `Job.targets` gives it."""
     terms = (weights[:, None] * values).sum(0)
     loss = terms @ constants(spec, chunk.grid[1] + 1, terms.device, terms.dtype)[1]
     right = chunk.spread((ranks == 0).to(values.dtype), 0.0)
     trained = chunk.spread(torch.ones_like(weights), 0.0).sum(0)
     top = torch.stack([(ranks < k).sum() for k in TOP]).to(values.dtype)
     none = torch.zeros_like(loss)
-    blocks = torch.full_like(loss, chunk.grid[0])
-    return BlockSums(loss, blocks, none, none, terms, top, trained, right.sum(0), right.cumprod(1).sum(0))
+    return BlockSums(
+        loss=loss,
+        blocks=torch.full_like(loss, chunk.grid[0]),
+        compared=torch.full_like(loss, len(ranks)) if agreed is not None else none,
+        agreed=agreed.to(loss) if agreed is not None else none,
+        terms=terms,
+        top=top,
+        trained=trained,
+        correct=right.sum(0),
+        accepted=right.cumprod(1).sum(0),
+    )
 
 
 @functools.cache
@@ -299,16 +319,13 @@ class ChunkedLoss(torch.autograd.Function):
             values, ranks = softmax_loss_(
                 logits, labels, job.spec.terms, verifier, chunk.source, kernel=job.spec.kernel
             )
-            weights = slot_weights(chunk, -values[:, 0], job.spec)
-            sums = chunk_sums(chunk, weights, values, ranks, job.spec).packed()
-            if agreed is not None:
-                sums[2], sums[3] = len(labels), agreed
-            total += sums
+            weights = slot_weights(chunk, -values[:, CE], job.spec)
+            total += chunk_sums(chunk, weights, values, ranks, job.spec, agreed=agreed).packed()
             if grad is not None:
                 torch.mul(head.hidden_grad(logits), (weights * scale)[:, None], out=grad[chunk.rows])
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(total)
-        return total[0] * scale, total
+        return BlockSums.unpacked(total).loss * scale, total
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
@@ -375,26 +392,19 @@ def drafter_loss_reference(
     logits = head.logits(hidden).to(torch.promote_types(head.dtype, torch.float32))
     values = term_values(logits, targets.long(), other[chunk.source].to(logits) if other is not None else None)
     with torch.no_grad():
-        weights = slot_weights(chunk, -values[:, 0], spec)
+        weights = slot_weights(chunk, -values[:, CE], spec)
         order = logits.argsort(dim=1, descending=True, stable=True)
         ranks = (order == targets[:, None]).int().argmax(1)
-        wanted = torch.tensor([True, *map(bool, spec.terms[1:])], device=values.device)
-        sums = chunk_sums(chunk, weights, torch.where(wanted, values, 0), ranks, spec).packed()
-        if agreed is not None:
-            sums[2], sums[3] = len(targets), agreed
+        wanted = torch.tensor(
+            [bool(weight) or place == CE for place, weight in enumerate(spec.terms)], device=values.device
+        )
+        sums = chunk_sums(chunk, weights, torch.where(wanted, values, 0), ranks, spec, agreed=agreed)
     loss = sum(weight * values[:, term] for term, weight in enumerate(spec.terms) if weight)
-    return (weights * loss).sum() * scale, BlockSums.unpacked(sums)
+    return (weights * loss).sum() * scale, sums
 
 
 def term_values(logits: Tensor, labels: Tensor, verifier: Tensor | None) -> Tensor:
-    """(n, 4) of TERMS by their definitions, differentiable in logits. Soft terms are 0 without `verifier` (n, V)."""
-    log_p = logits.log_softmax(1)
-    ce = -log_p.gather(1, labels[:, None])[:, 0]
-    if verifier is None:
-        return torch.stack([ce, *[torch.zeros_like(ce)] * 3], 1)
-    log_q = verifier.log_softmax(1)
-    p, q = log_p.exp(), log_q.exp()
-    finite_p, finite_q = (x.masked_fill(x == -torch.inf, 0) for x in (log_p, log_q))  # their factor is 0
-    kl = (q * (finite_q - log_p.masked_fill(q == 0, 0))).sum(1)
-    reverse_kl = (p * (finite_p - log_q.masked_fill(p == 0, 0))).sum(1)
-    return torch.stack([ce, kl, reverse_kl, (p - q).abs().sum(1) / 2], 1)
+    """(n, len(TERMS)) by their definitions, differentiable in logits. Soft terms are 0 without `verifier` (n, V)."""
+    rows = Rows.of(logits.log_softmax(1), labels, verifier)
+    none = logits.new_zeros(len(logits))
+    return torch.stack([none if term.soft and verifier is None else term.value(rows) for term in TERMS], 1)

@@ -88,7 +88,7 @@ def block_metrics(sums: BlockSums, normaliser: float) -> dict[str, Any]:
     blocks = max(float(sums.blocks), 1.0)
     trained = sums.trained.clamp(min=1)
     slots = float(sums.trained.sum().clamp(min=1))
-    terms = zip(TERMS, sums.terms.tolist(), strict=True)
+    terms = zip([term.name for term in TERMS], sums.terms.tolist(), strict=True)
     agreement = {"verifier_agreement": float(sums.agreed / sums.compared)} if sums.compared > 0 else {}
     return {
         "loss": float(sums.loss) / max(normaliser, 1e-12),

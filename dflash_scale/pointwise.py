@@ -13,10 +13,9 @@ N rows · H hidden size · D head dim · I width of the MLP.
 
 from __future__ import annotations
 
-import functools
-import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -24,20 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dflash_scale.attention import LIBRARY, MISSING
-
-log = logging.getLogger(__name__)
+from dflash_scale.ops.backends import Backend, Operator, dtype_name
 
 DENSE = torch.contiguous_format
-KERNELS = ("auto", "cuda", "torch")
-CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_COLUMNS = 16384  # of a row that the CUDA kernel norms: shared memory holds the weight's gradient
 MOST_HEAD_BYTES = 1024  # a warp has a head, each lane 16 bytes of both halves
 PACKET = 16  # bytes that the CUDA kernels read at once
-# "auto" takes the CUDA kernels only once tests/gpu/test_gpu_pointwise.py passed on a GPU; until then they have to be
-# asked for.
-CUDA_PROVEN = False
-COMPILED = not MISSING and torch._C._dispatch_has_kernel_for_dispatch_key("dflash_scale::rms_norm", "CUDA")
 # Numbers of a tensor that plain torch works on, in fp32, at once: what a cache holds, what a launch is worth.
 SLICE_NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 23}
 
@@ -45,10 +36,10 @@ SLICE_NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 23}
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, kernel: str = "auto") -> Tensor:
     """x (N, H), weight (H,) -> (N, H) in the dtype of x. Keeps x, weight and one statistic a row.
 
-    kernel, here and below: "cuda", "torch" (any device and floating dtype), or "auto". Both repeat bit for bit. Raises
-    ValueError for a kernel that cannot run these tensors: only "auto" ever takes another one.
+    kernel, here and below: a name of POINTWISE: "cuda", "torch" (any device and floating dtype), or "auto". Both repeat
+    bit for bit. Raises ValueError for a kernel that cannot run these tensors: only "auto" ever takes another one.
     """
-    return cast(Tensor, _RmsNorm.apply(x, weight, eps, choose(kernel, "rms_norm", (x, weight))))
+    return cast(Tensor, _RmsNorm.apply(x, weight, eps, POINTWISE.choose(kernel, (x, weight), "rms_norm").run))
 
 
 def norm_rope(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, *, kernel: str = "auto") -> Tensor:
@@ -56,13 +47,13 @@ def norm_rope(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, *
 
     x (N, heads, D), weight (D,), cos and sin (N, D) without gradient -> (N, heads, D) in the dtype of x.
     """
-    chosen = choose(kernel, "norm_rope", (x, weight, cos, sin))
-    return cast(Tensor, _NormRope.apply(x, weight, eps, cos, sin, chosen))
+    chosen = POINTWISE.choose(kernel, (x, weight, cos, sin), "norm_rope")
+    return cast(Tensor, _NormRope.apply(x, weight, eps, cos, sin, chosen.run))
 
 
 def silu_mul(gate: Tensor, up: Tensor, *, kernel: str = "auto") -> Tensor:
     """gate and up (N, I) of one dtype -> (N, I). Keeps gate and up."""
-    return cast(Tensor, _SiluMul.apply(gate, up, choose(kernel, "silu_mul", (gate, up))))
+    return cast(Tensor, _SiluMul.apply(gate, up, POINTWISE.choose(kernel, (gate, up), "silu_mul").run))
 
 
 def rms_norm_definition(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -81,93 +72,58 @@ def silu_mul_definition(gate: Tensor, up: Tensor) -> Tensor:
     return (F.silu(gate.to(wide)) * up.to(wide)).to(gate.dtype)
 
 
-def choose(kernel: str, operator: str, tensors: tuple[Tensor, ...]) -> str:
-    """The kernel that runs, never "auto"."""
-    if kernel == "auto":
-        if tensors[0].device.type != "cuda":
-            return "torch"
-        reason = obstacle("cuda", operator, tensors)
-        if reason is None and not CUDA_PROVEN:
-            reason = "has not been proven on a GPU yet"
-        _log_choice(operator, reason)
-        return "cuda" if reason is None else "torch"
-    reason = obstacle(kernel, operator, tensors)
-    if reason is not None:
-        raise ValueError(f'drafter.pointwise: got "{kernel}", which {reason}; use "auto" or "torch"')
-    return kernel
+@dataclass(frozen=True)
+class Kernels:
+    """One implementation of the three operators. A norm returns its result and the statistic that its backward takes;
+    a backward takes dout first and returns the gradients."""
 
-
-def obstacle(kernel: str, operator: str, tensors: tuple[Tensor, ...]) -> str | None:
-    """Why a kernel cannot run an operator on these tensors, as the rest of a sentence; None if it can."""
-    if kernel not in KERNELS:
-        return f"is none of {', '.join(KERNELS)}"
-    if kernel == "torch":
-        return None
-    x = tensors[0]
-    size, packet = x.shape[-1] * x.element_size(), PACKET * (2 if operator == "norm_rope" else 1)
-    if x.device.type != "cuda":
-        return f"does not run on {x.device}"
-    if not COMPILED:
-        return f"needs the compiled operators, but {MISSING or f'{LIBRARY.name} was built without nvcc'}"
-    if x.dtype not in CUDA_DTYPES or any(tensor.dtype != x.dtype for tensor in tensors):
-        found = ", ".join(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
-        return f"takes float32, bfloat16 or float16, one for all, got {found}"
-    if size == 0 or size % packet:
-        return f"takes sizes that are multiples of {packet} bytes, got {size}"
-    if operator == "norm_rope" and size > MOST_HEAD_BYTES:
-        return f"takes heads of up to {MOST_HEAD_BYTES} bytes, got {size}"
-    if operator == "rms_norm" and x.shape[-1] > MOST_COLUMNS:
-        return f"takes a norm of up to {MOST_COLUMNS} numbers, got {x.shape[-1]}"
-    return None
-
-
-@functools.cache
-def _log_choice(operator: str, reason: str | None) -> None:
-    chosen, why = ("cuda", "") if reason is None else ("torch", f': "cuda" {reason}')
-    log.info('%s on cuda runs kernel "%s"%s', operator, chosen, why)
+    rms_norm: Callable[..., tuple[Tensor, Tensor]]
+    rms_norm_backward: Callable[..., tuple[Tensor, Tensor]]
+    norm_rope: Callable[..., tuple[Tensor, Tensor]]
+    norm_rope_backward: Callable[..., tuple[Tensor, Tensor]]
+    silu_mul: Callable[[Tensor, Tensor], Tensor]
+    silu_mul_backward: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, kernel: str) -> Tensor:
-        run = _rms_norm_cuda if kernel == "cuda" else _rms_norm_torch
-        out, scales = run(x, weight, eps)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, kernels: Kernels) -> Tensor:
+        out, scales = kernels.rms_norm(x, weight, eps)
         ctx.save_for_backward(x, weight, scales)
-        ctx.run = _rms_norm_backward_cuda if kernel == "cuda" else _rms_norm_backward_torch
+        ctx.kernels = kernels
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        return (*ctx.run(dout, *ctx.saved_tensors), None, None)
+        return (*ctx.kernels.rms_norm_backward(dout, *ctx.saved_tensors), None, None)
 
 
 class _NormRope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, kernel: str) -> Tensor:
-        run = _norm_rope_cuda if kernel == "cuda" else _norm_rope_torch
-        out, scales = run(x, weight, eps, cos, sin)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, kernels: Kernels) -> Tensor:
+        out, scales = kernels.norm_rope(x, weight, eps, cos, sin)
         ctx.save_for_backward(x, weight, scales, cos, sin)
-        ctx.run = _norm_rope_backward_cuda if kernel == "cuda" else _norm_rope_backward_torch
+        ctx.kernels = kernels
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        return (*ctx.run(dout, *ctx.saved_tensors), None, None, None, None)
+        return (*ctx.kernels.norm_rope_backward(dout, *ctx.saved_tensors), None, None, None, None)
 
 
 class _SiluMul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, kernel: str) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, kernels: Kernels) -> Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.run = _silu_mul_backward_cuda if kernel == "cuda" else _silu_mul_backward_torch
-        return _silu_mul_cuda(gate, up) if kernel == "cuda" else _silu_mul_torch(gate, up)
+        ctx.kernels = kernels
+        return kernels.silu_mul(gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        return (*ctx.run(dout, *ctx.saved_tensors), None)
+        return (*ctx.kernels.silu_mul_backward(dout, *ctx.saved_tensors), None)
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -304,3 +260,54 @@ def _silu_mul_cuda(gate: Tensor, up: Tensor) -> Tensor:
 
 def _silu_mul_backward_cuda(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ops.dflash_scale.silu_mul_backward(_dense(dout), _rows(gate), _rows(up))
+
+
+def _cuda_limits(tensors: tuple[Tensor, ...], operator: str) -> str | None:
+    """one dtype for all; rows of whole 16 bytes, heads of whole 32 up to 1024; norms of up to 16384 numbers"""
+    x = tensors[0]
+    size, packet = x.shape[-1] * x.element_size(), PACKET * (2 if operator == "norm_rope" else 1)
+    if any(tensor.dtype != x.dtype for tensor in tensors):
+        return f"takes one dtype for all, got {', '.join(dtype_name(tensor.dtype) for tensor in tensors)}"
+    if size == 0 or size % packet:
+        return f"takes sizes that are multiples of {packet} bytes, got {size}"
+    if operator == "norm_rope" and size > MOST_HEAD_BYTES:
+        return f"takes heads of up to {MOST_HEAD_BYTES} bytes, got {size}"
+    if operator == "rms_norm" and x.shape[-1] > MOST_COLUMNS:
+        return f"takes a norm of up to {MOST_COLUMNS} numbers, got {x.shape[-1]}"
+    return None
+
+
+POINTWISE = Operator[Kernels](
+    name="pointwise",
+    setting="drafter.pointwise",
+    backends=(
+        Backend(
+            "cuda",
+            Kernels(
+                rms_norm=_rms_norm_cuda,
+                rms_norm_backward=_rms_norm_backward_cuda,
+                norm_rope=_norm_rope_cuda,
+                norm_rope_backward=_norm_rope_backward_cuda,
+                silu_mul=_silu_mul_cuda,
+                silu_mul_backward=_silu_mul_backward_cuda,
+            ),
+            device="cuda",
+            dtypes=(torch.float32, torch.bfloat16, torch.float16),
+            capability=((8, 0), None),
+            compiled=True,
+            proof=None,  # tests/gpu/test_gpu_pointwise.py
+            limits=_cuda_limits,
+        ),
+        Backend(
+            "torch",
+            Kernels(
+                rms_norm=_rms_norm_torch,
+                rms_norm_backward=_rms_norm_backward_torch,
+                norm_rope=_norm_rope_torch,
+                norm_rope_backward=_norm_rope_backward_torch,
+                silu_mul=_silu_mul_torch,
+                silu_mul_backward=_silu_mul_backward_torch,
+            ),
+        ),
+    ),
+)

@@ -7,7 +7,9 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dflash_scale import attention, attention_plan, attention_reference
-from dflash_scale.attention import Plan, anchor_attention, build_plan
+from dflash_scale.attention import ATTENTION, Plan, anchor_attention, build_plan
+from dflash_scale.ops import backends, library
+from dflash_scale.ops.backends import Proof
 from tests.attention_cases import NAMES, Case, assert_close, case, outputs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,6 +81,22 @@ def test_reference_follows_the_mask_rules(window: int | None, causal_block: bool
     tensors = small.tensors(plan)
     got = anchor_attention(*tensors, plan, backend="reference")
     torch.testing.assert_close(got, loop_attention(*tensors, plan), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", [row.name for row in ATTENTION.backends if "cpu" in (row.device, row.also_on)])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"window": 6, "causal_block": True}, {"density": 0.0}, {"group": 3, "head_dim": 20, "block_size": 5}],
+)
+def test_each_backend_equals_the_definition(backend: str, changes: dict[str, Any]) -> None:
+    """Of a CPU; those of a GPU in tests/gpu. One without gradients here is held to the definition's forward."""
+    some = case(**changes)
+    plan, row = some.plan(), ATTENTION.backend(backend)
+    tensors = some.tensors(plan)
+    if row.obstacle(tuple(tensor.clone().requires_grad_() for tensor in tensors), plan, 1.0) is None:
+        assert_close(some, outputs(some, backend), outputs(some, "reference"))
+    wanted = anchor_attention(*tensors, plan, backend="reference")
+    torch.testing.assert_close(anchor_attention(*tensors, plan, backend=backend), wanted, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -290,16 +310,17 @@ def test_attention_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="build it where they are"):
         anchor_attention(*[x.to("meta") for x in (q, *rest)], plan)
     for absent in ("cuda", "fast"):
-        with pytest.raises(ValueError, match="one of auto, sm90, sm80, cpu, flex, reference"):
+        message = f'drafter.attention_backend: got "{absent}", wanted one of {", ".join(ATTENTION.names)}'
+        with pytest.raises(ValueError, match=message):
             anchor_attention(q, *rest, plan, backend=absent)
 
 
 @pytest.mark.parametrize(
     ("backend", "dtype", "message"),
     [
-        ("cpu", torch.float16, '"cpu" takes float32, bfloat16 and float64, got torch.float16; use backend="flex"'),
-        ("sm80", torch.bfloat16, '"sm80" needs CUDA tensors, got cpu; use backend="cpu"'),
-        ("sm90", torch.bfloat16, '"sm90" needs CUDA tensors, got cpu; use backend="cpu"'),
+        ("cpu", torch.float16, '"cpu", which takes float32, bfloat16 and float64, got float16; use "flex" or "auto"'),
+        ("sm80", torch.bfloat16, '"sm80", which needs CUDA tensors, got cpu; use "cpu" or "auto"'),
+        ("sm90", torch.bfloat16, '"sm90", which needs CUDA tensors, got cpu; use "cpu" or "auto"'),
     ],
 )
 def test_a_named_backend_runs_or_says_why_not(backend: str, dtype: torch.dtype, message: str) -> None:
@@ -311,14 +332,14 @@ def test_a_named_backend_runs_or_says_why_not(backend: str, dtype: torch.dtype, 
 def test_flex_without_gradients_on_a_cpu() -> None:
     plan = case().plan()
     tensors = [tensor.requires_grad_() for tensor in case().tensors(plan)]
-    with pytest.raises(ValueError, match=re.escape('"flex" has no gradients on a CPU; use backend="cpu"')):
+    with pytest.raises(ValueError, match=re.escape('got "flex", which has no gradients on a CPU; use "cpu" or "auto"')):
         anchor_attention(*tensors, plan, backend="flex")
 
 
 def test_auto_takes_another_backend_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
     some = case(dtype=torch.float16)
-    attention._log_choice.cache_clear()
-    with caplog.at_level("INFO", logger="dflash_scale.attention"):
+    backends._log_choice.cache_clear()
+    with caplog.at_level("INFO", logger="dflash_scale.ops.backends"):
         for _ in range(2):
             out = anchor_attention(*some.tensors(some.plan()), some.plan())
     assert out.dtype == torch.float16
@@ -351,15 +372,37 @@ class OnGpu:
 def test_choice_on_a_gpu(
     tensor: OnGpu, capability: tuple[int, int], proven: tuple[str, ...], chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "_capability", lambda _: capability)
-    monkeypatch.setitem(attention_plan.COMPILED, "cuda", True)
+    monkeypatch.setattr(backends, "gpu_capability", lambda _: capability)
+    monkeypatch.setitem(library.COMPILED, "cuda", True)
     monkeypatch.setattr(attention, "HAS_TRITON", True)
-    monkeypatch.setattr(attention, "PROVEN", dict.fromkeys(proven))
-    assert attention._choose("auto", (tensor,) * 5, case().plan(), 0.1) == chosen
+    proof = Proof("a report", "a digest")
+    rows = [replace(row, proof=proof if row.name in proven else None) for row in ATTENTION.backends]
+    operator, tensors = replace(ATTENTION, backends=tuple(rows)), (tensor,) * 5
+    assert operator.choose("auto", tensors, case().plan(), 0.1).name == chosen
     if chosen.startswith("sm"):
-        assert attention._choose("auto", (tensor,) * 5, case().plan(), -0.1) == "flex"
-        with pytest.raises(ValueError, match=re.escape("takes a positive scale, got -0.1; use backend")):
-            attention._choose(chosen, (tensor,) * 5, case().plan(), -0.1)
+        assert operator.choose("auto", tensors, case().plan(), -0.1).name == "flex"
+        with pytest.raises(ValueError, match=re.escape('takes a positive scale, got -0.1; use "flex" or "auto"')):
+            operator.choose(chosen, tensors, case().plan(), -0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "capability", "message"),
+    [
+        ("sm90", OnGpu(), (8, 0), "needs a GPU of compute capability 9.0, got 8.0"),
+        ("sm80", OnGpu(), (7, 5), "needs a GPU of compute capability 8.0 or newer, got 7.5"),
+        ("sm80", OnGpu(head_dim=80), (9, 0), "takes head dims 64, 96, 128, 256, got 80"),
+        ("sm80", OnGpu(torch.float32), (9, 0), "takes bfloat16 and float16, got float32"),
+        ("flex", OnGpu(head_dim=512), (9, 0), "takes head dims 16 to 256, got 512"),
+        ("cpu", OnGpu(), (9, 0), "needs CPU tensors, got cuda:0"),
+    ],
+)
+def test_a_row_says_what_its_backend_does_not_take(
+    name: str, tensor: OnGpu, capability: tuple[int, int], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "gpu_capability", lambda _: capability)
+    monkeypatch.setitem(library.COMPILED, "cuda", True)
+    monkeypatch.setattr(attention, "HAS_TRITON", True)
+    assert ATTENTION.backend(name).obstacle((tensor,) * 5, case().plan(), 0.1) == message
 
 
 def test_autocast_casts_as_torch_does() -> None:
@@ -381,7 +424,7 @@ def test_autocast_casts_as_torch_does() -> None:
 
 def test_without_the_library_only_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     with_library = outputs(case(), "reference")
-    monkeypatch.setattr(attention, "MISSING", "_kernels.so has not been built")
+    monkeypatch.setattr(library, "MISSING", "_kernels.so has not been built")
     assert_close(case(), outputs(case(), "reference"), with_library)
     plan = case().plan()
     with pytest.raises(ValueError, match=re.escape("pip install -e .")):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex
 
-from dflash_scale import attention_flex, attention_reference
-from dflash_scale.attention import Plan, anchor_attention
+from dflash_scale import attention, attention_flex, attention_reference
+from dflash_scale.attention import ATTENTION, Plan, anchor_attention
 from dflash_scale.attention_plan import TILE
 from tests.attention_cases import Case, assert_close, case, outputs
 from tests.test_attention import cases
@@ -19,7 +21,8 @@ from tests.test_attention import cases
 def gradients_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch refuses gradients on a CPU, where only its plain implementation has them; that one is enough for a test."""
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
-    monkeypatch.setattr("dflash_scale.attention._flex_obstacle", lambda _: None)
+    rows = [replace(row, limits=None) if row.name == "flex" else row for row in ATTENTION.backends]
+    monkeypatch.setattr(attention, "ATTENTION", replace(ATTENTION, backends=tuple(rows)))
 
 
 def small(case: Case) -> Case:

@@ -13,7 +13,7 @@ import ninja
 import pytest
 import torch
 
-from dflash_scale import attention
+from dflash_scale.ops.library import LIBRARY, MISSING
 
 ROOT = Path(__file__).resolve().parent.parent
 NINJA = Path(ninja.BIN_DIR) / "ninja"
@@ -32,19 +32,19 @@ def build(tmp_path: Path, environment: dict[str, str]) -> subprocess.CompletedPr
 
 
 def test_library_loads_and_registers_its_operators() -> None:
-    assert attention.MISSING is None, attention.MISSING
+    assert MISSING is None, MISSING
     for name in ("build_plan", "anchor_attention", "anchor_attention_backward"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dflash_scale::{name}", "CPU"), name
 
 
 def test_cuda_code_is_there_exactly_where_nvcc_is() -> None:
-    blob = attention.LIBRARY.read_bytes()
+    blob = LIBRARY.read_bytes()
     registered = torch._C._dispatch_has_kernel_for_dispatch_key("dflash_scale::build_plan", "CUDA")
     assert registered == has_nvcc()
     assert (b".nv_fatbin" in blob) == has_nvcc()
     if has_nvcc():
         architectures = fatbin_architectures(blob)
-        assert architectures == {80, 90}, f"{attention.LIBRARY} holds code for {sorted(architectures)}"
+        assert architectures == {80, 90}, f"{LIBRARY} holds code for {sorted(architectures)}"
 
 
 def fatbin_architectures(blob: bytes) -> set[int]:

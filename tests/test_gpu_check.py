@@ -11,13 +11,19 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from dflash_scale import attention
+from dflash_scale.attention import ATTENTION
+from dflash_scale.ops.backends import Operator, Proof
+from dflash_scale.pointwise import POINTWISE
+from dflash_scale.softmax_loss import LOSS
 from tests.attention_cases import case, outputs
 from tests.gpu import check, ladder
 from tests.gpu.errors import TOLERANCE, where
@@ -26,15 +32,40 @@ from tests.test_gpu_emulated import build as emulated
 RESULTS = check.ROOT / "benchmarks" / "results"
 
 
-def test_each_proven_kernel_has_passed_with_the_sources_of_today() -> None:
-    for backend, proof in attention.PROVEN.items():
+def proofs(operator: Operator[Any]) -> dict[str, Proof]:
+    return {backend.name: backend.proof for backend in operator.backends if backend.proof is not None}
+
+
+def test_each_proven_attention_kernel_has_passed_with_the_sources_of_today() -> None:
+    for backend, proof in proofs(ATTENTION).items():
         report = json.loads((RESULTS / proof.results).read_text())
         entry = report["backends"][backend]
-        again = "run benchmarks/gpu_check.sh on a GPU and renew attention.PROVEN"
+        again = "run benchmarks/gpu_check.sh on a GPU and renew the proof"
         assert entry["result"] == "passed", f"{backend} {entry['result']} in {proof.results}; {again}"
         assert re.search(r"NVIDIA|GeForce|Tesla", report["device"]), report["device"]
         assert entry["sources"] == proof.sources, f"{proof.results} was made with other sources of {backend}; {again}"
         assert check.source_digest(backend) == proof.sources, f"{backend} has changed since {proof.results}; {again}"
+
+
+def hold_to_its_tests(operator: Operator[Any], folder: str) -> None:
+    """A proof of the loss or of the pointwise operators names what their tests in tests/gpu printed on a GPU."""
+    for backend, proof in proofs(operator).items():
+        text, sources = (RESULTS / proof.results).read_text(), check.source_digest("", folder)
+        assert re.search(r"\d+ passed", text) and not re.search("failed|error|skipped", text), proof.results
+        assert proof.sources == sources, (
+            f"{backend} was proven with other sources, today's are {sources}; prove it again"
+        )
+
+
+def test_each_proven_kernel_of_loss_and_pointwise_has_passed_with_the_sources_of_today(tmp_path: Path) -> None:
+    for operator, folder in ((LOSS, "loss"), (POINTWISE, "pointwise")):
+        hold_to_its_tests(operator, folder)
+        (tmp_path / "log.txt").write_text("9 passed in 3.2s")
+        log = os.path.relpath(tmp_path / "log.txt", RESULTS)
+        today, other = (Proof(log, digest) for digest in (check.source_digest("", folder), "0"))
+        hold_to_its_tests(replace(operator, backends=(replace(operator.backends[0], proof=today),)), folder)
+        with pytest.raises(AssertionError, match="proven with other sources"):
+            hold_to_its_tests(replace(operator, backends=(replace(operator.backends[0], proof=other),)), folder)
 
 
 def test_the_checks_pass_on_the_cpu_operator(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from dflash_scale.loss import BlockSums
 from dflash_scale.metrics import JsonLines, Metrics, block_metrics, keep_until
+from dflash_scale.softmax_loss import term_weights
 
 
 def steps(path: Path) -> list[int]:
@@ -45,7 +46,7 @@ def test_means_of_sums() -> None:
         blocks=torch.tensor(4.0),
         compared=torch.tensor(7.0),
         agreed=torch.tensor(3.5),
-        terms=torch.tensor([4.5, 0.0, 0.0, 3.0]),
+        terms=torch.tensor(term_weights({"ce": 4.5, "tv": 3.0})),
         top=torch.tensor([6.0, 7.0]),
         trained=torch.tensor([4.0, 3.0, 0.0]),
         correct=torch.tensor([3.0, 2.0, 0.0]),

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from unittest.mock import patch
 
@@ -20,11 +22,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dflash_scale import pointwise
+from dflash_scale.ops import backends, library
+from dflash_scale.ops.backends import Proof
 from dflash_scale.pointwise import (
-    choose,
+    POINTWISE,
     norm_rope,
     norm_rope_definition,
-    obstacle,
     rms_norm,
     rms_norm_definition,
     silu_mul,
@@ -207,7 +210,8 @@ def definition(case: Case, leaves: list[Tensor], rest: list[Tensor]) -> Tensor:
 def implementation(kernel: str, case: Case, leaves: list[Tensor], rest: list[Tensor]) -> Tensor:
     if kernel == "emulated":
         emulator().case = case
-        with patch.object(pointwise, "choose", lambda *_: "cuda"):
+        anywhere = replace(POINTWISE.backend("cuda"), device=None, limits=None)
+        with patch.object(pointwise, "POINTWISE", replace(POINTWISE, backends=(anywhere,))):
             return implementation("cuda", case, leaves, rest)
     if case.operator == "silu_mul":
         return silu_mul(*leaves, kernel=kernel)
@@ -387,25 +391,36 @@ def test_slices_do_not_change_a_row(operator: str) -> None:
 def test_sizes_that_the_kernels_do_not_take_are_refused(operator: str, size: int, reason: str) -> None:
     """By the Python, here of tensors that are on no GPU, and what is no matter of alignment by the launchers too."""
     shape = (1, 1, size) if operator == "norm_rope" else (1, size)
-    with FakeTensorMode(), patch.object(pointwise, "COMPILED", True):
+    with on_a_gpu():
         x = torch.empty(shape, dtype=torch.bfloat16, device="cuda")
-        assert reason in str(obstacle("cuda", operator, (x,)))
-        assert "got bfloat16, float32" in str(obstacle("cuda", operator, (x, x.float())))
+        row = POINTWISE.backend("cuda")
+        assert reason in str(row.obstacle((x,), operator))
+        assert "got bfloat16, float32" in str(row.obstacle((x, x.float()), operator))
     if size > 20:
         with pytest.raises(AssertionError, match="the launcher returned 1"):
             run("emulated", Case(operator, 1, 1, size, dtype=torch.bfloat16))
 
 
+@contextmanager
+def on_a_gpu() -> Iterator[None]:
+    """For the choice: tensors of CUDA without a GPU, compute capability 9.0, a library with CUDA kernels."""
+    capability = patch.object(backends, "gpu_capability", lambda _: (9, 0))
+    with FakeTensorMode(), capability, patch.dict(library.COMPILED, cuda=True):
+        yield
+
+
 def test_the_choice_is_never_silent() -> None:
     x = torch.zeros(2, 8)
-    assert choose("auto", "rms_norm", (x,)) == "torch"
-    with FakeTensorMode(), patch.object(pointwise, "COMPILED", True):
-        on_gpu = (torch.empty(2, 8, device="cuda"),)
-        assert choose("cuda", "rms_norm", on_gpu) == "cuda"
-        for proven, wanted in ((False, "torch"), (True, "cuda")):
-            with patch.object(pointwise, "CUDA_PROVEN", proven):
-                assert choose("auto", "rms_norm", on_gpu) == wanted
-    with pytest.raises(ValueError, match=r'drafter\.pointwise: got "cuda", which does not run on cpu; use "auto" or'):
-        choose("cuda", "rms_norm", (x,))
-    with pytest.raises(ValueError, match=r'got "cpu", which is none of auto, cuda, torch'):
+    assert POINTWISE.choose("auto", (x,), "rms_norm").name == "torch"
+    with on_a_gpu():
+        tensors = (torch.empty(2, 8, device="cuda"),)
+        assert POINTWISE.choose("cuda", tensors, "rms_norm").name == "cuda"
+        for proof, wanted in ((None, "torch"), (Proof("a report", "a digest"), "cuda")):
+            rows = (replace(POINTWISE.backend("cuda"), proof=proof), POINTWISE.backend("torch"))
+            assert replace(POINTWISE, backends=rows).choose("auto", tensors, "rms_norm").name == wanted
+    with pytest.raises(
+        ValueError, match=r'drafter\.pointwise: got "cuda", which needs CUDA tensors, got cpu; use "torch'
+    ):
+        POINTWISE.choose("cuda", (x,), "rms_norm")
+    with pytest.raises(ValueError, match=r'got "cpu", wanted one of auto, cuda, torch'):
         rms_norm(x, x[0], EPS, kernel="cpu")

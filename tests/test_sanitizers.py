@@ -22,12 +22,12 @@ TESTS = "tests/test_attention_cpu.py::test_operator_equals_the_definition_in_flo
 CONFTEST = """
 from pathlib import Path
 from hypothesis import settings
-from dflash_scale import attention
+from dflash_scale.ops import library
 
 settings.register_profile("few", max_examples=8)
-assert attention.MISSING is None, attention.MISSING
-assert attention.LIBRARY.resolve().is_relative_to(Path(__file__).resolve().parent)
-assert b"__asan_init" in attention.LIBRARY.read_bytes()
+assert library.MISSING is None, library.MISSING
+assert library.LIBRARY.resolve().is_relative_to(Path(__file__).resolve().parent)
+assert b"__asan_init" in library.LIBRARY.read_bytes()
 """
 
 

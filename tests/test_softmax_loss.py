@@ -18,11 +18,26 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dflash_scale import softmax_loss
 from dflash_scale.loss import term_values
-from dflash_scale.softmax_loss import TERMS, choose, empty_logits, softmax_loss_
+from dflash_scale.softmax_loss import (
+    CE,
+    COMPILED_TERMS,
+    LOSS,
+    TERMS,
+    Term,
+    empty_logits,
+    softmax_loss_,
+    term_weights,
+    wants_verifier,
+)
 from tests.test_gpu_emulated import ROOT, Guarded, build
 
 HALVES = (torch.bfloat16, torch.float16)
+ONLY_CE = term_weights({"ce": 1.0})
+WITHOUT_TV = term_weights({"ce": 1.0, "kl": 0.5, "reverse_kl": 0.3})
+ALL = term_weights({"ce": 0.5, "kl": 0.4, "reverse_kl": 0.3, "tv": 0.2})
+TV = [term.name for term in TERMS].index("tv")
 NUMBER = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 
@@ -34,7 +49,7 @@ class Arguments(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("rows", "vocabulary", "stride", "verifier_stride")),
         ("number", ctypes.c_int32),
         *((name, ctypes.c_void_p) for name in ("logits", "labels", "verifier", "verifier_rows")),
-        ("weights", ctypes.c_float * len(TERMS)),
+        ("weights", ctypes.c_float * COMPILED_TERMS),
         *((name, ctypes.c_void_p) for name in ("values", "ranks")),
     )
 
@@ -53,7 +68,7 @@ class Case:
     rows: int = 3
     others: int = 2
     vocabulary: int = 37
-    weights: tuple[float, ...] = (1.0, 0.0, 0.0, 0.0)
+    weights: tuple[float, ...] = ONLY_CE
     kind: str = "random"
     dtype: torch.dtype = torch.float32
     seed: int = 0
@@ -83,7 +98,7 @@ def reference(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     values = term_values(z, labels.long(), u.double()[rows.long()])
     weights = torch.tensor(case.weights, dtype=torch.float64)
     (values * weights).nansum().backward()  # 0 * inf, where a term without a weight is infinite
-    wanted = torch.tensor([True, *map(bool, case.weights[1:])])
+    wanted = torch.tensor([bool(weight) or place == CE for place, weight in enumerate(case.weights)])
     order = z.detach().argsort(dim=1, descending=True, stable=True)
     assert z.grad is not None
     return torch.where(wanted, values.detach(), 0), (order == labels[:, None]).int().argmax(1), z.grad
@@ -97,7 +112,7 @@ def near_ties(case: Case) -> bool:
     shift = z.double() - u.double()[rows.long()]
     alike = ((shift == shift[:, :1]) | shift.isnan()).all(1, keepdim=True)  # -inf less -inf where both are masked
     apart = (log_p - log_q).abs()
-    return bool(case.weights[3] and ((apart < 1e-5 * (1 + log_p.abs())) & ((apart > 0) | ~alike)).any())
+    return bool(case.weights[TV] and ((apart < 1e-5 * (1 + log_p.abs())) & ((apart > 0) | ~alike)).any())
 
 
 def run(kernel: str, case: Case) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,7 +121,7 @@ def run(kernel: str, case: Case) -> tuple[Tensor, Tensor, Tensor]:
         return run_emulated(case)
     device = "cuda" if kernel == "cuda" else "cpu"
     logits = empty_logits(*z.shape, z.to(device)).copy_(z)
-    soft = (u.to(device), rows.to(device)) if any(case.weights[1:]) else (None, None)
+    soft = (u.to(device), rows.to(device)) if wants_verifier(case.weights) else (None, None)
     values, ranks = softmax_loss_(logits, labels.to(device), case.weights, *soft, kernel=kernel)
     return values.cpu(), ranks.cpu(), logits.cpu()
 
@@ -119,13 +134,13 @@ def run_emulated(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     buffers = [Guarded(torch.full((len(x), width), torch.nan, dtype=x.dtype)) for x in (z, u)]
     for buffer, x in zip(buffers, (z, u), strict=True):
         buffer.tensor[:, : case.vocabulary] = x
-    others = [Guarded(labels), Guarded(rows), Guarded.poisoned((case.rows, len(TERMS)), torch.float32)]
+    others = [Guarded(labels), Guarded(rows), Guarded.poisoned((case.rows, COMPILED_TERMS), torch.float32)]
     others.append(Guarded(torch.full((case.rows,), -7, dtype=torch.int32)))
     at = [buffer.tensor.data_ptr() for buffer in (*buffers, *others)]
     arguments = Arguments(
         *(case.rows, case.vocabulary, width, width, NUMBER[case.dtype], at[0], at[2]),
-        *((at[1], at[3]) if any(case.weights[1:]) else (None, None)),
-        *((ctypes.c_float * len(TERMS))(*case.weights), at[4], at[5]),
+        *((at[1], at[3]) if wants_verifier(case.weights) else (None, None)),
+        *((ctypes.c_float * COMPILED_TERMS)(*case.weights[:COMPILED_TERMS]), at[4], at[5]),
     )
     failure = emulated_kernel()(ctypes.byref(arguments), case.seed & 0xFFFFFFFF)
     assert failure is None, f"{failure.decode()} in {case}"
@@ -139,6 +154,7 @@ def check(kernel: str, case: Case) -> None:
     values, ranks, gradient = run(kernel, case)
     statistics = 1e-12 if case.dtype == torch.float64 else 2e-5
     text = f"{kernel} {case}"
+    wanted_values = wanted_values[:, : values.shape[1]]  # the emulated kernel has the compiled terms alone
     torch.testing.assert_close(values.double(), wanted_values, rtol=statistics, atol=statistics, msg=f"values {text}")
     assert ranks.tolist() == wanted_ranks.tolist(), f"ranks {text}"
     rounding, size = ROUNDING[case.dtype], max(1.0, sum(case.weights))
@@ -151,29 +167,28 @@ def check(kernel: str, case: Case) -> None:
     torch.testing.assert_close(gradient.double(), wanted, rtol=rounding, atol=floor, msg=f"gradient {text}")
 
 
-def draw_case(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...], most: int) -> Case:
+def draw_case(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...], most: int, compiled: bool = True) -> Case:
     return Case(
         rows=draw(st.integers(1, 5)),
         others=draw(st.integers(1, 3)),
         vocabulary=draw(st.integers(1, most)),
-        weights=tuple(draw(st.sampled_from([0.0, 0.0, 1.0, 0.3])) for _ in TERMS),
+        weights=tuple(draw(st.sampled_from([0.0, 0.0, 1.0, 0.3])) * (term.compiled >= compiled) for term in TERMS),
         kind=draw(st.sampled_from(["random", "equal", "huge", "far", "masked"])),
         dtype=draw(st.sampled_from(dtypes)),
         seed=draw(st.integers(0, 2**31)),
     )
 
 
-ALL = (0.5, 0.4, 0.3, 0.2)
 cpu_cases = st.composite(draw_case)((torch.float32, torch.bfloat16), 300)
-torch_cases = st.composite(draw_case)((torch.float64, torch.float32, *HALVES), 300)
+torch_cases = st.composite(draw_case)((torch.float64, torch.float32, *HALVES), 300, False)
 gpu_cases = st.composite(draw_case)((torch.float32, *HALVES), 2100)
 
 
 @given(cpu_cases)
 @settings(max_examples=300, deadline=None)
 @example(Case(2, 1, 262144, ALL))
-@example(Case(2, 1, 262144, (1.0, 0.0, 0.0, 0.0), "random", torch.bfloat16))
-@example(Case(2, 1, 300, (1.0, 0.5, 0.3, 0.0), "far"))
+@example(Case(2, 1, 262144, ONLY_CE, "random", torch.bfloat16))
+@example(Case(2, 1, 300, WITHOUT_TV, "far"))
 def test_cpu_operator(case: Case) -> None:
     assume(not near_ties(case))
     check("cpu", case)
@@ -191,8 +206,8 @@ def test_plain_torch(case: Case) -> None:
 @settings(max_examples=120, deadline=None)
 @example(Case(1, 1, 9001, ALL))
 @example(Case(1, 1, 262144, ALL, "random", torch.bfloat16))
-@example(Case(1, 1, 16387, (1.0, 0.0, 0.0, 0.0), "masked", torch.float16))
-@example(Case(2, 1, 300, (1.0, 0.5, 0.3, 0.0), "far"))
+@example(Case(1, 1, 16387, ONLY_CE, "masked", torch.float16))
+@example(Case(2, 1, 300, WITHOUT_TV, "far"))
 def test_emulated_kernel(case: Case) -> None:
     assume(not near_ties(case))
     check("emulated", case)
@@ -222,7 +237,7 @@ def test_halves_are_rounded_to_even(kernel: str, weight: float, wanted: float) -
             z = torch.tensor([[0.0, -torch.inf]]).bfloat16()  # p is 1 and 0, exactly
             return z, torch.tensor([1]).int(), z.clone(), torch.tensor([0]).int()
 
-    _, _, gradient = run(kernel, Certain(1, 1, 2, (weight, 0.0, 0.0, 0.0), "masked", torch.bfloat16))
+    _, _, gradient = run(kernel, Certain(1, 1, 2, term_weights({"ce": weight}), "masked", torch.bfloat16))
     assert gradient.tolist() == [[wanted, -wanted]]
 
 
@@ -274,23 +289,55 @@ def test_narrower_instruction_sets(limit: str) -> None:
 def test_operator_contract() -> None:
     z, labels, u, rows = Case(vocabulary=11).tensors()
     operator = torch.ops.dflash_scale.softmax_loss_
-    torch.library.opcheck(operator, (z, labels, u, rows, list(ALL)), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        operator, (z, labels, u, rows, list(ALL[:COMPILED_TERMS])), test_utils=("test_schema", "test_faketensor")
+    )
+
+
+def test_the_table_has_the_order_of_the_compiled_kernel() -> None:
+    """Each column that the kernel returns is the term at that place, and no other one."""
+    assert [term.compiled for term in TERMS] == sorted([term.compiled for term in TERMS], reverse=True)
+    z, labels, u, rows = Case(vocabulary=11).tensors()
+    wanted = term_values(z.double(), labels.long(), u.double()[rows.long()])
+    got, _ = softmax_loss_(z, labels, ALL, u, rows, kernel="cpu")
+    for place in range(COMPILED_TERMS):
+        alike = [torch.allclose(got[:, place].double(), wanted[:, other], rtol=1e-4) for other in range(len(TERMS))]
+        assert alike.index(True) == place and sum(alike) == 1, f"column {place} is not {TERMS[place].name}"
+
+
+def test_a_term_that_is_not_compiled_runs_in_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a weight it does not disturb the kernels; with one they refuse, and "auto" takes plain torch."""
+    squares = Term("squares", lambda rows: rows.p.square().sum(1), lambda total, *_: total.add_(1.0))
+    monkeypatch.setattr(softmax_loss, "TERMS", (*TERMS, squares))
+    case = Case(vocabulary=11)
+    z, labels, u, rows = case.tensors()
+    values, _ = softmax_loss_(z.clone(), labels, (*ALL, 0.0), u, rows, kernel="cpu")
+    assert torch.equal(values[:, :-1], run("cpu", replace(case, weights=(*ALL, 0.0)))[0][:, :-1])
+    assert values.shape[1] == len(TERMS) + 1 and not values[:, -1].any()
+    with pytest.raises(ValueError, match=r'loss\.kernel: got "cpu", which has no squares; use "torch" or "auto"'):
+        softmax_loss_(z.clone(), labels, (*ALL, 0.1), u, rows, kernel="cpu")
+    values, _ = softmax_loss_(z.clone(), labels, (*ALL, 0.1), u, rows)
+    assert torch.allclose(values[:, -1], z.softmax(1).square().sum(1))
 
 
 def test_the_choice_is_never_silent() -> None:
     z = torch.zeros(1, 4)
+
+    def choose(kernel: str, logits: Tensor) -> str:
+        return LOSS.choose(kernel, (logits,), ALL).name
+
     assert choose("auto", z) == "cpu" and choose("torch", z) == "torch"
     assert choose("auto", z.double()) == "torch" and choose("auto", z.half()) == "torch"
-    with pytest.raises(ValueError, match=r'loss\.kernel: got "cuda", which does not run on cpu; use "auto" or "torch"'):
+    with pytest.raises(ValueError, match=r'loss\.kernel: got "cuda", which needs CUDA tensors, got cpu; use "cpu" or'):
         choose("cuda", z)
-    with pytest.raises(ValueError, match=r'got "cpu", which takes float32, bfloat16, got torch\.float64'):
+    with pytest.raises(ValueError, match=r'got "cpu", which takes float32 and bfloat16, got float64; use "torch" or'):
         choose("cpu", z.double())
-    with pytest.raises(ValueError, match=r'got "sm90", which is none of auto, cuda, cpu, torch'):
+    with pytest.raises(ValueError, match=r'got "sm90", wanted one of auto, cuda, cpu, torch'):
         choose("sm90", z)
 
 
 def test_without_weights_of_soft_terms_the_verifier_is_not_read() -> None:
     case = replace(Case(), others=1)
     z, labels, _, _ = case.tensors()
-    values, _ = softmax_loss_(z, labels, (2.0, 0.0, 0.0, 0.0))
+    values, _ = softmax_loss_(z, labels, term_weights({"ce": 2.0}))
     assert not values[:, 1:].any() and values[:, 0].all()

@@ -1,7 +1,7 @@
 """Holds the attention on this machine's GPU to the definition, with torch alone: `python tests/gpu/check.py`.
 
 Writes what it found as JSON with --out. A file of it in benchmarks/results, in which a kernel passed, is what
-`attention.PROVEN` names. --device cpu tries the script itself where there is no GPU.
+a backend's `proof` names. --device cpu tries the script itself where there is no GPU.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ import torch  # noqa: E402
 import torch._dynamo  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from dflash_scale import attention, attention_plan  # noqa: E402
-from dflash_scale.attention import anchor_attention, build_plan  # noqa: E402
+from dflash_scale.attention import ATTENTION, KERNELS, anchor_attention, build_plan  # noqa: E402
+from dflash_scale.ops.library import LIBRARY, MISSING  # noqa: E402
 from tests.attention_cases import NAMES, Case, case, outputs  # noqa: E402
 from tests.gpu.errors import TOLERANCE, row_errors, where  # noqa: E402
 
@@ -95,7 +95,7 @@ def drawn(generator: random.Random) -> Case:
 def runs(some: Case, backend: str, device: str) -> bool:
     plan = some.plan(device)
     tensors = tuple(tensor.requires_grad_() for tensor in some.tensors(plan))
-    return attention.obstacle(backend, tensors, plan) is None
+    return ATTENTION.backend(backend).obstacle(tensors, plan, 1.0) is None
 
 
 def check_fixed_cases(backend: str, device: str) -> None:
@@ -269,18 +269,19 @@ CHECKS: dict[str, Callable[[str, str], None]] = {
 def usable(device: str) -> list[str]:
     """The compiled backends that this machine runs a plain case with."""
     some = case(head_dim=128, dtype=torch.bfloat16)
-    return [name for name in attention.KERNELS if runs(some, name, device)]
+    return [name for name in KERNELS if runs(some, name, device)]
 
 
-def source_digest(backend: str) -> str:
-    """sha256 over a GPU kernel's sources: its .cu files and what they include, in the order of their names."""
-    folder = ROOT / "csrc" / "attention"
+def source_digest(backend: str, operator: str = "attention") -> str:
+    """sha256 over a GPU kernel's sources: its .cu files and what they include of its folder, in the order of their
+    names. `backend` is how the names of the files begin, "" for all."""
+    folder = ROOT / "csrc" / operator
     found, todo = set[Path](), sorted(folder.glob(f"{backend}*.cu"))
     while todo:
         path = todo.pop()
         if path not in found:
             found.add(path)
-            todo += [ROOT / "csrc" / name for name in re.findall(r'#include "(attention/.+)"', path.read_text())]
+            todo += [ROOT / "csrc" / name for name in re.findall(rf'#include "({operator}/.+)"', path.read_text())]
     digest = hashlib.sha256()
     for path in sorted(found):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -318,7 +319,7 @@ def main(arguments: list[str]) -> int:
         "date": time.strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
         "torch": torch.__version__,
-        "library": None if attention_plan.MISSING else hashlib.sha256(attention_plan.LIBRARY.read_bytes()).hexdigest(),
+        "library": None if MISSING else hashlib.sha256(LIBRARY.read_bytes()).hexdigest(),
         "plan": run_one("plan", check_plan, "plan", args.device),
         "backends": {},
     }

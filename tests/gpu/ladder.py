@@ -26,8 +26,8 @@ if str(ROOT) not in sys.path:  # as a script it must find this checkout's packag
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from dflash_scale import attention_plan  # noqa: E402
 from dflash_scale.attention import KERNELS, Plan, anchor_attention, build_plan  # noqa: E402
+from dflash_scale.ops.library import LIBRARY  # noqa: E402
 from tests.gpu.errors import TOLERANCE, row_errors, where  # noqa: E402
 
 DTYPE = torch.bfloat16
@@ -119,7 +119,7 @@ def settle(device: str) -> None:
     """Waits for the kernels, and prints the waits that a library with the watchdog gave up."""
     if device == "cuda":
         torch.cuda.synchronize()
-    library = ctypes.CDLL(str(attention_plan.LIBRARY))
+    library = ctypes.CDLL(str(LIBRARY))
     for part in ("forward", "backward"):
         if hasattr(library, f"dflash_stuck_{part}"):
             records = (ctypes.c_int * (4 * 255))()  # StuckWait of csrc/attention/watchdog.h

@@ -6,18 +6,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from dflash_scale import attention
+from dflash_scale.attention import ATTENTION, anchor_attention
+from dflash_scale.ops.library import MISSING
 from tests.attention_cases import Case, case
 from tests.gpu import check
 from tests.test_attention import cases
 
 
 def backends() -> list[str]:
-    return [*check.usable("cuda"), "flex"]
+    some = case(head_dim=128, dtype=torch.bfloat16)
+    return [row.name for row in ATTENTION.backends if row.device == "cuda" and check.runs(some, row.name, "cuda")]
 
 
 def test_the_compiled_kernels_are_there() -> None:
-    assert attention.MISSING is None, attention.MISSING
+    assert MISSING is None, MISSING
     major, minor = torch.cuda.get_device_capability()
     wanted = {(8, 0): {"sm80"}, (9, 0): {"sm80", "sm90"}}.get((major, minor), set())
     assert wanted <= set(backends()), f"compute capability {major}.{minor} runs only {backends()}"
@@ -43,8 +45,8 @@ def test_equals_the_definition(backend: str, some: Case) -> None:
         check.compare_with_definition(some, backend, "cuda")
         return
     plan = some.plan("cuda")
-    with pytest.raises(ValueError, match=f'attention backend "{backend}" .*; use backend="'):
-        attention.anchor_attention(*some.tensors(plan), plan, backend=backend)
+    with pytest.raises(ValueError, match=f'attention_backend: got "{backend}", which .*; use "'):
+        anchor_attention(*some.tensors(plan), plan, backend=backend)
 
 
 def test_auto_on_a_gpu() -> None:
