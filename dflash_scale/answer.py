@@ -97,7 +97,7 @@ def main(arguments: Sequence[str]) -> int:
     check_stream(config)
     keep_freed_memory()
     sampling = Sampling(args.answer_tokens, args.max_tokens, args.temperature)
-    out = Path(args.out or config.data.path)
+    out = Path(args.out or config.data.folder)
     return answer(config, Order(args.sources, out, Path(states), sampling, args.validation_fraction, args.seed))
 
 

@@ -3,8 +3,6 @@
 Samples arrive in any order; the row schedule says where each one lies. A row is handed over when all its samples are
 in, so what is trained at a step never depends on the order of arrival. The row buffers lie on the training device
 (`row_memory`): `lookahead` rows being filled, one that is ready and one that is in use.
-
-T tokens in use in a row · L verifier layers in its layout · H the verifier's hidden size.
 """
 
 import contextlib
@@ -12,32 +10,17 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from torch import Tensor
-
-from dflash_scale.packer import AnchorSpec, Row, RowPlan, Samples, plan_row
+from dflash_scale.packer import Row
 from dflash_scale.row_memory import BESIDES_LOOKAHEAD, Copier, RowBuffer, RowMemory
 from dflash_scale.stream.encoding import decode
 from dflash_scale.stream.layouts import RowLayouts
 from dflash_scale.stream.ring import QUARANTINED, Record, Ring
+from dflash_scale.training.row_source import RowStates
 
 POLL_S = 0.2  # how long the thread waits for a record before it looks whether it should stop
 COPY_POLL_S = 0.001  # or whether copies have ended, while there are some
-
-
-@dataclass(frozen=True, slots=True)
-class RowBatch:
-    """One row, ready to train: its plan, and states (T, L, H) on the device, which are gone with the next row."""
-
-    plan: RowPlan
-    states: Tensor
-    quarantined: tuple[int, ...]
-
-    @property
-    def usable(self) -> list[int]:
-        """The row's samples that are not quarantined."""
-        return [place.sample for place in self.plan.row.places if place.sample not in self.quarantined]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +30,6 @@ class AssemblerSpec:
     layouts: RowLayouts
     row_tokens: int
     lookahead: int
-    anchors: AnchorSpec
 
 
 @dataclass(slots=True)
@@ -60,41 +42,27 @@ class OpenRow:
     quarantined: list[int]
 
 
-def without(plan: RowPlan, samples: list[int]) -> RowPlan:
-    """The plan without some of its samples: their tokens become padding, their anchors go."""
-    doc_ids = plan.doc_ids.copy()
-    for place in plan.row.places:
-        if place.sample in samples:
-            doc_ids[place.start : place.start + place.length] = -1
-    keep = doc_ids[plan.anchors] >= 0
-    return replace(
-        plan,
-        doc_ids=doc_ids,
-        anchors=plan.anchors[keep],
-        trained=plan.trained[keep],
-        block_tokens=plan.block_tokens[keep],
-    )
-
-
 class RowAssembler:
-    """Iterates over the rows of one rank as `RowBatch`es, in the order of the schedule.
+    """Gives the rows of one rank, in the order of the schedule. `wait` and `next` are for the training thread.
 
     Args:
         ring: the rank's ring, opened for reading.
         rows: the rows of this rank, in the order it trains them.
-        samples: the data set.
         spec: sizes.
         copier: how bytes get from this ring to the training device; closed with the assembler.
     """
 
-    def __init__(self, ring: Ring, rows: Iterator[Row], samples: Samples, spec: AssemblerSpec, copier: Copier) -> None:
-        self._ring, self._rows, self._samples, self._spec = ring, rows, samples, spec
+    def __init__(self, ring: Ring, rows: Iterator[Row], spec: AssemblerSpec, copier: Copier) -> None:
+        self._ring = ring
+        self._rows = rows
+        self._spec = spec
         self._open: deque[OpenRow] = deque()
         self._opened = 0
         row_bytes = spec.row_tokens * spec.layouts.validation.bytes_per_token  # a row of either kind
         self._memory = RowMemory(ring, copier, rows=spec.lookahead + BESIDES_LOOKAHEAD, row_bytes=row_bytes)
         self._ready: queue.SimpleQueue[OpenRow | BaseException | None] = queue.SimpleQueue()
         self._next: list[OpenRow | BaseException | None] = []  # what `wait` has taken from it
+        self._in_use: RowBuffer | None = None  # of the row that was handed over last
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="row-assembler", daemon=True)
         self._thread.start()
@@ -112,19 +80,21 @@ class RowAssembler:
                 self._next.append(self._ready.get(timeout=seconds))
         return bool(self._next)
 
-    def __iter__(self) -> Iterator[RowBatch]:
-        """Raises what ended the thread, for example that the receiver died."""
-        while (item := self._next.pop() if self._next else self._ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            plan = plan_row(item.row, self._samples, self._spec.anchors)
-            if item.quarantined:
-                plan = without(plan, item.quarantined)
-            layout, tokens = self._spec.layouts.of(item.row), len(plan.tokens)
-            raw = self._memory.hand_over(item.buffer, tokens * layout.bytes_per_token)
-            states = decode(raw.view(tokens, layout.bytes_per_token), layout)
-            yield RowBatch(plan, states, tuple(item.quarantined))
-            self._memory.give_back(item.buffer)
+    def next(self) -> RowStates | None:
+        """The next row, None behind the last one. Raises what ended the thread, such as the receiver's death."""
+        if self._in_use is not None:
+            self._memory.give_back(self._in_use)
+            self._in_use = None
+        item = self._next.pop() if self._next else self._ready.get()
+        if item is None:
+            return None
+        if isinstance(item, BaseException):
+            raise item
+        row, per_token = item.row, self._spec.layouts.of(item.row).bytes_per_token
+        raw = self._memory.hand_over(item.buffer, row.tokens * per_token)
+        self._in_use = item.buffer
+        states = decode(raw.view(row.tokens, per_token), self._spec.layouts.of(row))
+        return RowStates(row, states, tuple(item.quarantined))
 
     def _run(self) -> None:
         try:

@@ -60,7 +60,12 @@ class VerifierSection(Section):
 
 
 class DataSection(Section):
-    path: str = Field(min_length=1, description="Folder that `dflash-scale prepare` wrote.")
+    path: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder that `dflash-scale prepare` wrote; null in stream.mode fake alone, which then makes up "
+        "samples.",
+    )
     exclude: str | None = Field(
         default=None,
         min_length=1,
@@ -68,6 +73,13 @@ class DataSection(Section):
     )
     row_tokens: Positive = Field(default=8192, description="Tokens of one packed row, the unit of a micro-step.")
     anchors_per_document: Positive = Field(default=512, description="Anchors drawn per document and epoch, at most.")
+
+    @property
+    def folder(self) -> Path:
+        """`path`, of a run that needs one. Raises ValueError if none is given."""
+        if self.path is None:
+            raise ValueError("data.path: got none, wanted a folder that `dflash-scale prepare` wrote; name one")
+        return Path(self.path)
 
 
 class LossTerms(Section):
@@ -198,6 +210,22 @@ class Config(Section):
         return given
 
     @model_validator(mode="after")
+    def _only_fake_makes_up(self) -> Config:
+        if self.stream.mode != "fake":
+            _ = self.data.folder
+        elif self.drafter.mask_token_id is None:
+            raise ValueError(
+                'drafter.mask_token_id: got none with stream.mode "fake", wanted a token id because no tokenizer is '
+                "read; set one that the data set does not hold"
+            )
+        elif self.data.path is None and self.data.exclude is not None:
+            raise ValueError(
+                f"data.exclude: got {self.data.exclude} for samples that are made up, wanted none; remove it or give "
+                "data.path"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _exclusion_stands_still(self) -> Config:
         written = Path(self.train.output_dir) / FILE_NAME
         if self.data.exclude is not None and Path(self.data.exclude).resolve() == written.resolve():
@@ -271,8 +299,8 @@ def resolve(
     if token_bytes is not None:
         tokens = min(config.data.row_tokens, longest_sample or config.data.row_tokens)
         wanted = 2 * tokens * token_bytes
-        names = ("ring_bytes",) if config.stream.mode == "offline" else ("ring_bytes", "server_credit_bytes")
-        for name in names:
+        names: dict[str, list[str]] = {"fake": [], "offline": ["ring_bytes"]}
+        for name in names.get(config.stream.mode, ["ring_bytes", "server_credit_bytes"]):
             given = getattr(config.stream, name)
             # Half a ring would let one long sample block the next; credit needs room for one sample only.
             least = wanted if name == "ring_bytes" else wanted // 2

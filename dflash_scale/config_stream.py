@@ -32,10 +32,10 @@ class Server(Section):
 
 
 class StreamSection(Section):
-    mode: Literal["online", "offline", "hybrid"] = Field(
+    mode: Literal["online", "offline", "hybrid", "fake"] = Field(
         default="online",
-        description="Where hidden states come from: the servers; the cache alone; or the cache, and the servers for "
-        "what it lacks.",
+        description="Where hidden states come from: the servers; the cache alone; the cache, and the servers for what "
+        "it lacks; or nowhere: random ones under random weights of the verifier, to try the training alone.",
     )
     cache: str | None = Field(
         default=None, min_length=1, description="Folder of hidden states, for the modes offline and hybrid."
@@ -96,17 +96,17 @@ class StreamSection(Section):
 
     @model_validator(mode="after")
     def _cache_fits_mode(self) -> StreamSection:
-        if self.mode == "online" and self.cache is not None:
+        if self.mode in ("online", "fake") and self.cache is not None:
             raise ValueError(
-                f'stream.cache: got {self.cache} with stream.mode "online", which reads and writes no cache; set the '
-                'mode to "hybrid" or "offline", or remove the folder'
+                f'stream.cache: got {self.cache} with stream.mode "{self.mode}", which reads and writes no cache; set '
+                'the mode to "hybrid" or "offline", or remove the folder'
             )
-        if self.mode != "online" and self.cache is None:
+        if self.mode in ("offline", "hybrid") and self.cache is None:
             raise ValueError(
                 f'stream.cache: got none with stream.mode "{self.mode}", wanted a folder of hidden states; name one or '
                 'set the mode to "online"'
             )
-        if self.transport == "fp8" and self.mode != "online":
+        if self.transport == "fp8" and self.mode in ("offline", "hybrid"):
             raise ValueError(
                 f'stream.transport: got "fp8" with stream.mode "{self.mode}", wanted "exact" or "bf16" because files '
                 "of the cache hold no scales; set one of them"
@@ -114,8 +114,18 @@ class StreamSection(Section):
         return self
 
     @model_validator(mode="after")
+    def _fake_comes_from_nowhere(self) -> StreamSection:
+        for name in ("transport", "keys", "endpoints_file"):
+            if self.mode == "fake" and (given := getattr(self, name)) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f'stream.{name}: got {given} with stream.mode "fake", wanted none because no hidden states travel; '
+                    "remove it or set another mode"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _consistent(self) -> StreamSection:
-        if not self.servers and self.endpoints_file is None and self.mode != "offline":
+        if not self.servers and self.endpoints_file is None and self.mode in ("online", "hybrid"):
             raise ValueError(
                 "stream.servers: got none, wanted at least one {http, zmq}; name a server, or a stream.endpoints_file"
             )

@@ -78,7 +78,7 @@ def check_stream(config: Config) -> None:
 
 def generate(config: Config, folder: Path) -> int:
     """Fills the folder. Raises ValueError for what does not fit together."""
-    prepared = load_prepared(config.data.path)
+    prepared = load_prepared(config.data.folder)
     check_tokenizer(prepared, config.verifier.model)
     questions = SampleQuestions(Samples(prepared.train, prepared.validation))
     verifier = resolve_verifier(config, allow_network=True)

@@ -25,13 +25,7 @@ import torch
 from torch import Tensor
 
 from dflash_scale.drafter.heads import OutputHead
-from dflash_scale.softmax_loss import CE
-from dflash_scale.softmax_loss import Rows
-from dflash_scale.softmax_loss import TERMS
-from dflash_scale.softmax_loss import empty_logits
-from dflash_scale.softmax_loss import softmax_loss_
-from dflash_scale.softmax_loss import term_weights
-from dflash_scale.softmax_loss import wants_verifier
+from dflash_scale.softmax_loss import CE, TERMS, Rows, empty_logits, softmax_loss_, term_weights, wants_verifier
 
 if TYPE_CHECKING:
     from dflash_scale.config import Config

@@ -72,8 +72,8 @@ def gpu_memory(config: Config, spec: DrafterSpec, layouts: RowLayouts, sizes: Si
 
 
 def row_buffers(config: Config) -> int:
-    """Rows that a rank has memory for on its device."""
-    return config.stream.lookahead_rows + BESIDES_LOOKAHEAD
+    """Rows that a rank has memory for on its device; of random states no more than the one in training."""
+    return 1 if config.stream.mode == "fake" else config.stream.lookahead_rows + BESIDES_LOOKAHEAD
 
 
 def rows_bytes(config: Config, layouts: RowLayouts) -> int:

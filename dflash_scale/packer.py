@@ -10,8 +10,8 @@ T tokens in a packed row · A anchors in it · S block size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -80,6 +80,11 @@ class Row:
     step: int
     micro: int
     places: tuple[Place, ...]
+
+    @property
+    def tokens(self) -> int:
+        """T: the samples lie one after the other, so all tokens up to the last one are in use."""
+        return sum(place.length for place in self.places)
 
 
 def pack(samples: Iterable[int], lengths: Ints, row_tokens: int) -> list[tuple[Place, ...]]:
@@ -215,13 +220,12 @@ class AnchorSpec:
 class RowPlan:
     """All of a row that is known before its hidden states arrive (numpy, on the CPU).
 
-    tokens, doc_ids, positions (T,) int32 with T the tokens in use · anchors, trained (A,) int32 (`plan_anchors`) ·
+    doc_ids, positions (T,) int32 with T the tokens in use · anchors, trained (A,) int32 (`plan_anchors`) ·
     block_tokens (A, S) int32: the tokens a..a+S-1, 0 in slots that are not trained · outside: slots that are not
     trained because they, or a slot before them, hold a token outside the drafter's vocabulary.
     """
 
     row: Row
-    tokens: Ints
     doc_ids: Ints
     positions: Ints
     anchors: Ints
@@ -229,10 +233,27 @@ class RowPlan:
     block_tokens: Ints
     outside: int = 0
 
+    def without(self, samples: Collection[int]) -> RowPlan:
+        """The plan without some of its samples: their tokens become padding, their anchors go."""
+        if not samples:
+            return self
+        doc_ids = self.doc_ids.copy()
+        for place in self.row.places:
+            if place.sample in samples:
+                doc_ids[place.start : place.start + place.length] = -1
+        keep = doc_ids[self.anchors] >= 0
+        return replace(
+            self,
+            doc_ids=doc_ids,
+            anchors=self.anchors[keep],
+            trained=self.trained[keep],
+            block_tokens=self.block_tokens[keep],
+        )
+
 
 def plan_row(row: Row, samples: Samples, spec: AnchorSpec) -> RowPlan:
     """Lays the row out and draws its anchors; a row without samples has T = A = 0."""
-    total = sum(place.length for place in row.places)
+    total = row.tokens
     tokens, positions = np.zeros(total, np.int32), np.zeros(total, np.int32)
     doc_ids, loss_mask = np.full(total, -1, np.int32), np.zeros(total, bool)
     epoch = VALIDATION_EPOCH if row.kind == "validation" else row.epoch
@@ -254,4 +275,4 @@ def plan_row(row: Row, samples: Samples, spec: AnchorSpec) -> RowPlan:
         trained = cut_at_unknown(tokens[at], trained, spec.inside).astype(np.int32)
     block_tokens = np.where(slots <= trained[:, None], tokens[at] if total else 0, 0).astype(np.int32)
     outside = supervised - int(trained.sum())
-    return RowPlan(row, tokens, doc_ids, positions, anchors, trained, block_tokens, outside)
+    return RowPlan(row, doc_ids, positions, anchors, trained, block_tokens, outside)

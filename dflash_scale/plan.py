@@ -17,7 +17,8 @@ from dflash_scale.config import Config, resolve
 from dflash_scale.drafter.model import Drafter
 from dflash_scale.memory import Memory, Sizes, chunk_slots, gpu_memory, row_buffers
 from dflash_scale.packer import Place, RowSchedule, Samples, schedule_spec
-from dflash_scale.prompts import Prepared, load_prepared
+from dflash_scale.prompts import Prepared
+from dflash_scale.training.fake import run_data
 from dflash_scale.training.run import UNKNOWN_MASK, ResolvedRun, resolve_run, resolve_verifier
 from dflash_scale.verifier.files import load_tokenizer
 
@@ -46,7 +47,8 @@ def make_plan(config: Config, world_size: int) -> Plan:
     """The dry run of a configuration; raises ValueError for what cannot be run on `world_size` ranks."""
     verifier = resolve_verifier(config)
     shape, layouts = verifier.shape, verifier.layouts
-    data = load_prepared(config.data.path) if Path(config.data.path).exists() else None
+    written = config.data.path is None or Path(config.data.path).exists()
+    data = run_data(config.data, shape.vocab_size) if written else None
     longest = int(data.manifest["longest"]) if data is not None else None
     shares = resolve(config, world_size, token_bytes=layouts.validation.bytes_per_token, longest_sample=longest)
     tokenizer = local_tokenizer(verifier.model)
@@ -144,14 +146,14 @@ Lines = list[tuple[str, str]]
 
 
 def _processes(plan: Plan) -> Lines:
-    nodes = -(-plan.world_size // GPUS_PER_NODE)
+    nodes, mode = -(-plan.world_size // GPUS_PER_NODE), plan.run.config.stream.mode
     return [
         ("training ranks", f"{plan.world_size}, one per GPU, up to {GPUS_PER_NODE} per node"),
-        ("receivers", f"{nodes}, one per node"),
+        ("receivers", "none" if mode == "fake" else f"{nodes}, one per node"),
         *(
             (f"server {index}", f"{server.name}, hidden states from {server.zmq}")
             for index, server in enumerate(plan.run.config.stream.servers)
-            if plan.run.config.stream.mode != "offline"
+            if mode in ("online", "hybrid")
         ),
         ("ZeRO stage", str(plan.run.config.zero_stage)),
         ("output", plan.run.config.train.output_dir),
@@ -204,10 +206,15 @@ def _stream(plan: Plan) -> Lines:
     ranks = min(plan.world_size, GPUS_PER_NODE)
     row = config.data.row_tokens * validation
     more = f"; {validation:,} in validation, with the last residual" if validation > per_token else ""
-    return [
+    lines = [
         ("mode", config.stream.mode + (f", cache {config.stream.cache}" if config.stream.cache else "")),
         ("hidden states", f"{per_token:,} bytes per token, {layouts.train.dtype}{more}"),
         ("one row", f"{config.data.row_tokens} tokens, {size(row)} at most"),
+    ]
+    if config.stream.mode == "fake":
+        return lines  # drawn on the device: nothing travels
+    return [
+        *lines,
         ("ring of a rank", size(config.stream.ring_bytes)),
         ("shared memory per node", f"{size(ranks * config.stream.ring_bytes)} ({ranks} rings, page-locked)"),
         (
@@ -230,12 +237,12 @@ def _schedule(plan: Plan) -> Lines:
     if plan.data is None or plan.schedule is None:
         return [*lines, ("steps per epoch", f"unknown until prepared ({config.data.path} does not exist)")]
     schedule = plan.schedule
-    held_out = len(plan.data.validation)
+    held_out, cached = len(plan.data.validation), config.stream.mode != "fake"
     tokens = int(plan.data.train.lengths.sum() + plan.data.validation.lengths.sum())
     return [
         *lines,
         ("samples", f"{len(plan.data.train):,} to train on, {held_out:,} held out"),
-        ("a whole cache", size(tokens * plan.run.verifier.layouts.validation.bytes_per_token)),
+        *([("a whole cache", size(tokens * plan.run.verifier.layouts.validation.bytes_per_token))] if cached else []),
         ("steps per epoch", f"{schedule.steps_per_epoch:,}"),
         ("steps", f"{schedule.total_steps:,}"),
     ]

@@ -9,11 +9,8 @@ from tqdm import tqdm
 
 # Above this share of waiting hidden states hold the training up; below it they are ahead of it.
 DATA_BOUND = 0.15
-SOURCES = {
-    "online": "servers",
-    "offline": "cache",
-    "hybrid": "servers or cache",
-}  # where they come from, by stream.mode
+# Where they come from, by stream.mode.
+SOURCES = {"online": "servers", "offline": "cache", "hybrid": "servers or cache", "fake": "random states"}
 
 
 def bottleneck(wait_data: float, source: str) -> str:

@@ -8,23 +8,19 @@ import json
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 from torch import distributed as dist
 
-from dflash_scale.assembler import RowBatch
 from dflash_scale.books import Balance, balance, report
 from dflash_scale.checkpoint import Checkpoints, Position, write_aside
-from dflash_scale.config import Config
 from dflash_scale.drafter.heads import OutputHead
-from dflash_scale.drafter.model import DrafterSpec, block_inputs
+from dflash_scale.drafter.model import block_inputs
 from dflash_scale.loss import (
     BlockSums,
     VerifierStates,
@@ -35,10 +31,11 @@ from dflash_scale.loss import (
     trained_mask,
 )
 from dflash_scale.metrics import JsonLines, Metrics, block_metrics
-from dflash_scale.packer import AnchorSpec, RowPlan, RowSchedule, Samples, plan_row
+from dflash_scale.packer import AnchorSpec, Row, RowPlan, RowSchedule, Samples, plan_row
 from dflash_scale.report import SOURCES, ProgressLine
+from dflash_scale.training.row_source import RowSource, RowStates
+from dflash_scale.training.run import ResolvedRun
 from dflash_scale.verifier_head import VerifierHead
-from dflash_scale.vocabulary import DraftVocabulary
 
 log = logging.getLogger(__name__)
 
@@ -56,21 +53,17 @@ def agree(local: list[float], group: dist.ProcessGroup) -> list[float]:
 class Parts:
     """What a trainer works with, made by launch/train.py."""
 
-    config: Config
-    spec: DrafterSpec
+    run: ResolvedRun
     head: VerifierHead
     samples: Samples
     schedule: RowSchedule
     anchors: AnchorSpec
     engine: DeepSpeedEngine
-    batches: Iterator[RowBatch]
-    wait_for_batch: Callable[[float], bool]  # whether the next one is there, at most so many seconds later
+    rows: RowSource  # this rank's, from the step after `position` on
     checkpoints: Checkpoints
     control: dist.ProcessGroup  # gloo, for what stays on the CPU
     position: Position
     output: Path
-    vocabulary: DraftVocabulary | None = None  # None: the verifier's
-    servers: Callable[[], list[dict[str, Any]]] = list  # how the servers do, for the metrics
 
 
 @dataclass
@@ -91,12 +84,11 @@ class Trainer:
     """Runs the schedule from `parts.position` to its end, or to the step at which a rank was asked to stop."""
 
     def __init__(self, parts: Parts) -> None:
-        config = parts.config
+        config = parts.run.config
         self.parts, self.rank, self.world = parts, dist.get_rank(), dist.get_world_size()
         self.device = parts.engine.device
         self.loss_spec = loss_spec(config)
-        self.anchor_spec = parts.anchors
-        self.output_head = OutputHead.pruned(parts.head.weight, parts.vocabulary)
+        self.output_head = OutputHead.pruned(parts.head.weight, parts.run.vocabulary)
         self.step = parts.position.step
         self.best = parts.position.best_acceptance_length
         self.counts = {"trained": 0, "validated": 0, "quarantined": 0}  # samples, on this rank since its start
@@ -122,7 +114,7 @@ class Trainer:
             if self.step % self.parts.schedule.steps_per_epoch == 0 or self.step == self.parts.schedule.total_steps:
                 self._balance()
             best = self._validate() if self.parts.schedule.validates_after(self.step) else False
-            every = self.parts.config.train.checkpoint_every
+            every = self.parts.run.config.train.checkpoint_every
             if best or self.step % every == 0 or self.step == self.parts.schedule.total_steps:
                 self._save(best)
                 saved = self.step
@@ -143,10 +135,7 @@ class Trainer:
 
     def _train_step(self, step: int) -> bool:
         """One optimizer step; False, as if it never began, if any rank was asked to stop before it or lacks data."""
-        plans = [
-            plan_row(row, self.parts.samples, self.anchor_spec)
-            for row in self.parts.schedule.train_rows(self.rank, step)
-        ]
+        plans = [self._plan(row) for row in self.parts.schedule.train_rows(self.rank, step)]
         mine = sum(self._normaliser(plan) for plan in plans)
         total, stops = agree([mine, float(self.stopping)], self.parts.control)
         if stops:
@@ -157,19 +146,20 @@ class Trainer:
         scale = torch.tensor(self.world * len(plans) / max(total, 1e-12), device=self.device)
         trained, quarantined = list[int](), list[int]()
         lr = engine.get_lr()[0]
-        for plan in plans:
-            if (batch := self._next_batch(plan)) is None:
+        for whole in plans:
+            if (received := self._receive(whole)) is None:
                 return False
-            loss, sums = self._loss(batch, scale)
+            plan = whole.without(received.quarantined)
+            loss, sums = self._loss(plan, received.states, scale)
             engine.backward(loss)
             engine.step()
             packed = sums.packed()
             self.interval.sums = packed if self.interval.sums is None else self.interval.sums + packed
-            trained += batch.usable
-            quarantined += batch.quarantined
-            self.interval.tokens += int((batch.plan.doc_ids >= 0).sum())
-            self.interval.slots += int(batch.plan.trained.sum()) + batch.plan.outside
-            self.interval.outside += batch.plan.outside
+            trained += received.usable
+            quarantined += received.quarantined
+            self.interval.tokens += int((plan.doc_ids >= 0).sum())
+            self.interval.slots += int(plan.trained.sum()) + plan.outside
+            self.interval.outside += plan.outside
         if not engine.was_step_applied():
             raise RuntimeError(
                 f"step {step}: the gradient is not finite, so DeepSpeed left the weights as they were; a sample of "
@@ -181,33 +171,36 @@ class Trainer:
         self.interval.normaliser += total
         self.interval.samples += len(trained)
         self.ledger.write({"step": step, "epoch": plans[0].row.epoch, "samples": trained, "quarantined": quarantined})
-        if step % self.parts.config.train.log_every == 0 or step == self.parts.schedule.total_steps:
+        if step % self.parts.run.config.train.log_every == 0 or step == self.parts.schedule.total_steps:
             self._log(step, lr)
         return True
 
     def _lacks_data(self) -> bool:
         """Waits for the next row; True if there is none and this rank was asked to stop."""
         started = time.perf_counter()
-        while not (there := self.parts.wait_for_batch(LOOK_FOR_STOP_S)) and not self.stopping:
+        while not (there := self.parts.rows.wait(LOOK_FOR_STOP_S)) and not self.stopping:
             pass
         self.interval.waited += time.perf_counter() - started
         return not there
 
-    def _next_batch(self, plan: RowPlan) -> RowBatch | None:
-        """The next row; None on all ranks if one lacks data: a row that one of them began, all have to end."""
+    def _plan(self, row: Row) -> RowPlan:
+        return plan_row(row, self.parts.samples, self.parts.anchors)
+
+    def _receive(self, plan: RowPlan) -> RowStates | None:
+        """The states of the next row; None on all ranks if one lacks them: a row that one began, all have to end."""
         if any(agree([float(self._lacks_data())], self.parts.control)):
             return None
-        batch = next(self.parts.batches)
-        if batch.plan.row != plan.row:
-            raise RuntimeError(f"got row {batch.plan.row}, wanted {plan.row}: rank and assembler disagree")
-        return batch
+        received = self.parts.rows.next()
+        if received is None or received.row != plan.row:
+            raise RuntimeError(f"got row {received and received.row}, wanted {plan.row}: it is not the source's next")
+        return received
 
     def _normaliser(self, plan: RowPlan) -> float:
-        return normaliser(trained_mask(plan.trained, self.parts.spec.block_size), self.loss_spec)
+        return normaliser(trained_mask(plan.trained, self.parts.run.spec.block_size), self.loss_spec)
 
-    def _loss(self, batch: RowBatch, scale: Tensor, *, compare: bool = False) -> tuple[Tensor, BlockSums]:
-        """The row's loss; `compare` also compares the labels with the verifier's argmax."""
-        head, spec, plan = self.parts.head, self.parts.spec, batch.plan
+    def _loss(self, plan: RowPlan, states: Tensor, scale: Tensor, *, compare: bool = False) -> tuple[Tensor, BlockSums]:
+        """The loss of a row with states (T, L, H); `compare` also compares the labels with the verifier's argmax."""
+        head, spec = self.parts.head, self.parts.run.spec
         trained = trained_mask(plan.trained, spec.block_size)
         doc_ids, positions, anchors, tokens, kept = (
             torch.from_numpy(array).to(self.device, non_blocking=True)
@@ -215,11 +208,11 @@ class Trainer:
         )
         dtype = head.embedding.dtype
         taps = len(spec.layer_ids)
-        states = batch.states[:, :taps].reshape(len(positions), taps * spec.context_size).to(dtype)
+        context = states[:, :taps].reshape(len(positions), taps * spec.context_size).to(dtype)
         slots = block_inputs(head.embedding, tokens[:, 0], spec)
-        hidden = self.parts.engine(slots, states, positions, anchors, doc_ids, kept)
+        hidden = self.parts.engine(slots, context, positions, anchors, doc_ids, kept)
         wanted = compare or self.loss_spec.needs_verifier
-        verifier = VerifierStates(batch.states[:, -1], plan.anchors, self._verifier_logits) if wanted else None
+        verifier = VerifierStates(states[:, -1], plan.anchors, self._verifier_logits) if wanted else None
         # Labels outside a pruned vocabulary lie in slots that are not trained.
         labels = self.output_head.labels(tokens)
         return drafter_loss(hidden, self.output_head, labels, trained, self.loss_spec, scale, verifier)
@@ -245,10 +238,10 @@ class Trainer:
             "tokens_per_s": tokens * self.world / seconds,
             "samples_per_s": samples * self.world / seconds,
         }
-        if self.parts.vocabulary is not None:
+        if self.parts.run.vocabulary is not None:
             values["outside_vocabulary"] = outside / max(slots, 1.0)
         if self.metrics is not None:
-            self.metrics.write("train", step, values | {"servers": self.parts.servers()})
+            self.metrics.write("train", step, values | {"servers": self.parts.rows.status()})
         self.line.train(step, values)
         self.interval = Interval()
 
@@ -257,22 +250,24 @@ class Trainer:
         """Validates on anchors fixed once; True if the acceptance length is the best so far."""
         started, waited = time.perf_counter(), self.interval.waited
         self.parts.engine.eval()
-        sums = torch.zeros(BlockSums.size(self.parts.spec.block_size), device=self.device)
+        sums = torch.zeros(BlockSums.size(self.parts.run.spec.block_size), device=self.device)
         normal, outside, one = 0.0, 0.0, torch.ones((), device=self.device)
         for row in self.parts.schedule.validation_rows(self.rank, self.step):
-            if (batch := self._next_batch(plan_row(row, self.parts.samples, self.anchor_spec))) is None:
+            whole = self._plan(row)
+            if (received := self._receive(whole)) is None:
                 log.warning("a signal came and no data: the validation after step %d is left out", self.step)
                 return False
-            self.counts["validated"] += len(batch.usable)
-            self.counts["quarantined"] += len(batch.quarantined)
-            sums += self._loss(batch, one, compare=True)[1].packed()
-            normal += self._normaliser(batch.plan)
-            outside += batch.plan.outside
+            plan = whole.without(received.quarantined)
+            self.counts["validated"] += len(received.usable)
+            self.counts["quarantined"] += len(received.quarantined)
+            sums += self._loss(plan, received.states, one, compare=True)[1].packed()
+            normal += self._normaliser(plan)
+            outside += plan.outside
         dist.all_reduce(sums)
         normal, outside = agree([normal, outside], self.parts.control)
         total = BlockSums.unpacked(sums.cpu())
         values = block_metrics(total, normal)
-        if self.parts.vocabulary is not None:
+        if self.parts.run.vocabulary is not None:
             values["outside_vocabulary"] = outside / max(float(total.trained.sum()) + outside, 1.0)
         values["seconds"] = time.perf_counter() - started
         best = values["acceptance_length"] > self.best

@@ -12,10 +12,10 @@ import secrets
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import distributed as dist
@@ -23,15 +23,18 @@ from torch import distributed as dist
 from dflash_scale.config import Config, load_config, resolve
 from dflash_scale.drafter.model import Drafter
 from dflash_scale.drafter.pretrained import load_start
-from dflash_scale.packer import AnchorSpec, RowSchedule, Samples, schedule_spec
+from dflash_scale.packer import AnchorSpec, Row, RowSchedule, Samples, schedule_spec
 from dflash_scale.plan import print_plan
-from dflash_scale.prompts import Prepared, check_tokenizer, load_prepared
+from dflash_scale.prompts import Prepared, check_tokenizer
 from dflash_scale.quarantine import read_exclusion
-from dflash_scale.training.run import ResolvedRun, resolve_run, resolve_verifier
+from dflash_scale.training.fake import fake_head, run_data
+from dflash_scale.training.run import ResolvedRun, ResolvedVerifier, resolve_run, resolve_verifier
+from dflash_scale.verifier_head import VerifierHead, load_verifier_head
 
 if TYPE_CHECKING:  # DeepSpeed takes seconds, and a dry run does without
     from dflash_scale.checkpoint import Checkpoints, Position
     from dflash_scale.trainer import Trainer
+    from dflash_scale.training.row_source import RowSource
 
 log = logging.getLogger("train")
 
@@ -95,13 +98,13 @@ def run(config: Config, *, resume: bool) -> int:
 
     device, control = start_ranks()
     try:
-        trainer, close = set_up(config, device, control, resume=resume)
+        trainer = set_up(config, device, control, resume=resume)
     except ValueError as error:
         return refuse(error)
     try:
         complete = trainer.run()
     finally:
-        close()
+        trainer.parts.rows.close()
     leave_ranks()
     if trainer.unbalanced:
         return 3  # the trainer's log says which epoch
@@ -116,68 +119,63 @@ def refuse(error: ValueError) -> int:
     return 2
 
 
-def set_up(
-    config: Config, device: torch.device, control: dist.ProcessGroup, *, resume: bool
-) -> "tuple[Trainer, Callable[[], None]]":
-    """Makes everything that a run works with, servers last; returns the trainer, and what ends the stream.
+def set_up(config: Config, device: torch.device, control: dist.ProcessGroup, *, resume: bool) -> "Trainer":
+    """Makes everything that a run works with, its row source last; whoever calls closes that (`parts.rows`).
 
     Raises:
         ValueError: what was given does not fit together.
     """
-    from dflash_scale.assembler import AssemblerSpec, RowAssembler
-    from dflash_scale.cuda_copier import CudaCopier
     from dflash_scale.ranks import check_shared
-    from dflash_scale.receiver.client import RankPlace, Stream
-    from dflash_scale.row_memory import Copier, HostCopier
     from dflash_scale.trainer import Parts, Trainer
     from dflash_scale.training.optim import make_engine
-    from dflash_scale.verifier_head import load_verifier_head
 
     output, run_id = Path(config.train.output_dir), shared_run_id(control)
     check_shared(output, run_id, control)
-    data = load_data(config, control)
-    run = resolve_trained(config, data)
+    verifier = resolve_verifier(config, allow_network=True)
+    data = load_data(config, verifier, control)
+    run = resolve_trained(config, verifier, data)
     checkpoints = open_checkpoints(run, resume=resume)
-    head = load_verifier_head(run.verifier.model, run.dtype, device)
+    head = make_head(run, device)
     engine = make_engine(config, make_drafter(run, resume=resume), data.schedule.total_steps)
     position = first_position(run, data)
     if resume:
         position = checkpoints.load(engine, position)
-
-    # Hidden states: one receiver process per node fills this rank's ring, a thread fills rows from the ring.
-    layouts = run.verifier.layouts
-    place = RankPlace(dist.get_rank(), dist.get_world_size(), *local_place())
-    stream = Stream.start(config, layouts, place, first_step=position.step + 1, run_id=run_id)
-    copier: Copier = CudaCopier(stream.ring, device) if device.type == "cuda" else HostCopier()
-    anchors = anchor_spec(run)
-    settings = AssemblerSpec(layouts, config.data.row_tokens, config.stream.lookahead_rows, anchors)
-    rows = data.schedule.rows(dist.get_rank(), position.step + 1)
-    assembler = RowAssembler(stream.ring, rows, data.samples, settings, copier)
+    first_step = position.step + 1
+    rows = data.schedule.rows(dist.get_rank(), first_step)
     parts = Parts(
-        config=config,
-        spec=run.spec,
+        run=run,
         head=head,
         samples=data.samples,
         schedule=data.schedule,
-        anchors=anchors,
+        anchors=anchor_spec(run),
         engine=engine,
-        batches=iter(assembler),
-        wait_for_batch=assembler.wait,
+        rows=row_source(run, rows, device, first_step=first_step, run_id=run_id),
         checkpoints=checkpoints,
         control=control,
         position=position,
         output=output,
-        vocabulary=run.vocabulary,
-        servers=stream.servers,
     )
+    return Trainer(parts)
 
-    def close() -> None:
-        try:
-            assembler.close()
-        finally:
-            stream.close()
 
-    return Trainer(parts), close
+def row_source(
+    run: ResolvedRun, rows: Iterator[Row], device: torch.device, *, first_step: int, run_id: str
+) -> "RowSource":
+    """Where the hidden states of this rank's rows come from: its ring, filled by the node's receiver, or nowhere."""
+    from dflash_scale.assembler import AssemblerSpec, RowAssembler
+    from dflash_scale.cuda_copier import CudaCopier
+    from dflash_scale.receiver.client import RankPlace, Stream
+    from dflash_scale.row_memory import Copier, HostCopier
+    from dflash_scale.training.row_source import FakeSource, RingSource
+
+    config, layouts = run.config, run.verifier.layouts
+    if config.stream.mode == "fake":
+        return FakeSource(rows, layouts, device)
+    place = RankPlace(dist.get_rank(), dist.get_world_size(), *local_place())
+    stream = Stream.start(config, layouts, place, first_step=first_step, run_id=run_id)
+    copier: Copier = CudaCopier(stream.ring, device) if device.type == "cuda" else HostCopier()
+    spec = AssemblerSpec(layouts, config.data.row_tokens, config.stream.lookahead_rows)
+    return RingSource(RowAssembler(stream.ring, rows, spec, copier), stream)
 
 
 @dataclass(frozen=True)
@@ -190,11 +188,11 @@ class Data:
     fingerprint: str  # of the data set without what is left out
 
 
-def load_data(config: Config, control: dist.ProcessGroup) -> Data:
+def load_data(config: Config, verifier: ResolvedVerifier, control: dist.ProcessGroup) -> Data:
     """Opens the data set, which has to be the same on all ranks, as the configuration; raises ValueError."""
     from dflash_scale.ranks import check_alike
 
-    prepared = load_prepared(Path(config.data.path))
+    prepared = run_data(config.data, verifier.shape.vocab_size)
     samples = Samples(prepared.train, prepared.validation)
     exclusion = read_exclusion(config.data.exclude)
     exclusion.check(prepared.fingerprint)
@@ -203,25 +201,37 @@ def load_data(config: Config, control: dist.ProcessGroup) -> Data:
     return Data(prepared, samples, RowSchedule(samples, schedule_spec(config, dist.get_world_size())), fingerprint)
 
 
-def resolve_trained(config: Config, data: Data) -> ResolvedRun:
+def resolve_trained(config: Config, verifier: ResolvedVerifier, data: Data) -> ResolvedRun:
     """Resolves a run with its data set, and checks what the stream needs; raises ValueError."""
-    from dflash_scale.stream.cache import claim
-    from dflash_scale.stream.keys import receiver_keys
-
-    verifier = resolve_verifier(config, allow_network=True)
     token_bytes, longest = verifier.layouts.validation.bytes_per_token, int(data.samples.lengths.max())
     resolve(config, dist.get_world_size(), token_bytes=token_bytes, longest_sample=longest)
-    tokenizer = check_tokenizer(data.prepared, verifier.model)
-    if config.stream.keys is not None:
-        receiver_keys(Path(config.stream.keys))  # the receiver reads them; what is wrong with them is said here
-    if config.stream.cache is not None:
-        origin = verifier.cache_origin(data.prepared.fingerprint)
-        claim(Path(config.stream.cache), origin, writable=config.stream.mode == "hybrid")
+    tokenizer = None if config.stream.mode == "fake" else checked_tokenizer(config, verifier, data.prepared)
     run = resolve_run(config, verifier, tokenizer, data.prepared.train)
     if run.vocabulary is not None:
         share = 100 * run.vocabulary.coverage
         log.info("the drafter's %d tokens are %.2f %% of the answers", len(run.vocabulary.ids), share)
     return run
+
+
+def checked_tokenizer(config: Config, verifier: ResolvedVerifier, prepared: Prepared) -> Any:
+    """The verifier's tokenizer; refuses a data set of another one, and keys and a cache that the stream cannot use."""
+    from dflash_scale.stream.cache import claim
+    from dflash_scale.stream.keys import receiver_keys
+
+    tokenizer = check_tokenizer(prepared, verifier.model)
+    if config.stream.keys is not None:
+        receiver_keys(Path(config.stream.keys))  # the receiver reads them; what is wrong with them is said here
+    if config.stream.cache is not None:
+        origin = verifier.cache_origin(prepared.fingerprint)
+        claim(Path(config.stream.cache), origin, writable=config.stream.mode == "hybrid")
+    return tokenizer
+
+
+def make_head(run: ResolvedRun, device: torch.device) -> VerifierHead:
+    """Of the verifier what the drafter needs: embedding, norm and LM head."""
+    if run.config.stream.mode == "fake":
+        return fake_head(run.verifier.shape, run.dtype, device)
+    return load_verifier_head(run.verifier.model, run.dtype, device)
 
 
 def anchor_spec(run: ResolvedRun) -> AnchorSpec:

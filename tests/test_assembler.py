@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from dflash_scale.assembler import AssemblerSpec, RowAssembler, without
+from dflash_scale.assembler import AssemblerSpec, RowAssembler
 from dflash_scale.cuda_copier import CudaCopier
-from dflash_scale.packer import AnchorSpec, Row, RowSchedule, Samples, ScheduleSpec, plan_row
+from dflash_scale.packer import Row, RowSchedule, Samples, ScheduleSpec
 from dflash_scale.row_memory import Copier, HostCopier
 from dflash_scale.stream.layouts import RowLayouts
 from dflash_scale.stream.ring import COMMITTED, QUARANTINED, PeerDied, Ring, own_ring_name
@@ -24,7 +24,6 @@ from dflash_scale.stream.wire import Layout
 from tests.late_copier import AtRandom, LateCopier
 
 LAYOUTS = RowLayouts(Layout((1, 3), 8, "float32"), Layout((1, 3, 4), 8, "float32"))
-ANCHORS = AnchorSpec(block_size=4, per_document=3, seed=1)
 LOOKAHEAD = 3
 COPIERS: dict[str, Callable[[Ring], Copier]] = {"host": lambda ring: HostCopier(), "late": lambda ring: AtRandom(1)}
 if torch.cuda.is_available():
@@ -77,8 +76,8 @@ def prepared() -> tuple[Samples, list[Row]]:
 def made(writer: Ring, copier_of: Callable[[Ring], Copier]) -> Made:
     samples, rows = prepared()
     reader = Ring.open(writer.name)
-    room = AssemblerSpec(LAYOUTS, 40, LOOKAHEAD, ANCHORS)
-    return samples, rows, RowAssembler(reader, iter(rows), samples, room, copier_of(reader))
+    room = AssemblerSpec(LAYOUTS, 40, LOOKAHEAD)
+    return samples, rows, RowAssembler(reader, iter(rows), room, copier_of(reader))
 
 
 def put(ring: Ring, samples: Samples, row: Row, sample: int, status: int = COMMITTED) -> None:
@@ -93,7 +92,6 @@ def put(ring: Ring, samples: Samples, row: Row, sample: int, status: int = COMMI
 def test_rows_come_in_order_whatever_the_order_of_arrival(writer: Ring, made: Made) -> None:
     samples, rows, assembler = made
     shuffle = random.Random(3)
-    batches = iter(assembler)
     for first in range(0, len(rows), LOOKAHEAD):
         group = rows[first : first + LOOKAHEAD]
         while writer.reader_mark + LOOKAHEAD < first + len(group):  # as the receiver does
@@ -103,13 +101,13 @@ def test_rows_come_in_order_whatever_the_order_of_arrival(writer: Ring, made: Ma
         for row, sample in arriving:
             put(writer, samples, row, sample)
         for row in group:
-            batch = next(batches)
-            assert batch.plan.row == row
-            assert batch.quarantined == ()
+            got = assembler.next()
+            assert got is not None and got.row == row
+            assert got.quarantined == ()
             for place in row.places:
-                here = batch.states[place.start : place.start + place.length]
+                here = got.states[place.start : place.start + place.length]
                 assert torch.equal(here.cpu(), states_of(place.sample, place.length, LAYOUTS.of(row)))
-    assert next(batches, None) is None
+    assert assembler.next() is None
     assert writer.released == sum(len(row.places) for row in rows), "all was released before the end was said"
     assembler.close()
 
@@ -119,27 +117,21 @@ def test_a_quarantined_sample_leaves_the_row_and_no_stale_states(writer: Ring, m
     lost = rows[0].places[1]
     for place in rows[0].places:
         put(writer, samples, rows[0], place.sample, QUARANTINED if place is lost else COMMITTED)
-    batch = next(iter(assembler))
-    assert batch.quarantined == (lost.sample,)
-    here = slice(lost.start, lost.start + lost.length)
-    assert not batch.states[here].any()
-    assert (batch.plan.doc_ids[here] == -1).all()
-    whole = plan_row(rows[0], samples, ANCHORS)
-    kept = (whole.anchors < lost.start) | (whole.anchors >= lost.start + lost.length)
-    assert 0 < kept.sum() < len(kept)
-    assert batch.plan.anchors.tolist() == whole.anchors[kept].tolist()
-    assert batch.plan.block_tokens.tolist() == whole.block_tokens[kept].tolist()
+    got = assembler.next()
+    assert got is not None and got.quarantined == (lost.sample,)
+    assert got.usable == [place.sample for place in rows[0].places if place is not lost]
+    assert not got.states[lost.start : lost.start + lost.length].any()
     assembler.close()
 
 
 def test_what_lies_behind_a_late_copy_is_copied_too_and_the_end_waits_for_all(writer: Ring) -> None:
     samples, rows = prepared()
     reader, copier = Ring.open(writer.name), LateCopier()
-    assembler = RowAssembler(reader, iter(rows), samples, AssemblerSpec(LAYOUTS, 40, LOOKAHEAD, ANCHORS), copier)
+    assembler = RowAssembler(reader, iter(rows), AssemblerSpec(LAYOUTS, 40, LOOKAHEAD), copier)
     for place in rows[0].places:
         put(writer, samples, rows[0], place.sample)
-    first = next(iter(assembler))  # waits for its copies, as the device would
-    assert not copier.uses, "given back while it is in training"
+    first = assembler.next()  # waits for its copies, as the device would
+    assert first is not None and not copier.uses, "given back while it is in training"
     for place in rows[1].places:
         put(writer, samples, rows[1], place.sample)
     while len(copier.begun) < len(rows[1].places):
@@ -153,18 +145,11 @@ def test_what_lies_behind_a_late_copy_is_copied_too_and_the_end_waits_for_all(wr
     assert torch.equal(first.states, torch.cat(whole))
 
 
-def test_without_nothing_is_the_plan_itself() -> None:
-    samples = Samples(Tokens([9, 7]), Tokens([]))
-    spec = ScheduleSpec(20, rows_per_step=1, world_size=1, seed=0, epochs=1, max_steps=None, validate_every=0)
-    plan = plan_row(RowSchedule(samples, spec).train_rows(0, 1)[0], samples, ANCHORS)
-    assert without(plan, []).anchors.tolist() == plan.anchors.tolist()
-
-
 def test_a_sample_that_no_row_wants_is_an_error_in_the_training_thread(writer: Ring, made: Made) -> None:
     samples, rows, assembler = made
     put(writer, samples, rows[-1], rows[-1].places[0].sample)
     with pytest.raises(RuntimeError, match="which no open row wants"):
-        next(iter(assembler))
+        assembler.next()
     assembler.close()
 
 
@@ -180,10 +165,10 @@ def test_a_dead_receiver_is_an_error_in_the_training_thread(copier_of: Callable[
     spec = ScheduleSpec(20, rows_per_step=1, world_size=1, seed=0, epochs=1, max_steps=None, validate_every=0)
     rows = RowSchedule(samples, spec).rows(0)
     reader = Ring.open(name)
-    assembler = RowAssembler(reader, rows, samples, AssemblerSpec(LAYOUTS, 20, 2, ANCHORS), copier_of(reader))
+    assembler = RowAssembler(reader, rows, AssemblerSpec(LAYOUTS, 20, 2), copier_of(reader))
     process.kill()
     process.wait()
     with pytest.raises(PeerDied, match=f"pid {process.pid}"):
-        next(iter(assembler))
+        assembler.next()
     assembler.close()
     os.unlink(f"/dev/shm{name}")

@@ -1,5 +1,7 @@
 """Checkpoints on disk: what a kill leaves, what is kept. Saving and loading under DeepSpeed: tests/test_trainer.py."""
 
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -52,3 +54,10 @@ def test_a_checkpoint_of_a_version_before_run_json_is_not_resumed(tmp_path: Path
     (tmp_path / "step-000010" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"step-000010: got no run\.json, wanted .* with the version that wrote it"):
         checkpoints.load(None, POSITION)
+
+
+def test_resume_refuses_another_schedule(tmp_path: Path) -> None:
+    checkpoints = fill(tmp_path, ["step-000003"], latest="step-000003")
+    (tmp_path / "step-000003" / "position.json").write_text(json.dumps(asdict(POSITION)))
+    with pytest.raises(ValueError, match=r"--resume: seed is 9, but .* was trained with 0"):
+        checkpoints.load(None, replace(POSITION, seed=9))

@@ -100,7 +100,7 @@ def test_unknown_key_names_the_nearest(patch: dict[str, Any], text: str) -> None
         ({"data": {"row_tokens": 8}}, "data.row_tokens: got 8, wanted at least drafter.block_size = 16"),
         ({"stream": {"servers": []}}, "stream.servers: got none"),
         ({"stream": {"servers": [], "mode": "hybrid", "cache": "c"}}, "stream.servers: got none"),
-        ({"stream": {"mode": "ofline"}}, "stream.mode: got \"ofline\", wanted 'online', 'offline' or 'hybrid'"),
+        ({"stream": {"mode": "ofline"}}, "stream.mode: got \"ofline\", wanted 'online', 'offline', 'hybrid' or 'fake'"),
         ({"stream": {"mode": "offline"}}, 'stream.cache: got none with stream.mode "offline", wanted a folder'),
         ({"stream": {"mode": "hybrid"}}, 'stream.cache: got none with stream.mode "hybrid", wanted a folder'),
         ({"stream": {"cache": "c"}}, 'stream.cache: got c with stream.mode "online", which reads and writes no cache'),
@@ -290,6 +290,41 @@ def test_offline_needs_no_server() -> None:
     assert resolve(config, 8, token_bytes=6).world_size == 8
     with pytest.raises(ValueError, match=r"stream\.ring_bytes: got 1200, wanted at least 1400 bytes"):
         resolve(config, 8, token_bytes=7)
+
+
+FAKE: dict[str, Any] = {
+    "verifier": {"model": "tiny-qwen3"},
+    "drafter": {"mask_token_id": 63},
+    "data": {},
+    "stream": {"mode": "fake"},
+}
+
+
+def test_random_states_need_no_server_ring_or_data_set() -> None:
+    stream = {**FAKE["stream"], "servers": [], "ring_bytes": 1, "credit_bytes": 1, "server_credit_bytes": 1}
+    config = parse_config({**FAKE, "stream": stream})
+    assert resolve(config, 8, token_bytes=1 << 20).world_size == 8
+    assert parse_config({**FAKE, "data": {"path": "x", "exclude": "y"}}).data.folder == Path("x")
+    with pytest.raises(ValueError, match=r"data\.path: got none, wanted a folder that `dflash-scale prepare` wrote"):
+        _ = config.data.folder
+
+
+@pytest.mark.parametrize(
+    ("patch", "text"),
+    [
+        ({"stream": {"mode": "online"}}, "data.path: got none, wanted a folder"),
+        ({"stream": {"mode": "fake", "cache": "c"}}, 'got c with stream.mode "fake", which reads and writes no cache'),
+        ({"stream": {"mode": "fake", "keys": "k"}}, 'stream.keys: got k with stream.mode "fake", wanted none'),
+        ({"stream": {"mode": "fake", "endpoints_file": "e"}}, "stream.endpoints_file: got e with"),
+        ({"stream": {"mode": "fake", "transport": "fp8"}}, "stream.transport: got fp8 with"),
+        ({"drafter": {}}, 'drafter.mask_token_id: got none with stream.mode "fake"'),
+        ({"data": {"exclude": "q"}}, "data.exclude: got q for samples that are made up"),
+    ],
+)
+def test_what_random_states_leave_without_meaning_is_refused(patch: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match="1 problem") as caught:
+        parse_config({**FAKE, **patch})
+    assert text in str(caught.value)
 
 
 def test_gamma_is_the_papers_at_its_block_sizes() -> None:

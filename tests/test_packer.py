@@ -89,14 +89,30 @@ def test_a_planned_row_holds_its_samples_tokens_and_the_denominator_is_the_same_
     plan = plan_row(row, samples, anchors)
     for document, place in enumerate(row.places):
         here = slice(place.start, place.start + place.length)
-        assert plan.tokens[here].tolist() == samples.tokens(place.sample).tolist()
         assert plan.positions[here].tolist() == list(range(place.length))
         assert (plan.doc_ids[here] == document).all()
+    row_tokens = np.concatenate([samples.tokens(place.sample) for place in row.places])
+    assert len(row_tokens) == row.tokens == len(plan.doc_ids)
     for anchor, trained, tokens in zip(plan.anchors, plan.trained, plan.block_tokens, strict=True):
-        assert tokens[: trained + 1].tolist() == plan.tokens[anchor : anchor + trained + 1].tolist()
+        assert tokens[: trained + 1].tolist() == row_tokens[anchor : anchor + trained + 1].tolist()
     alone = [plan_row(replace(row, places=(Place(p.sample, 0, p.length),)), samples, anchors) for p in row.places]
     assert sum(normaliser(trained_mask(p.trained, 4), LossSpec()) for p in alone) == pytest.approx(
         normaliser(trained_mask(plan.trained, 4), LossSpec())
     )
     empty = plan_row(replace(row, places=()), samples, anchors)
-    assert len(empty.tokens) == len(empty.anchors) == 0 and empty.block_tokens.shape == (0, 4)
+    assert empty.row.tokens == len(empty.doc_ids) == len(empty.anchors) == 0 and empty.block_tokens.shape == (0, 4)
+
+
+def test_a_plan_without_a_sample_has_its_tokens_as_padding_and_none_of_its_anchors() -> None:
+    samples = make()
+    row = RowSchedule(samples, SPEC).train_rows(0, 1)[0]
+    whole, lost = plan_row(row, samples, AnchorSpec(block_size=4, per_document=3, seed=1)), row.places[1]
+    here = slice(lost.start, lost.start + lost.length)
+    plan = whole.without([lost.sample])
+    assert (plan.doc_ids[here] == -1).all()
+    assert (plan.doc_ids >= 0).sum() == row.tokens - lost.length
+    kept = (whole.anchors < here.start) | (whole.anchors >= here.stop)
+    assert 0 < kept.sum() < len(kept)
+    for name in ("anchors", "trained", "block_tokens"):
+        assert getattr(plan, name).tolist() == getattr(whole, name)[kept].tolist(), name
+    assert (whole.doc_ids[here] >= 0).all() and whole.without([]) is whole

@@ -193,6 +193,19 @@ def test_an_offline_run_names_its_cache_and_no_server() -> None:
     assert "mode                     offline, cache states/x" in text and "server 0" not in text
 
 
+def test_a_run_on_random_states_has_no_receiver_ring_or_credit_and_knows_its_steps() -> None:
+    config = load_config(ROOT / "configs" / "debug.json")
+    plan = make_plan(config, 1)
+    assert plan.schedule is not None
+    assert plan.memory.rows == 64 * plan.layouts.validation.bytes_per_token, "one row, and none ahead of it"
+    text = " ".join(print_plan(config, 1).split())
+    steps = f"steps {plan.schedule.total_steps} Memory"
+    for expected in ("mode fake", "receivers none", "64 to train on, 16 held out", steps):
+        assert expected in text, text
+    for absent in ("server 0", "ring of", "shared memory", "credit", "cache"):
+        assert absent not in text
+
+
 LAYERS = Qwen3Config(
     vocab_size=97,
     hidden_size=64,

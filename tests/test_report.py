@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from dflash_scale.report import ProgressLine, bottleneck, plot_acceptance, plot_training, read_metrics
+from dflash_scale.config_stream import StreamSection
+from dflash_scale.report import SOURCES, ProgressLine, bottleneck, plot_acceptance, plot_training, read_metrics
 
 VALUES = {"loss": 1.25, "acceptance_length": 2.5, "tokens_per_s": 12345.0, "wait_data": 0.4}
 
@@ -20,6 +22,10 @@ def test_the_line_names_the_bottleneck(capsys: pytest.CaptureFixture[str]) -> No
     assert "held out 2.25" in shown[1] and "held out 2.25" in shown[2]
     assert shown[2].endswith("wait_data 1% · bottleneck: training")
     assert [bottleneck(share, "cache") for share in (0.0, 0.1, 0.2)] == ["training", "training", "cache"]
+
+
+def test_every_mode_has_a_bottleneck_to_name() -> None:
+    assert set(SOURCES) == set(get_args(StreamSection.model_fields["mode"].annotation))
 
 
 def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:

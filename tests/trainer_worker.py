@@ -1,85 +1,56 @@
-"""One rank of a run whose hidden states come from a formula instead of servers; started by tests/test_trainer.py.
+"""One rank of a run on random hidden states, with faults in them; started by tests/test_trainer.py.
 
-    deepspeed --num_accelerators W tests/trainer_worker.py CONFIG OUT [--resume] [--poison] [--stall ROW]
+    deepspeed --num_accelerators W tests/trainer_worker.py CONFIG [--resume] [--poison] [--stall ROW]
 
-With --stall, one rank waits for its row with that number in vain, and gets a SIGTERM while it waits. Everything but the
-source is the real thing: schedule, anchors, drafter, loss, DeepSpeed engine, checkpoints.
+With --stall, one rank waits for its row with that number in vain, and gets a SIGTERM while it waits. With --poison, the
+states of one sample are not finite. All else is launch/train.py's; the weights at the end and the last step's gradients
+are left in train.output_dir.
 """
 
+import argparse
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import save_file
 from torch import distributed as dist
 
-from dflash_scale.assembler import RowBatch
-from dflash_scale.checkpoint import Checkpoints, Position
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from dflash_scale.config import load_config
-from dflash_scale.drafter.model import Drafter, drafter_spec
-from dflash_scale.hidden_states import run_layouts
-from dflash_scale.packer import AnchorSpec, Row, RowSchedule, Samples, plan_row, schedule_spec
 from dflash_scale.ranks import join_ranks, leave_ranks
-from dflash_scale.trainer import Parts, Trainer
-from dflash_scale.training.optim import make_engine
-from dflash_scale.training.run import ResolvedRun, ResolvedVerifier
-from dflash_scale.verifier.shape import VerifierShape
-from dflash_scale.verifier_head import VerifierHead
-from dflash_scale.vocabulary import choose_vocabulary
-
-HIDDEN, TAPS, VOCAB = 32, 2, 64
-
-
-class Formula:
-    """A split whose lengths, tokens and masks follow from the sample's number."""
-
-    def __init__(self, count: int, first: int) -> None:
-        rng = np.random.default_rng(first)
-        self.lengths, self._first = rng.integers(8, 16, count).astype(np.int32), first
-
-    def tokens(self, index: int) -> np.ndarray:
-        rng = np.random.default_rng((7, self._first + index))
-        return rng.integers(0, VOCAB - 1, self.lengths[index]).astype(np.int32)
-
-    def loss_mask(self, index: int) -> np.ndarray:
-        return np.arange(self.lengths[index]) >= 2
-
+from dflash_scale.training.row_source import RowSource, RowStates
+from launch.train import set_up
 
 POISONED = 3  # with --poison, the sample whose states are not finite
 
 
-class Supply:
-    """Says whether the next row is there, as an assembler does; from row `stall` on nothing comes."""
+class Faulty:
+    """A source of which nothing more comes from row `stall` on, and in which a sample may be poisoned."""
 
-    def __init__(self, stall: int | None) -> None:
-        self.given, self.stall = 0, stall
+    def __init__(self, rows: RowSource, stall: int | None, poison: bool) -> None:
+        self.rows, self.stall, self.poison = rows, stall, poison
+        self.given, self.status, self.close = 0, rows.status, rows.close
 
     def wait(self, seconds: float) -> bool:
         if self.given != self.stall:
-            return True
+            return self.rows.wait(seconds)
         os.kill(os.getpid(), signal.SIGTERM)
         return False
 
-
-def batches(rows: Iterator[Row], samples: Samples, anchors: AnchorSpec, supply: Supply) -> Iterator[RowBatch]:
-    for row in rows:
-        assert supply.given != supply.stall, "a row was begun that never comes"
-        supply.given += 1
-        plan = plan_row(row, samples, anchors)
-        states = torch.zeros(len(plan.tokens), TAPS + 1, HIDDEN)
-        for place in row.places:
-            generator = torch.Generator().manual_seed(place.sample)
-            shape = (place.length, TAPS + 1, HIDDEN)
-            states[place.start : place.start + place.length] = torch.randn(shape, generator=generator)
-            if place.sample == POISONED and "--poison" in sys.argv:
-                states[place.start] = torch.nan
-        yield RowBatch(plan, states, ())
+    def next(self) -> RowStates | None:
+        assert self.given != self.stall, "a row was begun that never comes"
+        self.given += 1
+        given = self.rows.next()
+        for place in given.row.places if given is not None and self.poison else ():
+            if place.sample == POISONED:
+                given.states[place.start] = torch.nan
+        return given
 
 
 def record_gradients(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
@@ -98,49 +69,27 @@ def record_gradients(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    stall = int(sys.argv.pop(sys.argv.index("--stall") + 1)) if "--stall" in sys.argv else None
-    arguments = [a for a in sys.argv[1:] if not a.startswith("--")]
-    config, out, resume = load_config(arguments[0]), Path(arguments[1]), "--resume" in sys.argv
+    parser = argparse.ArgumentParser()
+    parser.add_argument("config")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--poison", action="store_true")
+    parser.add_argument("--stall", type=int)
+    parser.add_argument("--local_rank")
+    args = parser.parse_args()
+    config = load_config(args.config)
     torch.set_num_threads(1)
-    control = join_ranks(torch.device("cpu"))
-    rank, world = dist.get_rank(), dist.get_world_size()
-    samples = Samples(Formula(12, 0), Formula(4, 100))
-    train = config.train
-    schedule = RowSchedule(samples, schedule_spec(config, world))
-    shape = VerifierShape(
-        "qwen3", HIDDEN, 4, 4, 2, 8, 48, VOCAB, 64, 1e-6, {"rope_type": "default", "rope_theta": 1e4}, False, "float32"
-    )
-    verifier = ResolvedVerifier("formula", "", shape, run_layouts(config, shape))
-    vocabulary = None
-    if config.drafter.vocab_size is not None:
-        said = np.concatenate([samples.tokens(i)[samples.loss_mask(i)] for i in range(12)])
-        vocabulary = choose_vocabulary(np.bincount(said, minlength=VOCAB), [5], config.drafter.vocab_size)
-    dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
-    spec = drafter_spec(config.drafter, shape, verifier.layouts.taps, VOCAB - 1)
-    run = ResolvedRun(config, verifier, spec, vocabulary, dtype)
-    backends = (config.drafter.attention_backend, config.drafter.pointwise)
-    drafter = Drafter(spec, *backends, recompute=train.activation_checkpointing)
-    drafter.initialise(train.seed)
-    generator = torch.Generator().manual_seed(1)
-    matrices = [torch.randn(VOCAB, HIDDEN, generator=generator) for _ in range(2)]
-    head = VerifierHead(matrices[0].to(dtype), torch.nn.RMSNorm(HIDDEN, dtype=dtype), matrices[1].to(dtype))
-    engine = make_engine(config, drafter, schedule.total_steps)
-    checkpoints = Checkpoints(out / "checkpoints", train.keep_checkpoints, run)
-    position = Position(0, 0.0, world, train.rows_per_step, config.data.row_tokens, train.seed, "formula")
-    if resume:
-        position = checkpoints.load(engine, position)
-    inside = vocabulary.t2d if vocabulary is not None else None
-    anchors = AnchorSpec(config.drafter.block_size, config.data.anchors_per_document, train.seed, inside)
-    supply = Supply(stall if rank == world - 1 else None)
-    source = batches(schedule.rows(rank, position.step + 1), samples, anchors, supply)
-    rest = (source, supply.wait, checkpoints, control, position, out, vocabulary)
-    parts = Parts(config, spec, head, samples, schedule, anchors, engine, *rest)
-    state = record_gradients(engine)
-    Trainer(parts).run()
-    for name, parameter in engine.module.named_parameters():
+    device = torch.device("cpu")
+    control = join_ranks(device)
+    trainer = set_up(config, device, control, resume=args.resume)
+    parts = trainer.parts
+    stall = args.stall if dist.get_rank() == dist.get_world_size() - 1 else None
+    state = record_gradients(parts.engine)
+    trainer.parts = replace(parts, rows=Faulty(parts.rows, stall, args.poison))
+    trainer.run()
+    for name, parameter in parts.engine.module.named_parameters():
         state[f"weight.{name}"] = parameter.detach().float().clone()
-    if rank == 0:
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, out / "state.safetensors")
+    if dist.get_rank() == 0:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, parts.output / "state.safetensors")
     leave_ranks()
 
 

@@ -145,7 +145,7 @@ def make_loop(spec: ReceiverSpec, rings: Sequence[Ring]) -> tuple[ReceiverLoop, 
     from dflash_scale.prompts import load_prepared  # imports datasets, seconds: after the rings are there
 
     config, layouts = spec.config, spec.layouts
-    prepared = load_prepared(config.data.path)
+    prepared = load_prepared(config.data.folder)
     samples = Samples(prepared.train, prepared.validation)
     schedule = RowSchedule(samples, schedule_spec(config, spec.world_size))
     windows = [
