@@ -21,7 +21,7 @@ from dflash_scale.stream.layouts import RowLayouts
 
 if TYPE_CHECKING:
     from dflash_scale.assembler import RowAssembler
-    from dflash_scale.stream.receiver import Stream
+    from dflash_scale.receiver.client import Stream
 
 
 @dataclass(frozen=True, slots=True)
