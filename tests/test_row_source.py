@@ -7,7 +7,7 @@ from dflash_scale.stream.layouts import RowLayouts
 from dflash_scale.stream.wire import Layout
 from dflash_scale.training.fake import TRAIN, VALIDATION, fake_data, fake_head
 from dflash_scale.training.row_source import FakeSource
-from dflash_scale.verifier import verifier_shape
+from dflash_scale.verifier.shape import verifier_shape
 
 CPU = torch.device("cpu")
 LAYOUTS = RowLayouts(Layout((1, 3), 32, "bfloat16"), Layout((1, 3, 4), 32, "bfloat16"))
