@@ -104,13 +104,7 @@ ATTENTION = Operator[Attend](
             compiled=True,
             limits=_gpu_limits,
         ),
-        Backend(
-            "cpu",
-            Kernel(0),
-            device="cpu",
-            dtypes=(torch.float32, torch.bfloat16, torch.float64),
-            compiled=True,
-        ),
+        Backend("cpu", Kernel(0), device="cpu", dtypes=(torch.float32, torch.bfloat16, torch.float64), compiled=True),
         Backend(
             "flex",
             attention_flex,

@@ -25,6 +25,7 @@ from dflash_scale.softmax_loss import (
     COMPILED_TERMS,
     LOSS,
     TERMS,
+    Rows,
     Term,
     empty_logits,
     softmax_loss_,
@@ -95,13 +96,16 @@ def reference(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     """values, ranks and gradient in float64."""
     z, labels, u, rows = case.tensors()
     z = z.double().requires_grad_()
-    values = term_values(z, labels.long(), u.double()[rows.long()])
-    weights = torch.tensor(case.weights, dtype=torch.float64)
-    (values * weights).nansum().backward()  # 0 * inf, where a term without a weight is infinite
+    values = term_values(z.detach(), labels.long(), u.double()[rows.long()])
+    functions = Rows.of(z.log_softmax(1), labels.long(), u.double()[rows.long()])
+    # A term without a weight may be infinite, and its gradient then 0 * inf.
+    terms = [weight * term.value(functions) for term, weight in zip(TERMS, case.weights, strict=True) if weight]
+    if terms:
+        torch.stack(terms).sum().backward()
+    gradient = torch.zeros_like(z) if z.grad is None else z.grad
     wanted = torch.tensor([bool(weight) or place == CE for place, weight in enumerate(case.weights)])
     order = z.detach().argsort(dim=1, descending=True, stable=True)
-    assert z.grad is not None
-    return torch.where(wanted, values.detach(), 0), (order == labels[:, None]).int().argmax(1), z.grad
+    return torch.where(wanted, values, 0), (order == labels[:, None]).int().argmax(1), gradient
 
 
 def near_ties(case: Case) -> bool:
