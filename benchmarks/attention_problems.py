@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from dflash_scale.attention import ATTENTION, Plan, anchor_attention, build_plan
-from dflash_scale.attention_flex import row_bounds
+from dflash_scale.ops.attention import ATTENTION, Plan, anchor_attention, build_plan
+from dflash_scale.ops.attention_flex import row_bounds
 
 KERNELS = ("sm90", "sm80", "cpu")
 OURS = (*KERNELS, "flex by plan")

@@ -33,7 +33,7 @@ from torch.profiler import ProfilerActivity  # noqa: E402
 from benchmarks.attention_problems import CPU_PROBLEMS, GPU_PROBLEMS, KERNELS, Problem  # noqa: E402
 from benchmarks.machine import stamp  # noqa: E402
 from benchmarks.timing import WARM_UP, between, mark, product_rate, synchronize  # noqa: E402
-from dflash_scale import attention  # noqa: E402
+from dflash_scale.ops import attention  # noqa: E402
 
 PROFILED = 3  # turns under the profiler
 AHEAD = 50_000_000  # cycles that the GPU sleeps while the host launches what is timed

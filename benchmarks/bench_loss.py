@@ -48,7 +48,7 @@ from dflash_scale.loss import (  # noqa: E402
     kept_slots,
     trained_mask,
 )
-from dflash_scale.softmax_loss import term_weights  # noqa: E402
+from dflash_scale.ops.softmax_loss import term_weights  # noqa: E402
 
 TERMS = {name: term_weights({name: 1.0}) for name in ("ce", "kl")}
 MOST_EXTRA_BYTES, MOST_TIMES_GEMMS = 0.6e9, 1.15  # the targets, on a GPU and everywhere

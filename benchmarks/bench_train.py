@@ -39,7 +39,7 @@ from benchmarks.timing import limits  # noqa: E402
 from benchmarks.train_cases import CPU_CASES, GPU_CASES, Case, Row, make_row, row_flop  # noqa: E402
 from benchmarks.train_peers import OURS, PEERS, TOGETHER, Variant  # noqa: E402
 from benchmarks.train_step import PARTS, Evidence, Options, Step, measure  # noqa: E402
-from dflash_scale.attention import ATTENTION  # noqa: E402
+from dflash_scale.ops.attention import ATTENTION  # noqa: E402
 
 ENGINE = Variant("DeepSpeed engine")
 # How far a variant's loss and the norms' gradients may be from ours, relative.

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from dflash_scale.drafter.heads import OutputHead
-from dflash_scale.softmax_loss import CE, TERMS, Rows, empty_logits, softmax_loss_, term_weights, wants_verifier
+from dflash_scale.ops.softmax_loss import CE, TERMS, Rows, empty_logits, softmax_loss_, term_weights, wants_verifier
 
 if TYPE_CHECKING:
     from dflash_scale.config import Config

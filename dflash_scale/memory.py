@@ -15,8 +15,8 @@ from typing import cast
 from dflash_scale.config import Config
 from dflash_scale.drafter.model import DrafterSpec
 from dflash_scale.loss import CHUNK_BYTES, fitting_rows, loss_spec
+from dflash_scale.ops.softmax_loss import SLICE_NUMBERS
 from dflash_scale.row_memory import BESIDES_LOOKAHEAD
-from dflash_scale.softmax_loss import SLICE_NUMBERS
 from dflash_scale.stream.layouts import RowLayouts
 from dflash_scale.stream.wire import FP8
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dflash_scale.loss import TOP, BlockSums
-from dflash_scale.softmax_loss import TERMS
+from dflash_scale.ops.softmax_loss import TERMS
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

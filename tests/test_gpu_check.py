@@ -19,15 +19,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from dflash_scale import attention
-from dflash_scale.attention import ATTENTION
+from dflash_scale.ops import attention
+from dflash_scale.ops.attention import ATTENTION
 from dflash_scale.ops.backends import Operator, Proof
-from dflash_scale.pointwise import POINTWISE
-from dflash_scale.softmax_loss import LOSS
+from dflash_scale.ops.pointwise import POINTWISE
+from dflash_scale.ops.softmax_loss import LOSS
 from tests.attention_cases import case, outputs
 from tests.gpu import check, ladder
 from tests.gpu.errors import TOLERANCE, where
-from tests.test_gpu_emulated import build as emulated
+from tests.ops.test_gpu_emulated import build as emulated
 
 RESULTS = check.ROOT / "benchmarks" / "results"
 

@@ -24,7 +24,7 @@ from dflash_scale.loss import (
     normaliser,
     trained_mask,
 )
-from dflash_scale.softmax_loss import term_weights
+from dflash_scale.ops.softmax_loss import term_weights
 
 TERMS = [
     term_weights(weights)
@@ -103,7 +103,7 @@ def test_the_compiled_kernel_gives_the_same_to_rounding(case: dict[str, Any]) ->
         *case["terms"][:TV],
         0.0,
         *case["terms"][TV + 1 :],
-    )  # tv's gradient turns on signs: tests/test_softmax_loss.py
+    )  # tv's gradient turns on signs: tests/ops/test_softmax_loss.py
     if not any(terms):
         terms = TERMS[0]
     for got, wanted, what in zip(

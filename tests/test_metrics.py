@@ -8,7 +8,7 @@ import torch
 
 from dflash_scale.loss import BlockSums
 from dflash_scale.metrics import JsonLines, Metrics, block_metrics, keep_until
-from dflash_scale.softmax_loss import term_weights
+from dflash_scale.ops.softmax_loss import term_weights
 
 
 def steps(path: Path) -> list[int]:

@@ -1,5 +1,5 @@
 // Registers the operators of dflash_scale::* and hands their tensors to the kernels as pointers. No logic: the Python
-// layer (dflash_scale/attention.py) checks what users give, and holds fake kernels and autograd.
+// layer (dflash_scale/ops/attention.py) checks what users give, and holds fake kernels and autograd.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 

@@ -1,5 +1,5 @@
 // Registers the loss operator of dflash_scale::* and hands its tensors to the kernels as pointers. No logic: the Python
-// layer (dflash_scale/softmax_loss.py) checks what it gives and holds the fake kernel.
+// layer (dflash_scale/ops/softmax_loss.py) checks what it gives and holds the fake kernel.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 

@@ -1,5 +1,5 @@
 // Registers the pointwise operators of dflash_scale::* and hands their tensors to the kernels as pointers. No logic:
-// the Python layer (dflash_scale/pointwise.py) checks what it gives and holds the autograd rules.
+// the Python layer (dflash_scale/ops/pointwise.py) checks what it gives and holds the autograd rules.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 

@@ -22,8 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-from dflash_scale.attention import Plan, anchor_attention, build_plan
-from dflash_scale.pointwise import norm_rope, rms_norm, silu_mul
+from dflash_scale.ops.attention import Plan, anchor_attention, build_plan
+from dflash_scale.ops.pointwise import norm_rope, rms_norm, silu_mul
 from dflash_scale.rope import check_rope, drafter_rope
 
 if TYPE_CHECKING:

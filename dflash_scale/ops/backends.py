@@ -1,7 +1,7 @@
 """An operator's backends, one row of a table each, and the choice of the one that runs.
 
 From the rows come the names that the configuration takes, the errors, the choice of "auto" and the table in
-docs/kernels.md; tests/test_backends.py holds the configuration and the page to them.
+docs/kernels.md; tests/ops/test_backends.py holds the configuration and the page to them.
 """
 
 from __future__ import annotations

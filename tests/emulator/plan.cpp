@@ -1,4 +1,4 @@
-// The plan's kernel on the emulated machine, callable from Python (tests/test_plan_kernel.py).
+// The plan's kernel on the emulated machine, callable from Python (tests/ops/test_plan_kernel.py).
 #include "attention/plan.cu"
 
 #include "run.h"

@@ -1,4 +1,4 @@
-// The pointwise kernels on the emulated machine, callable from Python (tests/test_pointwise.py). All memory is the
+// The pointwise kernels on the emulated machine, callable from Python (tests/ops/test_pointwise.py). All memory is the
 // host's.
 #include "pointwise/norm.cu"
 #include "pointwise/silu.cu"

@@ -1,4 +1,4 @@
-// tests/gpu/probe.cu on the emulated machine, callable from Python (tests/test_gpu_emulated.py).
+// tests/gpu/probe.cu on the emulated machine, callable from Python (tests/ops/test_gpu_emulated.py).
 #include "../gpu/probe.cu"
 
 #include "run.h"

@@ -5,7 +5,7 @@
 //
 // Prints one JSON object per test. A wrong one says which rows and columns are, and which row or column of the truth
 // each of them holds instead. The pieces are the kernels' own (hopper.h, sm90_tile.h). On the emulated GPU the same
-// tests are run by tests/test_gpu_emulated.py.
+// tests are run by tests/ops/test_gpu_emulated.py.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>

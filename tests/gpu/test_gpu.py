@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from dflash_scale.attention import ATTENTION, anchor_attention
+from dflash_scale.ops.attention import ATTENTION, anchor_attention
 from dflash_scale.ops.library import MISSING
 from tests.attention_cases import Case, case
 from tests.gpu import check
-from tests.test_attention import cases
+from tests.ops.test_attention import cases
 
 
 def backends() -> list[str]:

@@ -21,10 +21,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dflash_scale import pointwise
-from dflash_scale.ops import backends, library
+from dflash_scale.ops import backends, library, pointwise
 from dflash_scale.ops.backends import Proof
-from dflash_scale.pointwise import (
+from dflash_scale.ops.pointwise import (
     POINTWISE,
     norm_rope,
     norm_rope_definition,
@@ -33,7 +32,7 @@ from dflash_scale.pointwise import (
     silu_mul,
     silu_mul_definition,
 )
-from tests.test_gpu_emulated import Guarded, build
+from tests.ops.test_gpu_emulated import Guarded, build
 
 OPERATORS = ("rms_norm", "norm_rope", "silu_mul")
 HALVES = (torch.bfloat16, torch.float16)

@@ -8,13 +8,13 @@ from typing import Any, get_args
 
 import pytest
 
-from dflash_scale.attention import ATTENTION
 from dflash_scale.config import Config, LossTerms
+from dflash_scale.ops.attention import ATTENTION
 from dflash_scale.ops.backends import Backend, Operator, dtype_name, sizes, versions
-from dflash_scale.pointwise import POINTWISE
-from dflash_scale.softmax_loss import LOSS, TERMS
+from dflash_scale.ops.pointwise import POINTWISE
+from dflash_scale.ops.softmax_loss import LOSS, TERMS
 
-PAGE = Path(__file__).parents[1] / "docs" / "kernels.md"
+PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
 OPERATORS: list[Operator[Any]] = [ATTENTION, LOSS, POINTWISE]
 
 

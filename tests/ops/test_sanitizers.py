@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = ROOT / "build" / "sanitize" / "_kernels.so"
-TESTS = "tests/test_attention_cpu.py::test_operator_equals_the_definition_in_float64"
+TESTS = "tests/ops/test_attention_cpu.py::test_operator_equals_the_definition_in_float64"
 # Stops before the first test if it is not the sanitized library that runs. Fewer examples: each is ten times slower.
 CONFTEST = """
 from pathlib import Path

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex
 
-from dflash_scale import attention, attention_flex, attention_reference
-from dflash_scale.attention import ATTENTION, Plan, anchor_attention
-from dflash_scale.attention_plan import TILE
+from dflash_scale.ops import attention, attention_flex, attention_reference
+from dflash_scale.ops.attention import ATTENTION, Plan, anchor_attention
+from dflash_scale.ops.attention_plan import TILE
 from tests.attention_cases import Case, assert_close, case, outputs
-from tests.test_attention import cases
+from tests.ops.test_attention import cases
 
 
 @pytest.fixture

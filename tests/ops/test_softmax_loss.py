@@ -18,9 +18,9 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dflash_scale import softmax_loss
 from dflash_scale.loss import term_values
-from dflash_scale.softmax_loss import (
+from dflash_scale.ops import softmax_loss
+from dflash_scale.ops.softmax_loss import (
     CE,
     COMPILED_TERMS,
     LOSS,
@@ -32,7 +32,7 @@ from dflash_scale.softmax_loss import (
     term_weights,
     wants_verifier,
 )
-from tests.test_gpu_emulated import ROOT, Guarded, build
+from tests.ops.test_gpu_emulated import ROOT, Guarded, build
 
 HALVES = (torch.bfloat16, torch.float16)
 ONLY_CE = term_weights({"ce": 1.0})
@@ -282,7 +282,7 @@ def run_other_order(case: Case) -> tuple[Tensor, Tensor, Tensor]:
 def test_narrower_instruction_sets(limit: str) -> None:
     """Smaller CPUs run other builds of the same source; torch's own variable asks for them here."""
     code = (
-        "import torch; from tests.test_softmax_loss import ALL, Case, check;"
+        "import torch; from tests.ops.test_softmax_loss import ALL, Case, check;"
         "[check('cpu', Case(3, 2, 301, ALL, kind, dtype, 4)) for kind in ('random', 'huge', 'far', 'masked', 'equal')"
         " for dtype in (torch.float32, torch.bfloat16)]"
     )

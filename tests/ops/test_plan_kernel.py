@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dflash_scale.attention_plan import TILE, build_plan, item_positions
+from dflash_scale.ops.attention_plan import TILE, build_plan, item_positions
 from tests.attention_cases import Case, case
-from tests.test_attention import cases
+from tests.ops.test_attention import cases
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DDFLASH_EMULATE")
 OUTPUTS = ("starts", "ends", "tile_ranges", "order", "tile_order")
 GUARD = -777

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from dflash_scale.attention_plan import TILE, Plan
-from dflash_scale.attention_reference import attention_reference
+from dflash_scale.ops.attention_plan import TILE, Plan
+from dflash_scale.ops.attention_reference import attention_reference
 
 
 def attention_flex(

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dflash_scale.attention_flex import attention_flex
-from dflash_scale.attention_plan import TILE, Plan, build_plan
-from dflash_scale.attention_reference import attention_reference, visible_block, visible_context
+from dflash_scale.ops.attention_flex import attention_flex
+from dflash_scale.ops.attention_plan import TILE, Plan, build_plan
+from dflash_scale.ops.attention_reference import attention_reference, visible_block, visible_context
 from dflash_scale.ops.backends import Backend, Operator
 from dflash_scale.ops.library import MISSING
 

@@ -23,9 +23,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dflash_scale.attention import Plan, build_plan, visible_block, visible_context
+from dflash_scale.ops.attention import Plan, build_plan, visible_block, visible_context
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "emulator"
 FLAGS = ("-std=c++20", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DDFLASH_EMULATE")
 GUARD = 256  # bytes before and after each buffer that nobody may touch

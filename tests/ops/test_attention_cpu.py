@@ -14,10 +14,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dflash_scale.attention import Plan, anchor_attention
-from tests.test_attention import NAMES, Case, assert_close, case
+from dflash_scale.ops.attention import Plan, anchor_attention
+from tests.ops.test_attention import NAMES, Case, assert_close, case
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # Scores of the dense definition, over all heads: more would only make the tests slow.
 MOST_SCORES = 2_000_000
 
@@ -92,7 +92,7 @@ def test_one_document_repeats_bit_for_bit_whatever_the_threads(dtype: torch.dtyp
 PRELUDE = """
 import contextlib, re, torch
 from pathlib import Path
-from dflash_scale.attention import anchor_attention, build_plan
+from dflash_scale.ops.attention import anchor_attention, build_plan
 
 def problem(tokens, anchors, size, width):
     plan = build_plan(torch.arange(tokens - anchors, tokens, dtype=torch.int32),

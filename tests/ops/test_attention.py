@@ -17,13 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dflash_scale import attention, attention_plan, attention_reference
-from dflash_scale.attention import ATTENTION, Plan, anchor_attention, build_plan
-from dflash_scale.ops import backends, library
+from dflash_scale.ops import attention, attention_plan, attention_reference, backends, library
+from dflash_scale.ops.attention import ATTENTION, Plan, anchor_attention, build_plan
 from dflash_scale.ops.backends import Proof
 from tests.attention_cases import NAMES, Case, assert_close, case, outputs
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @st.composite
