@@ -29,8 +29,8 @@ if str(REPO) not in sys.path:  # started as a script
     sys.path.insert(0, str(REPO))
 
 from benchmarks.machine import stamp  # noqa: E402
-from dflash_scale.stream.cache import Cache  # noqa: E402
-from dflash_scale.stream.wire import Layout  # noqa: E402
+from dflash_scale.cache.folder import Cache  # noqa: E402
+from dflash_scale.transport.layout import Layout  # noqa: E402
 
 LAYOUT: Final = Layout((2, 9, 17, 25, 33, 36), 4096, "bfloat16")  # an 8B verifier: 48 KiB per token
 

@@ -34,7 +34,7 @@ import zmq  # noqa: E402
 
 from benchmarks.machine import stamp  # noqa: E402
 from benchmarks.vllm_server import Sizes, VllmServer, dealer, prompt, vllm_server, write_verifier  # noqa: E402
-from dflash_scale.stream import wire  # noqa: E402
+from dflash_scale.transport import messages  # noqa: E402
 
 SIZES: Final = Sizes(vocabulary=1024, hidden=512, layers=8, heads=16, length=1024)
 TAPS: Final = (1, 3, 5, 7)
@@ -60,7 +60,7 @@ class Receiver(threading.Thread):
             if len(frames) == 3:
                 self.samples += 1
                 self.nbytes += len(frames[2])
-            elif not isinstance(wire.decode(frames[0].bytes, max_tokens=0), wire.HelloReply):
+            elif not isinstance(messages.decode(frames[0].bytes, max_tokens=0), messages.HelloReply):
                 self.refused += 1
 
 
@@ -69,7 +69,7 @@ def round_of(server: VllmServer, way: str, requests: int, concurrency: int) -> d
     layer_ids = (*TAPS, SIZES.layers)
 
     def ask(number: int) -> float:
-        ticket = wire.Ticket("bench", "bench", 0, number, 0, layer_ids, "float32") if way == "sent" else None
+        ticket = messages.Ticket("bench", "bench", 0, number, 0, layer_ids, "float32") if way == "sent" else None
         started = time.perf_counter()
         server.complete(prompt(TOKENS, number, SIZES.vocabulary), ticket, 1)
         return time.perf_counter() - started
@@ -85,7 +85,7 @@ def measure(server: VllmServer, args: argparse.Namespace) -> dict[str, Any]:
     """The two ways, alternating; ends with an error if a sample was refused or lost."""
     rounds: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     with dealer(server, "bench") as socket:
-        socket.send(wire.encode(wire.Hello("bench", "bench")))
+        socket.send(messages.encode(messages.Hello("bench", "bench")))
         receiver = Receiver(socket)
         receiver.start()
         for way in WAYS:

@@ -62,15 +62,16 @@ from dflash_scale.receiver.ring_sink import RingSink  # noqa: E402
 from dflash_scale.receiver.status import Status  # noqa: E402
 from dflash_scale.stream.embedded_http import CompletionServer, Reply, Request  # noqa: E402
 from dflash_scale.stream.embedded_http import Limits as RequestLimits  # noqa: E402
-from dflash_scale.stream.encoding import decode, encode  # noqa: E402
 from dflash_scale.stream.endpoints import Endpoints  # noqa: E402
-from dflash_scale.stream.keys import make_keys, receiver_keys, server_keys  # noqa: E402
 from dflash_scale.stream.layouts import RowLayouts  # noqa: E402
 from dflash_scale.stream.publisher import Publisher  # noqa: E402
 from dflash_scale.stream.questions import SampleQuestions  # noqa: E402
-from dflash_scale.stream.ring import PeerDied, Ring, own_ring_name, record_span  # noqa: E402
 from dflash_scale.stream.window import Window  # noqa: E402
-from dflash_scale.stream.wire import FP8, Layout, Origin  # noqa: E402
+from dflash_scale.transport.encoding import decode, encode  # noqa: E402
+from dflash_scale.transport.keys import make_keys, receiver_keys, server_keys  # noqa: E402
+from dflash_scale.transport.layout import FP8, Layout  # noqa: E402
+from dflash_scale.transport.messages import Origin  # noqa: E402
+from dflash_scale.transport.ring import PeerDied, Ring, own_ring_name, record_span  # noqa: E402
 
 LAYOUT: Final = Layout((2, 9, 17, 25, 33, 36), 4096, "bfloat16")  # an 8B verifier: 48 KiB per token
 RUN: Final = f"bench{os.getpid()}"

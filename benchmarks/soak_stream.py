@@ -40,7 +40,7 @@ from dflash_scale.packer import Row, RowSchedule, Samples, schedule_spec  # noqa
 from dflash_scale.prompts import load_prepared, prepare  # noqa: E402
 from dflash_scale.receiver.client import STOP_SIGNAL, Receiver, ReceiverSpec, open_ring, spawn_receiver  # noqa: E402
 from dflash_scale.stream.layouts import RowLayouts  # noqa: E402
-from dflash_scale.stream.ring import COMMITTED, Ring  # noqa: E402
+from dflash_scale.transport.ring import COMMITTED, Ring  # noqa: E402
 from dflash_scale.verifier.shape import verifier_shape  # noqa: E402
 from launch.demo.main import Demo, servers  # noqa: E402
 from launch.demo.verifier import STEPS, make_verifier  # noqa: E402

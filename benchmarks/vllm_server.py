@@ -25,7 +25,7 @@ import zmq
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from dflash_scale.stream import sockets, wire
+from dflash_scale.transport import messages, sockets
 
 SCRIPT = Path(__file__).resolve().parent.parent / "launch" / "serve_vllm.py"
 
@@ -103,7 +103,7 @@ class VllmServer:
         except (urllib.error.URLError, OSError):
             return False
 
-    def complete(self, token_ids: Sequence[int], ticket: wire.Ticket | None, max_tokens: int) -> dict[str, Any]:
+    def complete(self, token_ids: Sequence[int], ticket: messages.Ticket | None, max_tokens: int) -> dict[str, Any]:
         """The reply to one greedy completion; raises HTTPError for a refusal."""
         content: dict[str, Any] = {"model": self.model, "prompt": list(token_ids), "max_tokens": max_tokens}
         content |= {"temperature": 0, "ignore_eos": True, "return_token_ids": True}

@@ -1,4 +1,4 @@
-# Types of the module that csrc/ring/bindings.cpp builds; what the calls do stands in dflash_scale/stream/ring.py.
+# Types of the module that csrc/ring/bindings.cpp builds; what the calls do stands in dflash_scale/transport/ring.py.
 
 class Ring:
     @staticmethod

@@ -29,6 +29,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from dflash_scale.cache.folder import Cache, CacheOrigin, claim, open_cache, read_manifest
 from dflash_scale.config import Config, load_config
 from dflash_scale.conversations import BadLine, Encoded
 from dflash_scale.generate import check_stream, fill_cache
@@ -36,7 +37,6 @@ from dflash_scale.prepared_writer import PreparedWriter, check_fraction
 from dflash_scale.prompts import find_files, lines_of, load_prepared, make_encoder, tokenizer_hash
 from dflash_scale.receiver.cache_sink import QUARANTINED_FILE
 from dflash_scale.receiver.process import keep_freed_memory
-from dflash_scale.stream.cache import Cache, CacheOrigin, claim, open_cache, read_manifest
 from dflash_scale.stream.questions import PromptQuestions, Sampling
 from dflash_scale.training.run import resolve_verifier
 from dflash_scale.verifier.files import load_tokenizer

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 from dflash_scale.packer import Row
 from dflash_scale.row_memory import BESIDES_LOOKAHEAD, Copier, RowBuffer, RowMemory
-from dflash_scale.stream.encoding import decode
 from dflash_scale.stream.layouts import RowLayouts
-from dflash_scale.stream.ring import QUARANTINED, Record, Ring
 from dflash_scale.training.row_source import RowStates
+from dflash_scale.transport.encoding import decode
+from dflash_scale.transport.ring import QUARANTINED, Record, Ring
 
 POLL_S = 0.2  # how long the thread waits for a record before it looks whether it should stop
 COPY_POLL_S = 0.001  # or whether copies have ended, while there are some

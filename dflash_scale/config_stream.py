@@ -7,8 +7,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from dflash_scale.addresses import check_server
 from dflash_scale.config_drafter import Positive, Section
+from dflash_scale.transport.addresses import check_server
 
 GIB = 1 << 30
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dflash_scale.row_memory import Event
-from dflash_scale.stream.ring import Record, Ring
+from dflash_scale.transport.ring import Record, Ring
 
 log = logging.getLogger(__name__)
 

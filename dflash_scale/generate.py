@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from dflash_scale.cache.folder import CacheOrigin, claim, open_cache
 from dflash_scale.config import Config, load_config
 from dflash_scale.fleet.fleet import NoServerError
 from dflash_scale.packer import Samples
@@ -32,11 +33,10 @@ from dflash_scale.receiver.cache_sink import CacheSink, CacheUnwritable
 from dflash_scale.receiver.connections import Identity
 from dflash_scale.receiver.loop import ReceiverLoop
 from dflash_scale.receiver.process import keep_freed_memory, limits_of
-from dflash_scale.stream.cache import CacheOrigin, claim, open_cache
 from dflash_scale.stream.endpoints import Endpoints
-from dflash_scale.stream.keys import receiver_keys
 from dflash_scale.stream.questions import Questions, SampleQuestions
 from dflash_scale.training.run import resolve_verifier
+from dflash_scale.transport.keys import receiver_keys
 from dflash_scale.verifier.identity import origin_of
 
 log = logging.getLogger(__name__)

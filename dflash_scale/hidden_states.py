@@ -5,7 +5,7 @@ from __future__ import annotations
 from dflash_scale.config import Config
 from dflash_scale.loss import loss_spec
 from dflash_scale.stream.layouts import RowLayouts
-from dflash_scale.stream.wire import FP8, Layout
+from dflash_scale.transport.layout import FP8, Layout
 from dflash_scale.verifier.layers import aux_layers
 from dflash_scale.verifier.shape import VerifierShape
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dflash_scale.stream.ring import QUARANTINED, Record, Ring
+from dflash_scale.transport.ring import QUARANTINED, Record, Ring
 
 
 class Event(Protocol):

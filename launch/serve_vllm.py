@@ -27,8 +27,8 @@ REPO = Path(__file__).resolve().parent.parent
 if str(REPO) not in sys.path:  # started as a script
     sys.path.insert(0, str(REPO))
 
-from dflash_scale.addresses import check_bind, check_bind_http, engine_address  # noqa: E402
-from dflash_scale.stream.keys import server_keys  # noqa: E402
+from dflash_scale.transport.addresses import check_bind, check_bind_http, engine_address  # noqa: E402
+from dflash_scale.transport.keys import server_keys  # noqa: E402
 from dflash_scale.verifier.files import model_folder  # noqa: E402
 from dflash_scale.verifier.layers import aux_layers  # noqa: E402
 

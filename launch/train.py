@@ -215,8 +215,8 @@ def resolve_trained(config: Config, verifier: ResolvedVerifier, data: Data) -> R
 
 def checked_tokenizer(config: Config, verifier: ResolvedVerifier, prepared: Prepared) -> Any:
     """The verifier's tokenizer; refuses a data set of another one, and keys and a cache that the stream cannot use."""
-    from dflash_scale.stream.cache import claim
-    from dflash_scale.stream.keys import receiver_keys
+    from dflash_scale.cache.folder import claim
+    from dflash_scale.transport.keys import receiver_keys
 
     tokenizer = check_tokenizer(prepared, verifier.model)
     if config.stream.keys is not None:

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from dflash_scale.stream.payload import check_payload
-from dflash_scale.stream.wire import Buffer, Header, Layout, WireError, decode
+from dflash_scale.transport.layout import Buffer, Layout, WireError
+from dflash_scale.transport.messages import Header, check_payload, decode
 
 
 def decode_data(frames: Sequence[Buffer], *, layout: Layout, max_tokens: int) -> tuple[Header, memoryview, memoryview]:

@@ -28,9 +28,10 @@ from typing import Any
 import numpy as np
 import zmq
 
-from dflash_scale.stream import payload, sockets, wire
-from dflash_scale.stream.keys import server_keys
-from dflash_scale.stream.wire import Layout, Ticket
+from dflash_scale.transport import messages, sockets
+from dflash_scale.transport.keys import server_keys
+from dflash_scale.transport.layout import Layout
+from dflash_scale.transport.messages import Ticket
 
 LAYOUT = Layout((1, 2, 4), 16, "bfloat16")
 OTHER_LAYOUT = Layout((1, 3, 4), 16, "bfloat16")
@@ -52,7 +53,7 @@ def answer_to(prompt: list[int], most: int) -> list[int]:
 def bad_frames(word: str, ticket: Ticket, token_ids: bytes) -> Iterator[Frames]:
     """What is sent for an attempt under the word `word`."""
     layout = ticket.part_of(LAYOUT)
-    good = payload.data_frames(ticket, layout, token_ids, states(token_ids, layout))
+    good = messages.data_frames(ticket, layout, token_ids, states(token_ids, layout))
     match word:
         case "corrupt":
             yield [good[0], good[1], bytes(good[2][:-1]) + bytes([good[2][-1] ^ 1])]
@@ -61,10 +62,10 @@ def bad_frames(word: str, ticket: Ticket, token_ids: bytes) -> Iterator[Frames]:
         case "extra-frame":
             yield [*good, b"more"]
         case "layout":
-            yield payload.data_frames(ticket, OTHER_LAYOUT, token_ids, states(token_ids, OTHER_LAYOUT))
+            yield messages.data_frames(ticket, OTHER_LAYOUT, token_ids, states(token_ids, OTHER_LAYOUT))
         case "tokens":
             other = (np.frombuffer(token_ids, "<i4") + 1).astype("<i4").tobytes()
-            yield payload.data_frames(ticket, layout, other, states(token_ids, layout))
+            yield messages.data_frames(ticket, layout, other, states(token_ids, layout))
         case "garbage":
             yield [os.urandom(300)]
             yield [good[0]]
@@ -72,12 +73,12 @@ def bad_frames(word: str, ticket: Ticket, token_ids: bytes) -> Iterator[Frames]:
             yield good
         case "stranger":
             stranger = Ticket("otherrun", ticket.receiver, 0, 1, 0, ticket.layer_ids, ticket.dtype)
-            yield payload.data_frames(stranger, layout, token_ids, states(token_ids, layout))
+            yield messages.data_frames(stranger, layout, token_ids, states(token_ids, layout))
             yield good
         case "refuse":
-            yield [wire.encode(wire.Refusal(ticket, "scripted refusal"))]
+            yield [messages.encode(messages.Refusal(ticket, "scripted refusal"))]
         case "busy":
-            yield [wire.encode(wire.Refusal(ticket, "scripted: full", busy=True))]
+            yield [messages.encode(messages.Refusal(ticket, "scripted: full", busy=True))]
         case "twice":
             yield good
             yield good
@@ -87,19 +88,25 @@ def bad_frames(word: str, ticket: Ticket, token_ids: bytes) -> Iterator[Frames]:
             yield good
 
 
-def greeting(word: str) -> wire.Message:
+def greeting(word: str) -> messages.Message:
     """The answer to a hello; an empty word: one that fits."""
     if word == "other-version":
-        return wire.Incompatible((wire.VERSION + 1, wire.VERSION + 1))
+        return messages.Incompatible((messages.VERSION + 1, messages.VERSION + 1))
     layout = {"wrong-layout": OTHER_LAYOUT, "wrong-size": replace(LAYOUT, hidden_size=32)}.get(word, LAYOUT)
-    origin = wire.Origin(verifier="0" * 16) if word == "other-verifier" else wire.Origin()
+    origin = messages.Origin(verifier="0" * 16) if word == "other-verifier" else messages.Origin()
     rank = 1 if word == "second-engine" else None
-    return wire.HelloReply(layout, "fake", secrets.token_hex(8), origin, rank)
+    return messages.HelloReply(layout, "fake", secrets.token_hex(8), origin, rank)
 
 
 class FakeVerifier:
     def __init__(
-        self, http: int, zmq_port: int, script: dict[str, list[str]], reply: wire.Message, keys: Path | None, mute: bool
+        self,
+        http: int,
+        zmq_port: int,
+        script: dict[str, list[str]],
+        reply: messages.Message,
+        keys: Path | None,
+        mute: bool,
     ) -> None:
         self.script, self.seen, self.lock = script, Counter[int](), threading.Lock()
         self.reply, self.keys, self.mute = reply, keys, mute
@@ -166,7 +173,7 @@ class FakeVerifier:
         context, keys = zmq.Context.instance(), server_keys(self.keys) if self.keys is not None else None
         doorkeeper = sockets.Doorkeeper(context, keys.receivers) if keys is not None else None  # noqa: F841 lives on
         router = sockets.bind_router(context, f"tcp://127.0.0.1:{self.zmq_port}", keys=keys)
-        reply = wire.encode(self.reply)
+        reply = messages.encode(self.reply)
         while True:
             if router.poll(1):
                 receiver, _ = router.recv_multipart()

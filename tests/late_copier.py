@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dflash_scale.row_memory import Event
-from dflash_scale.stream.ring import Record
+from dflash_scale.transport.ring import Record
 
 
 @dataclass(eq=False)

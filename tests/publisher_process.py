@@ -9,9 +9,10 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from dflash_scale.stream.keys import server_keys
 from dflash_scale.stream.publisher import Publisher
-from dflash_scale.stream.wire import Layout, Ticket
+from dflash_scale.transport.keys import server_keys
+from dflash_scale.transport.layout import Layout
+from dflash_scale.transport.messages import Ticket
 
 LAYOUT = Layout((1, 2), 256, "float32")
 

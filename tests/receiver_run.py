@@ -23,7 +23,7 @@ from dflash_scale.prompts import load_prepared
 from dflash_scale.receiver.client import Receiver, ReceiverSpec, spawn_receiver
 from dflash_scale.server.process import free_port
 from dflash_scale.stream.layouts import RowLayouts
-from dflash_scale.stream.ring import COMMITTED, Ring
+from dflash_scale.transport.ring import COMMITTED, Ring
 
 SAMPLES, VALIDATION, LONGEST = 60, 6, 40
 RUN = f"receivertest{os.getpid()}"

@@ -19,8 +19,8 @@ from dflash_scale.cuda_copier import CudaCopier
 from dflash_scale.packer import Row, RowSchedule, Samples, ScheduleSpec
 from dflash_scale.row_memory import Copier, HostCopier
 from dflash_scale.stream.layouts import RowLayouts
-from dflash_scale.stream.ring import COMMITTED, QUARANTINED, PeerDied, Ring, own_ring_name
-from dflash_scale.stream.wire import Layout
+from dflash_scale.transport.layout import Layout
+from dflash_scale.transport.ring import COMMITTED, QUARANTINED, PeerDied, Ring, own_ring_name
 from tests.late_copier import AtRandom, LateCopier
 
 LAYOUTS = RowLayouts(Layout((1, 3), 8, "float32"), Layout((1, 3, 4), 8, "float32"))
@@ -155,7 +155,7 @@ def test_a_sample_that_no_row_wants_is_an_error_in_the_training_thread(writer: R
 
 def test_a_dead_receiver_is_an_error_in_the_training_thread(copier_of: Callable[[Ring], Copier]) -> None:
     code = (
-        "import sys; from dflash_scale.stream.ring import Ring, own_ring_name\n"
+        "import sys; from dflash_scale.transport.ring import Ring, own_ring_name\n"
         "ring = Ring.create(own_ring_name('dead', 0), 1 << 20); print(ring.name, flush=True); sys.stdin.read()"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

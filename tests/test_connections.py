@@ -9,10 +9,11 @@ import pytest
 from dflash_scale.config_stream import Server
 from dflash_scale.fleet.state import Lost, Probe
 from dflash_scale.receiver.connections import Connections, Identity, Outcome
-from dflash_scale.stream import wire
 from dflash_scale.stream.calls import HealthAnswered, Host
 from dflash_scale.stream.publisher import Publisher
-from dflash_scale.stream.wire import Layout, Origin
+from dflash_scale.transport import messages
+from dflash_scale.transport.layout import Layout
+from dflash_scale.transport.messages import Origin
 
 LAYOUT = Layout((1, 2), 8, "float32")
 IDENTITY = Identity("run", "run:0:1", LAYOUT, Origin(), None)
@@ -51,18 +52,20 @@ class Bench:
         self.connections.probe(Probe(0, self.serial), 2.0)
         return Probe(0, self.serial)
 
-    def reply(self) -> wire.HelloReply:
+    def reply(self) -> messages.HelloReply:
         """What came of the hello; nobody has been told."""
         deadline = time.monotonic() + 20
         while not self.connections.wait(100).readable:
             assert time.monotonic() < deadline, "nothing came"
         incoming = self.connections[0].receive()
         assert incoming is not None
-        message = wire.decode(incoming.header, max_tokens=1)
-        assert isinstance(message, wire.HelloReply)
+        message = messages.decode(incoming.header, max_tokens=1)
+        assert isinstance(message, messages.HelloReply)
         return message
 
-    def shake(self, reply: Callable[[wire.HelloReply], wire.HelloReply] = lambda reply: reply) -> Outcome | None:
+    def shake(
+        self, reply: Callable[[messages.HelloReply], messages.HelloReply] = lambda reply: reply
+    ) -> Outcome | None:
         """A whole handshake, with a reply that the test may change."""
         probe = self.begin()
         assert self.connections.health(HealthAnswered(probe, None)) is None
@@ -101,7 +104,9 @@ def test_both_ports_have_to_answer_in_either_order(bench: Bench) -> None:
     assert bench.shake() == Outcome(Probe(0, 2), None)
     server = bench.connections[0]
     assert (server.model, server.handshake) == ("model", None)
-    assert bench.connections.replied(server, wire.HelloReply(LAYOUT, "model", "id", Origin())) is None, "nobody asked"
+    assert bench.connections.replied(server, messages.HelloReply(LAYOUT, "model", "id", Origin())) is None, (
+        "nobody asked"
+    )
 
 
 def test_an_answer_to_an_earlier_probe_is_nothing(bench: Bench) -> None:

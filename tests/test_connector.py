@@ -16,12 +16,13 @@ import pytest
 import torch
 import zmq
 
-from dflash_scale.stream import keys, sockets, wire
+from dflash_scale.transport import keys, messages, sockets
+from dflash_scale.transport.layout import Layout
 from tests.data_messages import decode_data
 
 SOURCE = Path(__file__).parents[1] / "dflash_scale" / "stream" / "connector.py"
 BLOCKS, LAYERS, BLOCK_SIZE, HIDDEN = 9, 3, 4, 8
-TICKET = wire.Ticket("run-1", "rx", 0, 5, 0, (1, 3, 6), "float32")
+TICKET = messages.Ticket("run-1", "rx", 0, 5, 0, (1, 3, 6), "float32")
 
 
 class Base:
@@ -128,7 +129,7 @@ def test_a_finished_request_reaches_its_receiver(connector: ModuleType, layer_id
         cache.zero_()  # the blocks may be reused from here on
         worker._connector_metadata = None
         assert worker.get_finished(set()) == (None, None)
-        layout = wire.Layout(layer_ids, HIDDEN, "float32")
+        layout = Layout(layer_ids, HIDDEN, "float32")
         assert socket.poll(10_000), "nothing arrived"
         header, ids, raw = decode_data(socket.recv_multipart(), layout=layout, max_tokens=10)
         assert header.ticket == ticket
@@ -316,10 +317,10 @@ def test_each_engine_of_a_server_binds_its_own_address_and_says_its_rank(connect
         for rank in range(2):
             address = f"ipc://{tmp_path}/states.{rank}"
             socket = sockets.connect_dealer(context, address, "rx", max_message_bytes=1 << 20)
-            socket.send(wire.encode(wire.Hello("run-1", "rx")))
+            socket.send(messages.encode(messages.Hello("run-1", "rx")))
             assert socket.poll(10_000), f"no engine at {address}"
-            reply = wire.decode(socket.recv(), max_tokens=0)
-            assert isinstance(reply, wire.HelloReply)
+            reply = messages.decode(socket.recv(), max_tokens=0)
+            assert isinstance(reply, messages.HelloReply)
             assert reply.data_parallel_rank == rank
     finally:
         for worker in workers:
@@ -349,7 +350,7 @@ def test_the_server_of_a_folder_of_keys_serves_its_receivers_only(connector: Mod
         for given in (None, keys.receiver_keys(tmp_path / "keys")):
             address = worker._copies._publisher.endpoint
             socket = sockets.connect_dealer(context, address, "rx", max_message_bytes=1 << 20, keys=given)
-            socket.send(wire.encode(wire.Hello("run-1", "rx")))
+            socket.send(messages.encode(messages.Hello("run-1", "rx")))
             answered.append(bool(socket.poll(10_000 if given else 500)))
         assert answered == [False, True]
     finally:

@@ -12,15 +12,17 @@ import pytest
 import torch
 import zmq
 
-from dflash_scale.stream import copies, publisher, sockets, wire
+from dflash_scale.stream import copies, publisher
 from dflash_scale.stream.copies import Copies, Finished
-from dflash_scale.stream.encoding import encode
 from dflash_scale.stream.host_pool import HostPool
 from dflash_scale.stream.publisher import Publisher
+from dflash_scale.transport import messages, sockets
+from dflash_scale.transport.encoding import encode
+from dflash_scale.transport.layout import FP8, Layout
 from tests.data_messages import decode_data
 
 BLOCKS, P, LAYERS, HIDDEN = 64, 4, (1, 3, 6), 2048
-LAYOUT = wire.Layout(LAYERS, HIDDEN, "float32")
+LAYOUT = Layout(LAYERS, HIDDEN, "float32")
 SAMPLE_BYTES = 10 * LAYOUT.bytes_per_token  # 240 KiB: beyond what ZeroMQ copies by itself
 
 
@@ -38,7 +40,7 @@ def finished(
     dtype: str = "float32",
     answer: bool = False,
 ) -> Finished:
-    ticket = wire.Ticket("run-1", receiver, 0, sample, 0, layer_ids, dtype, answer)
+    ticket = messages.Ticket("run-1", receiver, 0, sample, 0, layer_ids, dtype, answer)
     blocks = tuple((7 * sample + 5 * i) % BLOCKS for i in range(-(-(tokens - answer) // P)))
     return Finished(f"request-{sample}", ticket, tuple(range(sample, sample + tokens)), blocks)
 
@@ -60,7 +62,7 @@ class Rig:
 
     def connect(self, receiver: str = "rx") -> "zmq.Socket[bytes]":
         socket = sockets.connect_dealer(self.context, self.publisher.endpoint, receiver, max_message_bytes=1 << 22)
-        socket.send(wire.encode(wire.Hello("run-1", receiver)))
+        socket.send(messages.encode(messages.Hello("run-1", receiver)))
         assert socket.poll(10_000), "no hello reply"
         socket.recv()
         return socket
@@ -100,9 +102,7 @@ def receive(socket: "zmq.Socket[bytes]", request: Finished) -> None:
 
 
 @pytest.mark.parametrize("layer_ids", [LAYERS, (1, 3), (1, 6), (6,)])
-@pytest.mark.parametrize(
-    ("blocks_per_slice", "dtype"), [(0, "float32"), (1, "bfloat16"), (2, wire.FP8), (100, "float32")]
-)
+@pytest.mark.parametrize(("blocks_per_slice", "dtype"), [(0, "float32"), (1, "bfloat16"), (2, FP8), (100, "float32")])
 def test_slices_make_up_the_sample(
     make: Callable[[int], Rig],
     monkeypatch: pytest.MonkeyPatch,
@@ -120,7 +120,7 @@ def test_slices_make_up_the_sample(
     receive(socket, request)
 
 
-@pytest.mark.parametrize(("tokens", "dtype"), [(9, "float32"), (10, "bfloat16"), (11, wire.FP8)])
+@pytest.mark.parametrize(("tokens", "dtype"), [(9, "float32"), (10, "bfloat16"), (11, FP8)])
 def test_the_last_token_of_an_answer_is_zeros(make: Callable[[int], Rig], tokens: int, dtype: str) -> None:
     """Whether it would lie in the last block that was fed or in one that was never written; the pool is not clean."""
     rig = make(1 << 20)
@@ -216,8 +216,8 @@ def test_a_sample_larger_than_the_pool_is_refused_and_its_blocks_are_freed(make:
     socket = rig.connect()
     assert rig.copies.step([finished(1)]) == {"request-1"}
     assert socket.poll(10_000)
-    refusal = wire.decode(socket.recv(), max_tokens=0)
-    assert isinstance(refusal, wire.Refusal)
+    refusal = messages.decode(socket.recv(), max_tokens=0)
+    assert isinstance(refusal, messages.Refusal)
     assert refusal.reason == f"{SAMPLE_BYTES} bytes of hidden states, the server's pool has {SAMPLE_BYTES - 1}"
 
 
@@ -226,8 +226,8 @@ def test_refusals_of_the_scheduler_go_out(make: Callable[[int], Rig]) -> None:
     socket = rig.connect()
     assert rig.copies.step([replace(finished(1), block_ids=(), refusal="because")]) == set()
     assert socket.poll(10_000)
-    refusal = wire.decode(socket.recv(), max_tokens=0)
-    assert isinstance(refusal, wire.Refusal)
+    refusal = messages.decode(socket.recv(), max_tokens=0)
+    assert isinstance(refusal, messages.Refusal)
     assert refusal.reason == "because"
 
 

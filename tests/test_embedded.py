@@ -21,9 +21,10 @@ import torch
 import zmq
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from dflash_scale.stream import keys, sockets, wire
 from dflash_scale.stream.embedded import EmbeddedServer, Options, TappedVerifier, _next_token, parse
-from dflash_scale.stream.encoding import encode
+from dflash_scale.transport import keys, messages, sockets
+from dflash_scale.transport.encoding import encode
+from dflash_scale.transport.layout import FP8, Layout
 from dflash_scale.verifier.layers import default_layer_ids
 from dflash_scale.verifier_head import load_verifier_head
 from tests.data_messages import decode_data
@@ -90,7 +91,7 @@ def states_by_transformers(folder: Path, token_ids: list[int], layer_ids: tuple[
     return torch.stack([*(hidden[k][0] for k in layer_ids), last[0][0]], dim=1)
 
 
-def as_tensor(raw: memoryview, tokens: int, layout: wire.Layout) -> torch.Tensor:
+def as_tensor(raw: memoryview, tokens: int, layout: Layout) -> torch.Tensor:
     assert layout.dtype == "float32"
     flat = torch.frombuffer(bytearray(raw), dtype=torch.float32)
     return flat.view(tokens, len(layout.layer_ids), layout.hidden_size)
@@ -98,7 +99,7 @@ def as_tensor(raw: memoryview, tokens: int, layout: wire.Layout) -> torch.Tensor
 
 def test_states_equal_transformers(folder: Path) -> None:
     verifier = TappedVerifier(str(folder), (0, 1, 3), "float32")
-    assert verifier.layout == wire.Layout((0, 1, 3, 4), 32, "float32")
+    assert verifier.layout == Layout((0, 1, 3, 4), 32, "float32")
     for length in (1, 2, 37, 200):
         states, answer = verifier.run(prompt(length), 1, True, verifier.layout.layer_ids)
         want = states_by_transformers(folder, prompt(length), (0, 1, 3))
@@ -112,7 +113,7 @@ def test_aux_layers_of_every_family_equal_hooks(family: str, tmp_path: Path) -> 
     want, logits = residuals_and_logits(make_verifier(family, tmp_path, shard="1GB"), list(range(10, 34)))
     verifier = TappedVerifier(str(tmp_path), default_layer_ids(LAYERS), "float32")
     states, answer = verifier.run(list(range(10, 34)), 1, True, verifier.layout.layer_ids)
-    assert verifier.layout == wire.Layout((2, 4), HIDDEN, "float32")
+    assert verifier.layout == Layout((2, 4), HIDDEN, "float32")
     torch.testing.assert_close(states, want[[2, 4]].transpose(0, 1), rtol=1e-5, atol=1e-5)
     assert answer == [int(logits[-1].argmax())]
     head = load_verifier_head(str(tmp_path), torch.float32, "cpu")
@@ -165,7 +166,7 @@ def test_a_ticket_for_the_answer_brings_its_states(folder: Path, server: Embedde
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     socket = sockets.connect_dealer(context, server.zmq, "rx-2", max_message_bytes=1 << 22)
     try:
-        ticket = wire.Ticket("run", "rx-2", 0, 1, 0, server.layout.layer_ids, server.layout.dtype, answer=True)
+        ticket = messages.Ticket("run", "rx-2", 0, 1, 0, server.layout.layer_ids, server.layout.dtype, answer=True)
         content = {"prompt": prompt(20), "max_tokens": 7, "ignore_eos": True, "temperature": 0.9, "seed": 3}
         _, reply = post(server.http, {**content, "kv_transfer_params": {"dflash": ticket.to_params()}})
         _, again = post(server.http, content)
@@ -206,16 +207,16 @@ def test_concurrent_requests_arrive_whole_and_equal_to_lone_ones(folder: Path, s
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     socket = sockets.connect_dealer(context, server.zmq, "rx-1", max_message_bytes=1 << 22)
     try:
-        socket.send(wire.encode(wire.Hello("run", "rx-1")))
+        socket.send(messages.encode(messages.Hello("run", "rx-1")))
         assert socket.poll(10_000), "no hello reply"
-        hello = wire.decode(socket.recv(), max_tokens=0)
-        assert isinstance(hello, wire.HelloReply)
+        hello = messages.decode(socket.recv(), max_tokens=0)
+        assert isinstance(hello, messages.HelloReply)
         assert hello.layout == server.layout
         assert hello.model == str(folder)
 
-        def ticket_of(sample: int) -> wire.Ticket:
-            dtype = ("float32", "bfloat16", wire.FP8)[sample % 3]
-            return wire.Ticket("run", "rx-1", 0, sample, 0, server.layout.layer_ids[sample % 3 :], dtype)
+        def ticket_of(sample: int) -> messages.Ticket:
+            dtype = ("float32", "bfloat16", FP8)[sample % 3]
+            return messages.Ticket("run", "rx-1", 0, sample, 0, server.layout.layer_ids[sample % 3 :], dtype)
 
         def ask(sample: int) -> tuple[int, dict[str, Any]]:
             ticket = ticket_of(sample)
@@ -231,8 +232,8 @@ def test_concurrent_requests_arrive_whole_and_equal_to_lone_ones(folder: Path, s
         for _ in prompts:
             assert socket.poll(10_000), f"only {len(seen)} of {len(prompts)} samples arrived"
             frames = socket.recv_multipart()
-            header = wire.decode(frames[0], max_tokens=256)
-            assert isinstance(header, wire.Header)
+            header = messages.decode(frames[0], max_tokens=256)
+            assert isinstance(header, messages.Header)
             sample = header.ticket.sample
             layout = ticket_of(sample).part_of(hello.layout)
             header, ids, raw = decode_data(frames, layout=layout, max_tokens=256)
@@ -317,7 +318,7 @@ def test_ipv6_with_keys(folder: Path, tmp_path: Path) -> None:
         address = server.zmq.replace("[::]", "[::1]")
         receiver = keys.receiver_keys(tmp_path / "keys")
         socket = sockets.connect_dealer(context, address, "rx-1", max_message_bytes=1 << 22, keys=receiver)
-        ticket = wire.Ticket("run", "rx-1", 0, 1, 0, (1,), server.layout.dtype)
+        ticket = messages.Ticket("run", "rx-1", 0, 1, 0, (1,), server.layout.dtype)
         assert server.http.startswith("http://[::1]:")
         status, _ = post(server.http, {"prompt": prompt(5), "kv_transfer_params": {"dflash": ticket.to_params()}})
         assert status == 200

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from dflash_scale.stream.wire import MAX_LAYERS, Layout, WireError, layer_ids_problem
+from dflash_scale.transport.layout import MAX_LAYERS, Layout, WireError, layer_ids_problem
 from dflash_scale.verifier.layers import aux_layers, default_layer_ids
 
 

@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from dflash_scale.stream.wire import Origin
+from dflash_scale.transport.messages import Origin
 from dflash_scale.verifier.files import load_tokenizer, model_file, model_folder
 from dflash_scale.verifier.identity import origin_of
 from tests.test_conversations import save_tokenizer

@@ -18,9 +18,9 @@ from dflash_scale.config import parse_config
 from dflash_scale.quarantine import QuarantineFile
 from dflash_scale.receiver.client import STOP_SIGNAL, RankPlace, Stream
 from dflash_scale.receiver.delivery import Dropped
-from dflash_scale.stream import wire
-from dflash_scale.stream.keys import make_keys
-from dflash_scale.stream.ring import COMMITTED, QUARANTINED, PeerDied, Ring
+from dflash_scale.transport import messages
+from dflash_scale.transport.keys import make_keys
+from dflash_scale.transport.ring import COMMITTED, QUARANTINED, PeerDied, Ring
 from dflash_scale.verifier.identity import origin_of
 from tests.verifier_families import make_verifier
 
@@ -169,8 +169,8 @@ def test_another_version_is_an_error_that_names_both(
 ) -> None:
     run = make_run([FakeServer(arguments=("--greeting", "other-version")).start()])
     assert run.spawn().process.wait(60) == 1
-    said = f"server {run.servers[0].addresses['http']}: the server speaks version {wire.VERSION + 1} of the wire, this "
-    assert f"{said}receiver {wire.VERSION}; upgrade dflash_scale at the receiver" in capfd.readouterr().err
+    said = f"server {run.servers[0].addresses['http']}: the server speaks version {messages.VERSION + 1} of the wire, this "
+    assert f"{said}receiver {messages.VERSION}; upgrade dflash_scale at the receiver" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

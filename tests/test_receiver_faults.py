@@ -16,8 +16,8 @@ import pytest
 from proxy import Fault, Proxy
 from receiver_run import FakeServer, Run, drain, expected, read_all
 
-from dflash_scale.stream import ring as ring_module
-from dflash_scale.stream.ring import COMMITTED, QUARANTINED, PeerStuck, Ring
+from dflash_scale.transport import ring as ring_module
+from dflash_scale.transport.ring import COMMITTED, QUARANTINED, PeerStuck, Ring
 
 pytest_plugins = ("receiver_run",)
 

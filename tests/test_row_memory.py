@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dflash_scale.row_memory import HostCopier, RowBuffer, RowMemory
-from dflash_scale.stream.ring import COMMITTED, QUARANTINED, Ring, own_ring_name
+from dflash_scale.transport.ring import COMMITTED, QUARANTINED, Ring, own_ring_name
 from tests.late_copier import LateCopier
 
 RUN = f"rows{os.getpid()}"

@@ -4,9 +4,9 @@ import torch
 
 from dflash_scale.packer import Row, RowSchedule, Samples, ScheduleSpec
 from dflash_scale.stream.layouts import RowLayouts
-from dflash_scale.stream.wire import Layout
 from dflash_scale.training.fake import TRAIN, VALIDATION, fake_data, fake_head
 from dflash_scale.training.row_source import FakeSource
+from dflash_scale.transport.layout import Layout
 from dflash_scale.verifier.shape import verifier_shape
 
 CPU = torch.device("cpu")

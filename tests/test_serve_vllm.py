@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dflash_scale.stream.keys import make_keys
+from dflash_scale.transport.keys import make_keys
 from dflash_scale.verifier.layers import default_layer_ids
 
 SCRIPT = Path(__file__).parents[1] / "launch" / "serve_vllm.py"

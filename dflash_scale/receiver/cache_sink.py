@@ -13,13 +13,14 @@ from typing import Final
 
 import numpy as np
 
+from dflash_scale.cache.file import BadFile
+from dflash_scale.cache.folder import Cache
+from dflash_scale.cache.writer import Keeper, Sample
 from dflash_scale.fleet.state import Key
-from dflash_scale.stream.cache import Cache
-from dflash_scale.stream.cache_file import BadFile
-from dflash_scale.stream.keeper import Keeper, Sample
 from dflash_scale.stream.questions import Questions
 from dflash_scale.stream.window import Want
-from dflash_scale.stream.wire import TOKEN_ID_BYTES, Layout
+from dflash_scale.transport.layout import Layout
+from dflash_scale.transport.messages import TOKEN_ID_BYTES
 
 QUARANTINED_FILE: Final = "quarantined.jsonl"
 MOST_IN_HAND: Final = 4096  # samples that are asked for at once

@@ -12,16 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from dflash_scale.cache.file import BadFile
+from dflash_scale.cache.folder import Cache, open_cache
+from dflash_scale.cache.writer import Keeper, Sample
 from dflash_scale.config_stream import StreamSection
 from dflash_scale.fleet.state import Key
 from dflash_scale.packer import Samples
 from dflash_scale.receiver.ring_sink import RingSink
 from dflash_scale.receiver.status import CacheStatus, Status
-from dflash_scale.stream.cache import Cache, open_cache
-from dflash_scale.stream.cache_file import BadFile
-from dflash_scale.stream.keeper import Keeper, Sample
 from dflash_scale.stream.window import Want, Window
-from dflash_scale.stream.wire import Layout
+from dflash_scale.transport.layout import Layout
 
 log = logging.getLogger(__name__)
 

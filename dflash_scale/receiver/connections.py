@@ -13,15 +13,16 @@ from dataclasses import dataclass, field
 
 from dflash_scale.config_stream import Server
 from dflash_scale.fleet.state import Lost, Probe
-from dflash_scale.stream import wire
 from dflash_scale.stream.calls import Calls, HealthAnswered, Host
-from dflash_scale.stream.keys import ReceiverKeys
-from dflash_scale.stream.sockets import Dealer, Dealers, Incoming
-from dflash_scale.stream.wire import Layout, Origin
+from dflash_scale.transport import messages
+from dflash_scale.transport.keys import ReceiverKeys
+from dflash_scale.transport.layout import Layout
+from dflash_scale.transport.messages import Origin
+from dflash_scale.transport.sockets import Dealer, Dealers, Incoming
 
 log = logging.getLogger(__name__)
 
-Reply = wire.HelloReply | wire.Incompatible
+Reply = messages.HelloReply | messages.Incompatible
 
 
 class ServerMismatch(ValueError):
@@ -167,7 +168,7 @@ class Connections:
             server.dealer = self._dealers.connect(server.entry.zmq)
             self._owners[server.dealer] = server
         self._http.health(server.host, probe, timeout_s)
-        if not server.dealer.send(wire.encode(wire.Hello(self._identity.run_id, server.receiver))):
+        if not server.dealer.send(messages.encode(messages.Hello(self._identity.run_id, server.receiver))):
             log.debug("hellos to %s wait already", server.entry.name)
 
     def health(self, answered: HealthAnswered) -> Outcome | None:
@@ -194,7 +195,7 @@ class Connections:
             return None
         server.handshake = None
         problem = self._mismatch(server.entry, reply)
-        if isinstance(reply, wire.Incompatible):
+        if isinstance(reply, messages.Incompatible):
             return Outcome(handshake.probe, problem, mismatch=True)
         lost = Lost.CONNECTION if server.broken else Lost.NOTHING
         if server.server_id not in ("", reply.server_id):
@@ -206,7 +207,7 @@ class Connections:
 
     def _mismatch(self, entry: Server, reply: Reply) -> str | None:
         """Why a server cannot serve this run. What cannot be compared is logged once."""
-        if isinstance(reply, wire.Incompatible):
+        if isinstance(reply, messages.Incompatible):
             return f"server {entry.name}: {reply}"
         if reply.data_parallel_rank != entry.data_parallel_rank:
             there, here = (

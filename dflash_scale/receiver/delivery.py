@@ -12,11 +12,11 @@ from collections import Counter
 from typing import Final, Protocol
 
 from dflash_scale.fleet.state import Key
-from dflash_scale.stream.payload import check_payload
 from dflash_scale.stream.questions import Questions
-from dflash_scale.stream.sockets import Incoming
 from dflash_scale.stream.window import Want
-from dflash_scale.stream.wire import Header, WireError
+from dflash_scale.transport.layout import WireError
+from dflash_scale.transport.messages import Header, check_payload
+from dflash_scale.transport.sockets import Incoming
 
 log = logging.getLogger(__name__)
 

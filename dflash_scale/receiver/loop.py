@@ -17,12 +17,13 @@ from dflash_scale.quarantine import QuarantineFile
 from dflash_scale.receiver.connections import Connections, Identity, Outcome, ServerConnection, ServerMismatch
 from dflash_scale.receiver.delivery import Dropped, Sink, Unusable, deliver
 from dflash_scale.receiver.status import Status
-from dflash_scale.stream import wire
 from dflash_scale.stream.calls import Calls, Event, HealthAnswered
 from dflash_scale.stream.endpoints import Endpoints
 from dflash_scale.stream.questions import Questions
-from dflash_scale.stream.sockets import Incoming
-from dflash_scale.stream.wire import Ticket, WireError
+from dflash_scale.transport import messages
+from dflash_scale.transport.layout import WireError
+from dflash_scale.transport.messages import Ticket
+from dflash_scale.transport.sockets import Incoming
 
 STEP_MS: Final = 10  # the reader's progress is seen by looking at it: this is how often
 MESSAGES_PER_TURN: Final = 8  # from one server, before the others have theirs
@@ -133,21 +134,21 @@ class ReceiverLoop:
             if incoming is None:
                 return
             try:
-                self._message(server, wire.decode(incoming.header, max_tokens=self._max_tokens), incoming)
+                self._message(server, messages.decode(incoming.header, max_tokens=self._max_tokens), incoming)
             except Unusable as error:
                 self._dropped(error.reason, str(error), server.entry.name)
             except WireError as error:
                 self._dropped("malformed", str(error), server.entry.name)
             incoming.skip()
 
-    def _message(self, server: ServerConnection, message: wire.Message, incoming: Incoming) -> None:
+    def _message(self, server: ServerConnection, message: messages.Message, incoming: Incoming) -> None:
         match message:
-            case wire.HelloReply() | wire.Incompatible():
+            case messages.HelloReply() | messages.Incompatible():
                 self._probed(self._servers.replied(server, message))
-            case wire.Refusal(ticket, reason, busy):
+            case messages.Refusal(ticket, reason, busy):
                 fault, why = Fault.BUSY if busy else Fault.SAMPLE, f"refused: {reason}"
                 self.fleet.rejected(server.index, _key(ticket), ticket.attempt, fault, why, time.monotonic())
-            case wire.Header(ticket):
+            case messages.Header(ticket):
                 job = self._job(server, ticket)
                 if job is None:
                     raise Unusable("not outstanding", f"{_key(ticket)} attempt {ticket.attempt}")

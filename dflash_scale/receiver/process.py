@@ -34,10 +34,10 @@ from dflash_scale.receiver.loop import ReceiverLoop
 from dflash_scale.receiver.ring_sink import RingSink
 from dflash_scale.receiver.status import Status
 from dflash_scale.stream.endpoints import Endpoints
-from dflash_scale.stream.keys import receiver_keys
 from dflash_scale.stream.questions import SampleQuestions
-from dflash_scale.stream.ring import Ring, own_ring_name
 from dflash_scale.stream.window import Window
+from dflash_scale.transport.keys import receiver_keys
+from dflash_scale.transport.ring import Ring, own_ring_name
 from dflash_scale.verifier.identity import origin_of
 
 log = logging.getLogger(__name__)

@@ -9,8 +9,8 @@ from typing import Final
 
 from dflash_scale.fleet.state import Key
 from dflash_scale.receiver.status import QuarantinedSample, Status
-from dflash_scale.stream.ring import COMMITTED, QUARANTINED
 from dflash_scale.stream.window import Want, Window
+from dflash_scale.transport.ring import COMMITTED, QUARANTINED
 
 QUARANTINED_KEPT: Final = 1000  # named in the status; all are counted
 

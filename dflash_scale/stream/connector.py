@@ -36,12 +36,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.platforms import current_platform
 
-from dflash_scale.addresses import engine_address
-from dflash_scale.stream import wire
 from dflash_scale.stream.copies import Copies, Finished
 from dflash_scale.stream.host_pool import HostPool
-from dflash_scale.stream.keys import server_keys
 from dflash_scale.stream.publisher import Publisher
+from dflash_scale.transport import messages
+from dflash_scale.transport.addresses import engine_address
+from dflash_scale.transport.keys import server_keys
+from dflash_scale.transport.layout import Layout, WireError
 from dflash_scale.verifier.identity import origin_of
 
 if TYPE_CHECKING:
@@ -125,8 +126,8 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         A ticket that is not one is the client's mistake and must not end the engine: it is told in the reply.
         """
         try:
-            ticket = wire.Ticket.from_request(request.kv_transfer_params)
-        except wire.WireError as error:
+            ticket = messages.Ticket.from_request(request.kv_transfer_params)
+        except WireError as error:
             log.warning("Request %s asks for hidden states with a bad ticket: %s", request.request_id, error)
             return False, {"dflash_error": str(error)}
         if ticket is None:
@@ -143,7 +144,7 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         self._kept.add(request.request_id)
         return True, None
 
-    def _why_not(self, request: "Request", ticket: wire.Ticket, tokens: int, blocks: int) -> str | None:
+    def _why_not(self, request: "Request", ticket: messages.Ticket, tokens: int, blocks: int) -> str | None:
         """The reason for which this request's hidden states are not whole in the cache, None if they are."""
         if not set(ticket.layer_ids) <= set(self._layer_ids):
             return f"this server has the layers {list(self._layer_ids)}, asked for {list(ticket.layer_ids)}"
@@ -217,7 +218,7 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         return "NHD" if current_platform.is_cuda_alike() else None
 
 
-def _wanted_tokens(request: "Request", ticket: wire.Ticket) -> tuple[int, ...]:
+def _wanted_tokens(request: "Request", ticket: messages.Ticket) -> tuple[int, ...]:
     """The tokens that the ticket wants; none if the prompt has no token ids."""
     if not request.prompt_token_ids:
         return ()
@@ -279,10 +280,10 @@ def _layer_ids(config: "VllmConfig") -> tuple[int, ...]:
 
 def _layout(
     config: "VllmConfig", layer_ids: tuple[int, ...], block_size: int, cache: torch.Tensor
-) -> tuple[wire.Layout, torch.Tensor]:
+) -> tuple[Layout, torch.Tensor]:
     """The wire's layout, and the cache as (B, P, L+1, H): older releases make it so, newer ones (B, L+1, P, H)."""
     hidden_size, layers = config.model_config.get_hidden_size(), len(layer_ids)
-    layout = wire.Layout(layer_ids, hidden_size, str(cache.dtype).removeprefix("torch."))
+    layout = Layout(layer_ids, hidden_size, str(cache.dtype).removeprefix("torch."))
     shape = tuple(cache.shape[1:])
     if block_size == layers:
         raise ValueError(

@@ -14,10 +14,11 @@ from typing import Final
 
 import torch
 
-from dflash_scale.stream import wire
-from dflash_scale.stream.encoding import encode
 from dflash_scale.stream.host_pool import HostPool, Piece
 from dflash_scale.stream.publisher import Publisher
+from dflash_scale.transport import messages
+from dflash_scale.transport.encoding import encode
+from dflash_scale.transport.layout import WireError
 
 SLICE_BYTES: Final = 16 << 20  # gathered on the device at once: its memory is vLLM's, and a copy this long is efficient
 
@@ -31,7 +32,7 @@ class Finished:
     """
 
     request_id: str
-    ticket: wire.Ticket
+    ticket: messages.Ticket
     token_ids: tuple[int, ...]
     block_ids: tuple[int, ...]
     refusal: str | None = None
@@ -93,7 +94,7 @@ class Copies:
         """The reason for which this request can never be sent, None if it can."""
         try:
             need, have = self._nbytes(finished), self._pool.nbytes
-        except wire.WireError as error:
+        except WireError as error:
             return str(error)
         return f"{need} bytes of hidden states, the server's pool has {have}" if need > have else None
 

@@ -26,12 +26,12 @@ from typing import Any, Final
 
 import torch
 
-from dflash_scale.addresses import check_bind, check_bind_http, split_address
-from dflash_scale.stream import wire
 from dflash_scale.stream.embedded_http import CompletionServer, Limits, Reply, Request
-from dflash_scale.stream.encoding import encode
-from dflash_scale.stream.keys import server_keys
 from dflash_scale.stream.publisher import MAX_BYTES, Publisher
+from dflash_scale.transport.addresses import check_bind, check_bind_http, split_address
+from dflash_scale.transport.encoding import encode
+from dflash_scale.transport.keys import server_keys
+from dflash_scale.transport.layout import DTYPE_BYTES, Layout
 from dflash_scale.verifier.identity import origin_of
 from dflash_scale.verifier.layers import aux_layers, causal_model, decoder_layers
 
@@ -69,7 +69,7 @@ class TappedVerifier:
         layer_ids = aux_layers(layer_ids, len(layers), "--layer-ids")
         config = self._model.config.get_text_config(decoder=True)
         name = str(self._model.dtype).removeprefix("torch.")
-        self.layout = wire.Layout((*layer_ids, len(layers)), config.hidden_size, name)
+        self.layout = Layout((*layer_ids, len(layers)), config.hidden_size, name)
         self.vocab_size: int = config.vocab_size
         self.max_tokens: int = config.max_position_embeddings
         eos = self._model.generation_config.eos_token_id
@@ -253,7 +253,7 @@ def parse(arguments: Sequence[str]) -> tuple[Options, int | None]:
     parser.add_argument("--http", required=True, help="HOST:PORT to answer completions at")
     parser.add_argument("--zmq", required=True, help="tcp://HOST:PORT to send hidden states from")
     parser.add_argument("--layer-ids", required=True, help="comma-separated aux layers, id k = after k decoder layers")
-    parser.add_argument("--dtype", default="auto", choices=["auto", *wire.DTYPE_BYTES])
+    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPE_BYTES])
     parser.add_argument("--threads", type=int, default=1, help="of torch; more make small models slower")
     parser.add_argument("--parent-pid", type=int, help="stop when this process ends")
     parser.add_argument("--insecure", action="store_true", help="allow addresses that other machines can reach")

@@ -18,8 +18,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import Any, Final
 
-from dflash_scale.addresses import cannot_bind, split_address
-from dflash_scale.stream import wire
+from dflash_scale.transport import messages
+from dflash_scale.transport.addresses import cannot_bind, split_address
+from dflash_scale.transport.layout import MAX_INT, Layout
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ class Request:
     token_ids: tuple[int, ...]
     max_tokens: int
     ignore_eos: bool
-    ticket: wire.Ticket | None
+    ticket: messages.Ticket | None
     temperature: float = 0.0
     seed: int | None = None
 
@@ -44,7 +45,7 @@ class Limits:
 
     vocab_size: int
     max_tokens: int
-    layout: wire.Layout
+    layout: Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,9 +175,9 @@ def parse_request(body: bytes, model: str, limits: Limits) -> Request:
     temperature, seed = content.get("temperature", 0), content.get("seed")
     if type(temperature) not in (int, float) or not 0 <= temperature <= MAX_TEMPERATURE:
         raise ValueError(f"temperature must be a number from 0 to {MAX_TEMPERATURE:g}, got {temperature!r:.40}")
-    if seed is not None and (type(seed) is not int or not 0 <= seed <= wire.MAX_INT):
-        raise ValueError(f"seed must be an integer from 0 to {wire.MAX_INT}, got {seed!r:.40}")
-    ticket = wire.Ticket.from_request(content.get("kv_transfer_params"))
+    if seed is not None and (type(seed) is not int or not 0 <= seed <= MAX_INT):
+        raise ValueError(f"seed must be an integer from 0 to {MAX_INT}, got {seed!r:.40}")
+    ticket = messages.Ticket.from_request(content.get("kv_transfer_params"))
     if ticket is not None:
         ticket.part_of(limits.layout)
     ignore_eos = content.get("ignore_eos") is True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dflash_scale.packer import Row
-from dflash_scale.stream.wire import Layout
+from dflash_scale.transport.layout import Layout
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,9 @@ from typing import Final
 
 import zmq
 
-from dflash_scale.stream import payload, sockets, wire
-from dflash_scale.stream.keys import ServerKeys
+from dflash_scale.transport import messages, sockets
+from dflash_scale.transport.keys import ServerKeys
+from dflash_scale.transport.layout import Buffer, Layout, WireError
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ STALLED_S: Final = 60.0
 RETRY_S: Final = 0.01  # with HIGH_WATER this caps a receiver at 6400 messages per second
 LOG_EVERY_S: Final = 60.0
 MAX_BYTES: Final = 8 << 30  # four receivers at the default stream.server_credit_bytes
-UNKNOWN: Final = wire.Origin()
+UNKNOWN: Final = messages.Origin()
 HELLOS_PER_TURN: Final = 64  # a flood of hellos must not keep data from leaving
 COUNTED: Final = {
     "dropped": "messages dropped",
@@ -55,15 +56,15 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    ticket: wire.Ticket
-    token_ids: wire.Buffer
-    hidden_states: wire.Buffer
+    ticket: messages.Ticket
+    token_ids: Buffer
+    hidden_states: Buffer
     released: Callable[[], None]
 
 
 @dataclass(slots=True)
 class _Outgoing:
-    frames: Sequence[wire.Buffer]
+    frames: Sequence[Buffer]
     nbytes: int
     released: Callable[[], None]
     queued_at: float
@@ -98,10 +99,10 @@ class Publisher:
     def __init__(
         self,
         address: str,
-        layout: wire.Layout,
+        layout: Layout,
         model: str,
         *,
-        origin: wire.Origin = UNKNOWN,
+        origin: messages.Origin = UNKNOWN,
         data_parallel_rank: int | None = None,
         insecure: bool = False,
         keys: ServerKeys | None = None,
@@ -111,8 +112,8 @@ class Publisher:
         self.server_id = secrets.token_hex(8)
         self.max_bytes = max_bytes
         self.counters = Counters()
-        reply = wire.HelloReply(layout, model, self.server_id, origin, data_parallel_rank)
-        self._hello_reply = wire.encode(reply)
+        reply = messages.HelloReply(layout, model, self.server_id, origin, data_parallel_rank)
+        self._hello_reply = messages.encode(reply)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._doorkeeper = sockets.Doorkeeper(self._context, keys.receivers) if keys is not None else None
         try:
@@ -122,7 +123,7 @@ class Publisher:
             raise
         self._connections = sockets.watch_connection(self._router, "connections")
         self.endpoint = str(self._router.getsockopt_string(zmq.LAST_ENDPOINT))
-        self._inbox: deque[_Sample | wire.Refusal] = deque()
+        self._inbox: deque[_Sample | messages.Refusal] = deque()
         self._lock = threading.Lock()  # over _held_bytes alone
         self._held_bytes = 0
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -133,9 +134,9 @@ class Publisher:
 
     def send(
         self,
-        ticket: wire.Ticket,
-        token_ids: wire.Buffer,
-        hidden_states: wire.Buffer,
+        ticket: messages.Ticket,
+        token_ids: Buffer,
+        hidden_states: Buffer,
         released: Callable[[], None] | None = None,
     ) -> bool:
         """Queues one sample; False if it was refused instead because `max_bytes` are held already.
@@ -146,9 +147,9 @@ class Publisher:
         Raises WireError if the sizes do not fit each other.
         """
         layout = ticket.part_of(self.layout)
-        want = len(token_ids) // wire.TOKEN_ID_BYTES * layout.bytes_per_token
-        if len(token_ids) % wire.TOKEN_ID_BYTES or not token_ids or len(hidden_states) != want:
-            raise wire.WireError(
+        want = len(token_ids) // messages.TOKEN_ID_BYTES * layout.bytes_per_token
+        if len(token_ids) % messages.TOKEN_ID_BYTES or not token_ids or len(hidden_states) != want:
+            raise WireError(
                 f"{len(token_ids)} bytes of token ids need {want} bytes of states, got {len(hidden_states)}"
             )
         if released is None:
@@ -166,9 +167,9 @@ class Publisher:
         """Whether the sending thread runs."""
         return self._thread.is_alive()
 
-    def refuse(self, ticket: wire.Ticket, reason: str, *, busy: bool = False) -> None:
+    def refuse(self, ticket: messages.Ticket, reason: str, *, busy: bool = False) -> None:
         """Tells the receiver not to wait for this attempt. busy: the sample is not to blame, only the moment."""
-        self._inbox.append(wire.Refusal(ticket, reason[: wire.MAX_REASON_CHARS], busy))
+        self._inbox.append(messages.Refusal(ticket, reason[: messages.MAX_REASON_CHARS], busy))
         os.eventfd_write(self._wake, 1)
 
     def close(self, linger_s: float = 1.0) -> None:
@@ -235,7 +236,7 @@ class Publisher:
                 return
             try:
                 self._router.send_multipart([frames[0], self._answer(frames[1:])], zmq.NOBLOCK)
-            except wire.WireError as error:
+            except WireError as error:
                 self._count("invalid", f"from a receiver: {error}")
             except zmq.ZMQError as error:  # gone again, or it does not read: its next hello is answered
                 self._count("dropped", f"hello reply: {error}")
@@ -243,24 +244,24 @@ class Publisher:
     def _answer(self, frames: list[bytes]) -> bytes:
         """What is said to a receiver's message; raises WireError if it is no hello."""
         if len(frames) != 1:
-            raise wire.WireError(f"expected one frame, a hello, got {len(frames)}")
-        hello = wire.decode(frames[0], max_tokens=0)
-        if not isinstance(hello, wire.Hello):
-            raise wire.WireError(f"expected a hello, got {type(hello).__name__}")
-        if wire.common_version(hello.versions) is None:
+            raise WireError(f"expected one frame, a hello, got {len(frames)}")
+        hello = messages.decode(frames[0], max_tokens=0)
+        if not isinstance(hello, messages.Hello):
+            raise WireError(f"expected a hello, got {type(hello).__name__}")
+        if messages.common_version(hello.versions) is None:
             self._count("invalid", f"hello of {hello.receiver}: it speaks versions {hello.versions}")
-            return wire.encode(wire.Incompatible(wire.VERSIONS))
+            return messages.encode(messages.Incompatible(messages.VERSIONS))
         return self._hello_reply
 
     def _take_inbox(self, queues: _Queues) -> None:
         while self._inbox:
             item = self._inbox.popleft()
-            if isinstance(item, wire.Refusal):
+            if isinstance(item, messages.Refusal):
                 self._count("refused", f"{item.ticket}: {item.reason}")
-                out = _Outgoing([wire.encode(item)], 0, _nothing, time.monotonic())
+                out = _Outgoing([messages.encode(item)], 0, _nothing, time.monotonic())
             else:
                 layout = item.ticket.part_of(self.layout)
-                frames = payload.data_frames(item.ticket, layout, item.token_ids, item.hidden_states)
+                frames = messages.data_frames(item.ticket, layout, item.token_ids, item.hidden_states)
                 nbytes = len(item.token_ids) + len(item.hidden_states)
                 out = _Outgoing(frames, nbytes, item.released, time.monotonic())
             queues.by_receiver.setdefault(item.ticket.receiver.encode(), deque()).append(out)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dflash_scale.packer import Samples
-from dflash_scale.stream.wire import TOKEN_ID_BYTES
+from dflash_scale.transport.messages import TOKEN_ID_BYTES
 
 
 class Questions(Protocol):

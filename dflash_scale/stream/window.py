@@ -12,8 +12,8 @@ import numpy.typing as npt
 from dflash_scale.fleet.state import Key
 from dflash_scale.packer import Row
 from dflash_scale.stream.layouts import RowLayouts
-from dflash_scale.stream.ring import Ring, record_span
-from dflash_scale.stream.wire import Layout
+from dflash_scale.transport.layout import Layout
+from dflash_scale.transport.ring import Ring, record_span
 
 
 @dataclass(frozen=True, slots=True)

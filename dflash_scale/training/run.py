@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from transformers import Qwen3Config
 
+from dflash_scale.cache.folder import CacheOrigin
 from dflash_scale.config import Config, parse_config
 from dflash_scale.drafter.model import DrafterSpec, drafter_spec
 from dflash_scale.drafter.pretrained import NOT_THE_LAYERS
 from dflash_scale.hidden_states import run_layouts
-from dflash_scale.stream.cache import CacheOrigin
 from dflash_scale.stream.layouts import RowLayouts
 from dflash_scale.verifier.identity import origin_of
 from dflash_scale.verifier.shape import VerifierShape, mask_token_id, verifier_shape

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Final
 
 import xxhash
 
-from dflash_scale.stream.wire import Origin
+from dflash_scale.transport.messages import Origin
 from dflash_scale.verifier.files import CONFIG, model_folder
 
 NUMBERS: Final = (

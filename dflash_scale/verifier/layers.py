@@ -8,7 +8,7 @@ launcher too, where torch may not be installed.
 from collections.abc import Sized
 from typing import Any
 
-from dflash_scale.stream.wire import layer_ids_problem
+from dflash_scale.transport.layout import layer_ids_problem
 
 
 def default_layer_ids(layers: int, count: int = 5) -> tuple[int, ...]:

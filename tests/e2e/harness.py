@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from dflash_scale.prompts import load_prepared, prepare
 from dflash_scale.receiver.status import read_status
 from dflash_scale.server.process import free_port
-from dflash_scale.stream.ring import reclaim
+from dflash_scale.transport.ring import reclaim
 
 REPO = Path(__file__).resolve().parents[2]
 BINARIES = Path(sys.executable).parent

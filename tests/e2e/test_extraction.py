@@ -28,10 +28,11 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from dflash_scale.packer import Samples
 from dflash_scale.prompts import load_prepared
 from dflash_scale.server.process import free_port
-from dflash_scale.stream import sockets, wire
 from dflash_scale.stream.embedded import TappedVerifier
-from dflash_scale.stream.encoding import decode
-from dflash_scale.stream.keys import make_keys, receiver_keys
+from dflash_scale.transport import messages, sockets
+from dflash_scale.transport.encoding import decode
+from dflash_scale.transport.keys import make_keys, receiver_keys
+from dflash_scale.transport.layout import FP8, Layout
 from dflash_scale.verifier.identity import origin_of
 from tests.data_messages import decode_data
 
@@ -152,11 +153,11 @@ def layers_of(sample: int) -> tuple[int, ...]:
 
 
 def dtype_of(sample: int) -> str:
-    return ("float32", "bfloat16", wire.FP8)[sample // 3 % 3]
+    return ("float32", "bfloat16", FP8)[sample // 3 % 3]
 
 
 def params(sample: int, receiver: str = "rx-1", attempt: int = 0, *, answer: bool = False) -> dict[str, Any]:
-    ticket = wire.Ticket("run-1", receiver, 0, sample, attempt, layers_of(sample), dtype_of(sample), answer)
+    ticket = messages.Ticket("run-1", receiver, 0, sample, attempt, layers_of(sample), dtype_of(sample), answer)
     return {"dflash": ticket.to_params()}
 
 
@@ -164,8 +165,8 @@ def receive(receiver: "zmq.Socket[bytes]", server: Server, verifier: TappedVerif
     """The next sample's number and token ids, after comparing its hidden states with Transformers'."""
     assert receiver.poll(60_000), f"nothing came:\n{server.log.read_text()[-3000:]}"
     frames = receiver.recv_multipart()
-    header = wire.decode(frames[0], max_tokens=MAX_LENGTH)
-    assert isinstance(header, wire.Header), header
+    header = messages.decode(frames[0], max_tokens=MAX_LENGTH)
+    assert isinstance(header, messages.Header), header
     sample = header.ticket.sample
     layout = verifier.layout.only(layers_of(sample), dtype_of(sample))
     header, ids, raw = decode_data(frames, layout=layout, max_tokens=MAX_LENGTH)
@@ -176,7 +177,7 @@ def receive(receiver: "zmq.Socket[bytes]", server: Server, verifier: TappedVerif
         got = got[:-1]
     want, _ = verifier.run(token_ids[: len(got)], 1, True, layout.layer_ids)
     error = ((got - want).norm(dim=-1) / want.norm(dim=-1)).max().item()  # the worst token of the worst layer
-    bound = {"float32": 1e-3, "bfloat16": 5e-3, wire.FP8: 5e-2}[layout.dtype]
+    bound = {"float32": 1e-3, "bfloat16": 5e-3, FP8: 5e-2}[layout.dtype]
     assert error < bound, f"sample {sample} of {header.tokens} tokens: relative error {error}"
     return sample, token_ids
 
@@ -201,11 +202,11 @@ def resident(server: Server) -> int:
 
 
 def test_hello(server: Server, receiver: "zmq.Socket[bytes]") -> None:
-    receiver.send(wire.encode(wire.Hello("run-1", "rx-1")))
+    receiver.send(messages.encode(messages.Hello("run-1", "rx-1")))
     assert receiver.poll(20_000), "no hello reply"
-    reply = wire.decode(receiver.recv(), max_tokens=0)
-    assert isinstance(reply, wire.HelloReply)
-    assert reply.layout == wire.Layout((*TAPS, LAYERS), 64, "float32")
+    reply = messages.decode(receiver.recv(), max_tokens=0)
+    assert isinstance(reply, messages.HelloReply)
+    assert reply.layout == Layout((*TAPS, LAYERS), 64, "float32")
     assert reply.model == str(server.model)
     assert reply.origin == origin_of(str(server.model))
     assert reply.origin.verifier
@@ -215,7 +216,7 @@ def test_hello(server: Server, receiver: "zmq.Socket[bytes]") -> None:
 def test_a_receiver_without_keys_is_not_served(server: Server) -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     dealer = sockets.connect_dealer(context, server.zmq, "rx-2", max_message_bytes=1 << 24)
-    dealer.send(wire.encode(wire.Hello("run-1", "rx-2")))
+    dealer.send(messages.encode(messages.Hello("run-1", "rx-2")))
     assert not dealer.poll(2_000), "served without keys"
     context.destroy(linger=0)
 
@@ -297,7 +298,7 @@ def test_a_slow_receiver_slows_the_server_down_and_loses_nothing(
     keys = receiver_keys(server.keys)
     socket = sockets.connect_dealer(context, server.zmq, "rx-slow", max_message_bytes=1 << 24, keys=keys)
     try:
-        socket.send(wire.encode(wire.Hello("run-1", "rx-slow")))
+        socket.send(messages.encode(messages.Hello("run-1", "rx-slow")))
         assert socket.poll(20_000), "no hello reply"
         socket.recv()
         before = resident(server)
@@ -332,9 +333,9 @@ def test_bad_tickets_and_absent_receivers_disturb_nobody(server: Server, receive
     assert post(server, prompt(9, 1), None)[0] == 200
     assert post(server, prompt(40, 2), params(7, attempt=3))[0] == 200
     assert receiver.poll(60_000)
-    header = wire.decode(receiver.recv_multipart()[0], max_tokens=MAX_LENGTH)
-    assert isinstance(header, wire.Header)
-    assert header.ticket == wire.Ticket("run-1", "rx-1", 0, 7, 3, layers_of(7), dtype_of(7))
+    header = messages.decode(receiver.recv_multipart()[0], max_tokens=MAX_LENGTH)
+    assert isinstance(header, messages.Header)
+    assert header.ticket == messages.Ticket("run-1", "rx-1", 0, 7, 3, layers_of(7), dtype_of(7))
 
 
 def test_the_server_is_well_afterwards(server: Server) -> None:
@@ -355,7 +356,7 @@ def test_the_connector_imports_little_of_ours() -> None:
     )
     modules, deepspeed = done.stdout.splitlines()[-2:]
     room = ["connector", "copies", "encoding", "host_pool", "keys", "payload", "publisher", "sockets", "wire"]
-    ours = ["dflash_scale", "dflash_scale.addresses", "dflash_scale.stream"]
+    ours = ["dflash_scale", "dflash_scale.transport.addresses", "dflash_scale.stream"]
     files = ["dflash_scale.verifier", "dflash_scale.verifier.files", "dflash_scale.verifier.identity"]
     assert modules.split() == [*ours, *(f"dflash_scale.stream.{name}" for name in room), *files]
     assert deepspeed == "False"

@@ -12,7 +12,7 @@ from harness import Embedded, Run, random_data, run_config, tiny_verifier, wait_
 from hosts import Host, network
 
 from dflash_scale.receiver.status import read_status
-from dflash_scale.stream.keys import make_keys
+from dflash_scale.transport.keys import make_keys
 
 pytestmark = pytest.mark.e2e
 

@@ -16,10 +16,10 @@ import pytest
 from harness import REPO, TAPS, Embedded, Run, embedded_fleet, random_data, run_config, tiny_verifier, train, wait_for
 from safetensors.torch import load_file
 
+from dflash_scale.cache.file import BadFile
+from dflash_scale.cache.folder import Cache, open_cache, read_manifest
 from dflash_scale.packer import Samples
 from dflash_scale.prompts import load_prepared
-from dflash_scale.stream.cache import Cache, open_cache, read_manifest
-from dflash_scale.stream.cache_file import BadFile
 
 pytestmark = pytest.mark.e2e
 

@@ -16,7 +16,6 @@ import torch
 
 from benchmarks.vllm_compatibility import worst_error
 from benchmarks.vllm_server import Sizes, VllmServer, prompt, vllm_server, write_verifier
-from dflash_scale.addresses import engine_address
 from dflash_scale.config import Config, parse_config
 from dflash_scale.packer import RowSchedule, Samples, schedule_spec
 from dflash_scale.prepared_writer import FEATURES, FORMAT
@@ -25,7 +24,8 @@ from dflash_scale.receiver.client import ReceiverSpec, spawn_receiver
 from dflash_scale.receiver.status import read_status
 from dflash_scale.stream.embedded import TappedVerifier
 from dflash_scale.stream.layouts import RowLayouts
-from dflash_scale.stream.ring import COMMITTED, Ring
+from dflash_scale.transport.addresses import engine_address
+from dflash_scale.transport.ring import COMMITTED, Ring
 
 pytestmark = pytest.mark.e2e
 

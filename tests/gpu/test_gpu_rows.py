@@ -16,7 +16,7 @@ pytest.importorskip("dflash_scale._ring", reason="not built for this Python", ex
 
 from dflash_scale.cuda_copier import CudaCopier
 from dflash_scale.row_memory import RowBuffer, RowMemory
-from dflash_scale.stream.ring import COMMITTED, QUARANTINED, Ring, own_ring_name, record_span
+from dflash_scale.transport.ring import COMMITTED, QUARANTINED, Ring, own_ring_name, record_span
 
 RUN = f"gpurows{os.getpid()}"
 DEVICE = torch.device("cuda", 0)

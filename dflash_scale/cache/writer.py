@@ -16,8 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from dflash_scale.stream.cache import Cache
-from dflash_scale.stream.wire import Buffer, Layout
+from dflash_scale.cache.folder import Cache
+from dflash_scale.transport.layout import Buffer, Layout
 
 log = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from dflash_scale.stream import wire
-from dflash_scale.stream.wire import Buffer, Layout
+from dflash_scale.transport import messages
+from dflash_scale.transport.layout import DTYPE_BYTES, MAX_LAYERS, Buffer, Layout, layer_ids_problem
 
 STATES: Final = "hidden_states"
 TOKENS: Final = "token_ids"
@@ -160,10 +160,10 @@ def _layers(stored: Stored, token_ids: bytes, layout: Layout, default: tuple[int
         raise BadFile(
             f"its states are {hidden_size} wide and {dtype}, wanted {layout.hidden_size} and {DTYPES[layout.dtype]}"
         )
-    if stored.tokens * wire.TOKEN_ID_BYTES != len(token_ids):
-        raise BadFile(f"it has {stored.tokens} tokens, the sample {len(token_ids) // wire.TOKEN_ID_BYTES}")
+    if stored.tokens * messages.TOKEN_ID_BYTES != len(token_ids):
+        raise BadFile(f"it has {stored.tokens} tokens, the sample {len(token_ids) // messages.TOKEN_ID_BYTES}")
     ids = default if stored.layer_ids is None else stored.layer_ids
-    if len(ids) != count or count > wire.MAX_LAYERS:
+    if len(ids) != count or count > MAX_LAYERS:
         raise BadFile(f"it has {count} layers, wanted {len(ids)}: {list(ids)}")
     if missing := set(layout.layer_ids) - set(ids):
         raise BadFile(f"it has layers {list(ids)} and lacks {sorted(missing)}")
@@ -185,7 +185,7 @@ def _stored(file: int) -> Stored:
     data = size - LENGTH_BYTES - length
     tokens_dtype, tokens_shape, tokens_span = _tensor(content[TOKENS], 1)
     dtype, shape, span = _tensor(content[STATES], 3)
-    number = next((wire.DTYPE_BYTES[ours] for ours, name in DTYPES.items() if name == dtype), 0)
+    number = next((DTYPE_BYTES[ours] for ours, name in DTYPES.items() if name == dtype), 0)
     if tokens_dtype != "I64" or not number:
         raise BadFile(f"{TOKENS} are {tokens_dtype!r:.20} and {STATES} {dtype!r:.20}, wanted I64 and {DTYPES}")
     if not all(shape):
@@ -223,6 +223,6 @@ def _metadata(given: dict[str, Any]) -> tuple[tuple[int, ...] | None, int | None
     except (ValueError, TypeError, RecursionError) as error:
         raise BadFile(f"its metadata cannot be read: {given!r:.200}") from error
     layer_ids = tuple(ids) if isinstance(ids, list) else ids
-    if layer_ids is not None and (problem := wire.layer_ids_problem(layer_ids)):
+    if layer_ids is not None and (problem := layer_ids_problem(layer_ids)):
         raise BadFile(f"its layer ids: {problem}")
     return layer_ids, checksum

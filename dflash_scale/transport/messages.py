@@ -23,88 +23,37 @@ sockets are in `sockets.py`. Imported inside the vLLM server: standard library a
 Shape letters: L verifier layers sent · H hidden size.
 """
 
-import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 import msgpack
+import xxhash
+
+from dflash_scale.transport.layout import (
+    MAX_INT,
+    MAX_LAYERS,
+    Buffer,
+    Layout,
+    WireError,
+    _check_dtype,
+    _check_layer_ids,
+    _layer_ids,
+    check_fields,
+    check_int,
+)
 
 VERSION: Final = 3
 VERSIONS: Final = (VERSION, VERSION)  # the oldest and the newest that this program speaks
 MAX_HEADER_BYTES: Final = 4096
 MAX_REASON_CHARS: Final = 512
 MAX_MODEL_CHARS: Final = 1024
-MAX_LAYERS: Final = 128
-MAX_LAYER_ID: Final = 4096
 MAX_KEYS: Final = 16  # of one map
-MAX_HIDDEN_SIZE: Final = 1 << 17
-MAX_INT: Final = (1 << 63) - 1
-DTYPE_BYTES: Final[Mapping[str, int]] = {"float32": 4, "bfloat16": 2, "float16": 2}  # of verifiers
-FP8: Final = "float8_e4m3fn"  # with a scale for each token and layer (encoding.py)
-FP8_SCALE_BYTES: Final = 4
-CONVERSIONS: Final[Mapping[str, tuple[str, ...]]] = {  # what a server may make of its dtype
-    "float32": ("float32", "bfloat16", FP8),
-    "bfloat16": ("bfloat16", FP8),
-    "float16": ("float16", FP8),
-    FP8: (FP8,),
-}
 TOKEN_ID_BYTES: Final = 4
-
 _DIGEST = re.compile(r"(?:[0-9a-f]{16})?")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")
-
-Buffer = bytes | bytearray | memoryview
-
-
-class WireError(ValueError):
-    """A message, ticket or layout that is not what the protocol allows."""
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """What every token carries: the hidden states after `layer_ids` decoder layers, (L, H) of `dtype`.
-
-    Id k is the residual stream after k layers (0 = embeddings), before the final norm. A server offers the aux layers
-    and the last layer (id = number of layers) in the verifier's dtype; a ticket asks for all of them or for some, in
-    that dtype or in a shorter one.
-    """
-
-    layer_ids: tuple[int, ...]
-    hidden_size: int
-    dtype: str
-
-    def __post_init__(self) -> None:
-        _check_layer_ids(self.layer_ids)
-        _check_int("hidden_size", self.hidden_size, 1, MAX_HIDDEN_SIZE)
-        _check_dtype(self.dtype)
-
-    @property
-    def bytes_per_token(self) -> int:
-        if self.dtype == FP8:
-            return len(self.layer_ids) * (self.hidden_size + FP8_SCALE_BYTES)
-        return len(self.layer_ids) * self.hidden_size * DTYPE_BYTES[self.dtype]
-
-    def offers(self, other: "Layout") -> bool:
-        """Whether `other` can be made of this layout: some of its layers, in its dtype or a shorter one."""
-        alike = self.hidden_size == other.hidden_size and other.dtype in CONVERSIONS[self.dtype]
-        return alike and set(other.layer_ids) <= set(self.layer_ids)
-
-    def only(self, layer_ids: tuple[int, ...], dtype: str | None = None) -> "Layout":
-        """What can be made of this layout; dtype None is its own. Raises WireError for what cannot."""
-        part = Layout(layer_ids, self.hidden_size, self.dtype if dtype is None else dtype)
-        if not self.offers(part):
-            raise WireError(
-                f"this server has the layers {list(self.layer_ids)} in {self.dtype}, asked for {list(layer_ids)} in "
-                f"{part.dtype}"
-            )
-        return part
-
-    @classmethod
-    def from_params(cls, params: object) -> "Layout":
-        fields = _fields("layout", params, ("layer_ids", "hidden_size", "dtype"))
-        return cls(_layer_ids(fields["layer_ids"]), fields["hidden_size"], fields["dtype"])
+_ANY_VERSION: Final = ("hello", "incompatible")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +77,7 @@ class Ticket:
         if type(self.answer) is not bool:
             raise WireError(f"answer must be true or false, got {self.answer!r:.40}")
         for field in ("epoch", "sample", "attempt"):
-            _check_int(field, getattr(self, field), 0, MAX_INT)
+            check_int(field, getattr(self, field), 0, MAX_INT)
 
     def part_of(self, offered: Layout) -> Layout:
         """What it wants of what a server offers. Raises WireError as `Layout.only` does."""
@@ -139,7 +88,7 @@ class Ticket:
 
     @classmethod
     def from_params(cls, params: object) -> "Ticket":
-        fields = _fields("ticket", params, tuple(cls.__dataclass_fields__))
+        fields = check_fields("ticket", params, tuple(cls.__dataclass_fields__))
         return cls(**{**fields, "layer_ids": _layer_ids(fields["layer_ids"])})
 
     @classmethod
@@ -212,7 +161,7 @@ class HelloReply:
 
     def __post_init__(self) -> None:
         if self.data_parallel_rank is not None:
-            _check_int("data_parallel_rank", self.data_parallel_rank, 0, MAX_INT)
+            check_int("data_parallel_rank", self.data_parallel_rank, 0, MAX_INT)
         _check_text("model", self.model, MAX_MODEL_CHARS)
         check_name("server_id", self.server_id)
 
@@ -229,10 +178,10 @@ class Header:
     checksum: int  # xxh3_64 over the token ids, then the hidden states
 
     def __post_init__(self) -> None:
-        _check_int("tokens", self.tokens, 1, MAX_INT)
-        _check_int("token_bytes", self.token_bytes, 0, MAX_INT)
-        _check_int("hidden_bytes", self.hidden_bytes, 0, MAX_INT)
-        _check_int("checksum", self.checksum, 0, (1 << 64) - 1)
+        check_int("tokens", self.tokens, 1, MAX_INT)
+        check_int("token_bytes", self.token_bytes, 0, MAX_INT)
+        check_int("hidden_bytes", self.hidden_bytes, 0, MAX_INT)
+        check_int("checksum", self.checksum, 0, (1 << 64) - 1)
         if self.token_bytes != self.tokens * TOKEN_ID_BYTES:
             raise WireError(f"{self.tokens} tokens are announced with {self.token_bytes} bytes of token ids")
         if self.hidden_bytes != self.tokens * self.layout.bytes_per_token:
@@ -265,12 +214,11 @@ _TYPES: Final[Mapping[str, type[Message]]] = {
     "data": Header,
     "refusal": Refusal,
 }
-_ANY_VERSION: Final = ("hello", "incompatible")
 _NAMES: Final = {cls: name for name, cls in _TYPES.items()}
 _INNER: Final[Mapping[str, Callable[[object], object]]] = {
     "ticket": Ticket.from_params,
     "layout": Layout.from_params,
-    "origin": lambda params: Origin(**_fields("origin", params, ("verifier", "tokenizer"))),
+    "origin": lambda params: Origin(**check_fields("origin", params, ("verifier", "tokenizer"))),
 }
 _KEYS: Final[Mapping[str, tuple[str, ...]]] = {name: tuple(cls.__dataclass_fields__) for name, cls in _TYPES.items()}
 
@@ -300,7 +248,7 @@ def decode(frame: Buffer, *, max_tokens: int) -> Message:
         version = body.pop("v", None)
         if type(version) is not int or common_version((version, version)) is None:
             raise WireError(f"the header has protocol version {version!r:.40}, this program speaks {VERSION}")
-    fields = _fields(kind, body, _KEYS[kind])
+    fields = check_fields(kind, body, _KEYS[kind])
     if isinstance(versions := fields.get("versions"), list):
         fields["versions"] = tuple(versions)
     for name, read in _INNER.items():
@@ -336,51 +284,11 @@ def common_version(versions: tuple[int, int]) -> int | None:
     return newest if newest >= max(versions[0], VERSIONS[0]) else None
 
 
-def _fields(what: str, params: object, keys: Sequence[str]) -> dict[str, Any]:
-    if not isinstance(params, dict):
-        raise WireError(f"the {what} must be a map with the keys {list(keys)}, got {type(params).__name__}")
-    if params.keys() != set(keys):
-        raise WireError(f"the {what} must have exactly the keys {list(keys)}, got {list(params)!r:.200}")
-    return dict(params)
-
-
-def _layer_ids(value: object) -> tuple[Any, ...]:
-    """A list of layer ids as it comes from JSON or msgpack, not yet checked any further."""
-    if not isinstance(value, list | tuple):
-        raise WireError(f"layer_ids must be a list, got {type(value).__name__}")
-    return tuple(value)
-
-
-def layer_ids_problem(ids: object, last: int = MAX_LAYER_ID) -> str | None:
-    """What is wrong with a tuple of layer ids of which none may be above `last`; None if nothing is."""
-    given = ids if isinstance(ids, tuple) else ()
-    integers = 1 <= len(given) <= MAX_LAYERS and all(type(k) is int for k in given)
-    if integers and given[0] >= 0 and given[-1] <= last and all(a < b for a, b in itertools.pairwise(given)):
-        return None
-    got = list(ids) if isinstance(ids, tuple) else ids
-    return f"got {got!r:.80}, wanted 1 to {MAX_LAYERS} different ids in ascending order from 0 (embeddings) to {last}"
-
-
-def _check_layer_ids(ids: object) -> None:
-    if problem := layer_ids_problem(ids):
-        raise WireError(f"layer_ids: {problem}")
-
-
-def _check_dtype(dtype: object) -> None:
-    if not isinstance(dtype, str) or dtype not in CONVERSIONS:
-        raise WireError(f"dtype must be one of {sorted(CONVERSIONS)}, got {dtype!r:.40}")
-
-
-def _check_int(name: str, value: object, low: int, high: int) -> None:
-    if type(value) is not int or not low <= value <= high:  # type(), because True is an int to isinstance
-        raise WireError(f"{name} must be an integer from {low} to {high}, got {value!r:.40}")
-
-
 def _check_versions(versions: object) -> None:
     if not isinstance(versions, tuple) or len(versions) != 2:
         raise WireError(f"versions must be two integers, oldest and newest, got {versions!r:.80}")
-    _check_int("the oldest version", versions[0], 1, 1 << 31)
-    _check_int("the newest version", versions[1], versions[0], 1 << 31)
+    check_int("the oldest version", versions[0], 1, 1 << 31)
+    check_int("the newest version", versions[1], versions[0], 1 << 31)
 
 
 def check_name(name: str, value: object) -> None:
@@ -391,3 +299,32 @@ def check_name(name: str, value: object) -> None:
 def _check_text(name: str, value: object, limit: int) -> None:
     if not isinstance(value, str) or len(value) > limit:
         raise WireError(f"{name} must be text of at most {limit} characters, got {value!r:.80}")
+
+
+def checksum(token_ids: Buffer, hidden_states: Buffer) -> int:
+    digest = xxhash.xxh3_64()
+    digest.update(token_ids)
+    digest.update(hidden_states)
+    return digest.intdigest()
+
+
+def data_frames(ticket: Ticket, layout: Layout, token_ids: Buffer, hidden_states: Buffer) -> list[Buffer]:
+    """[header][token ids][hidden states]; the payload, two contiguous buffers of bytes, is not copied."""
+    tokens, rest = divmod(len(token_ids), TOKEN_ID_BYTES)
+    if rest:
+        raise WireError(f"token ids are int32, got {len(token_ids)} bytes")
+    digest = checksum(token_ids, hidden_states)
+    header = Header(ticket, tokens, layout, len(token_ids), len(hidden_states), digest)
+    return [encode(header), token_ids, hidden_states]
+
+
+def check_payload(header: Header, token_ids: Buffer, hidden_states: Buffer) -> None:
+    """Raises WireError unless the two frames are the ones that `header` announced."""
+    for name, got, want in (
+        ("token ids", len(token_ids), header.token_bytes),
+        ("hidden states", len(hidden_states), header.hidden_bytes),
+    ):
+        if got != want:
+            raise WireError(f"the header announces {want} bytes of {name}, the frame has {got}")
+    if checksum(token_ids, hidden_states) != header.checksum:
+        raise WireError("the payload's checksum differs from the header's")

@@ -22,10 +22,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from dflash_scale.stream import cache_file, payload
-from dflash_scale.stream.cache_file import BadFile
-from dflash_scale.stream.ring import process_start
-from dflash_scale.stream.wire import Buffer, Layout, WireError
+from dflash_scale.cache.file import BadFile, head, read_states, read_token_ids, write_all
+from dflash_scale.transport import messages
+from dflash_scale.transport.layout import Buffer, Layout, WireError
+from dflash_scale.transport.ring import process_start
 
 FORMAT: Final = 1
 MANIFEST: Final = "manifest.json"
@@ -68,7 +68,7 @@ class Cache:
         """
         file = self._open(sample)
         try:
-            return cache_file.read_token_ids(file, most)
+            return read_token_ids(file, most)
         finally:
             os.close(file)
 
@@ -80,7 +80,7 @@ class Cache:
         """
         file = self._open(sample)
         try:
-            cache_file.read_states(file, token_ids, layout, self._layer_ids, slot)
+            read_states(file, token_ids, layout, self._layer_ids, slot)
         finally:
             os.close(file)
 
@@ -102,11 +102,11 @@ class Cache:
         """
         name = self.path(sample)
         aside = self.folder / f"{self._aside}{name.name}"
-        head = cache_file.head(layout, token_ids, payload.checksum(token_ids, states))
+        head = head(layout, token_ids, messages.checksum(token_ids, states))
         try:
             file = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
             try:
-                cache_file.write_all(file, [head, states])
+                write_all(file, [head, states])
             finally:
                 os.close(file)  # some file systems say only now that they are full
             os.replace(aside, name)

@@ -3,7 +3,7 @@
 import pytest
 import zmq
 
-from dflash_scale.addresses import (
+from dflash_scale.transport.addresses import (
     check_bind,
     check_bind_http,
     check_server,

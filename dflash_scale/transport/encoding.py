@@ -11,7 +11,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from dflash_scale.stream.wire import FP8, FP8_SCALE_BYTES, Layout
+from dflash_scale.transport.layout import FP8, FP8_SCALE_BYTES, Layout
 
 LARGEST: Final = 448.0
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dflash_scale.stream.ring import Ring, own_ring_name, process_start, reclaim, ring_name
+from dflash_scale.transport.ring import Ring, own_ring_name, process_start, reclaim, ring_name
 
 RUN = f"segmenttest{os.getpid()}"
 
@@ -61,7 +61,7 @@ def test_too_little_shared_memory_is_refused_with_numbers() -> None:
 
 SMALL_TMPFS = """
 import os, sys
-from dflash_scale.stream.ring import Ring, own_ring_name
+from dflash_scale.transport.ring import Ring, own_ring_name
 fits = Ring.create(own_ring_name("small", 0), 512 << 10)
 try:
     Ring.create(own_ring_name("small", 1), 1 << 20)
@@ -97,7 +97,7 @@ def test_a_small_dev_shm_is_refused_with_its_numbers_and_no_store_fails_later() 
 
 def in_a_child(code: str, limit: int, value: int) -> str:
     """What `code` prints in a process with a lower limit."""
-    prelude = "from dflash_scale.stream.ring import Ring, own_ring_name, reclaim\nimport resource\n"
+    prelude = "from dflash_scale.transport.ring import Ring, own_ring_name, reclaim\nimport resource\n"
     lower = f"resource.setrlimit({limit}, ({value}, resource.getrlimit({limit})[1]))\n"
     command = [sys.executable, "-c", prelude + code.replace("LOWER\n", lower)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -132,7 +132,7 @@ def test_a_process_that_cannot_look_takes_nobody_for_dead() -> None:
 def test_reclaim_takes_the_dead_owners_segments_only() -> None:
     mine = Ring.create(own_ring_name(RUN, 0), 4096)
     code = (
-        "import sys; from dflash_scale.stream.ring import Ring, own_ring_name\n"
+        "import sys; from dflash_scale.transport.ring import Ring, own_ring_name\n"
         "ring = Ring.create(own_ring_name(sys.argv[1], 0), 4096); print(ring.name, flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", code, RUN]

@@ -14,16 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from dflash_scale.stream import ring as ring_module
-from dflash_scale.stream.ring import (
-    COMMITTED,
-    QUARANTINED,
-    PeerDied,
-    PeerStuck,
-    Ring,
-    own_ring_name,
-    record_span,
-)
+from dflash_scale.transport import ring as ring_module
+from dflash_scale.transport.ring import COMMITTED, QUARANTINED, PeerDied, PeerStuck, Ring, own_ring_name, record_span
 
 RUN = f"ringtest{os.getpid()}"
 
@@ -305,7 +297,7 @@ def test_silence_is_what_the_reader_has_waited(pair: tuple[Ring, Ring], monkeypa
 
 WRITER = """
 import hashlib, os, random, sys, time
-from dflash_scale.stream.ring import Ring, own_ring_name
+from dflash_scale.transport.ring import Ring, own_ring_name
 ring = Ring.create(own_ring_name(sys.argv[1], 0), int(sys.argv[2]))
 print(ring.name, flush=True)
 draw, records = random.Random(5), int(sys.argv[3])
@@ -379,7 +371,7 @@ def test_the_next_reader_goes_on_where_a_killed_one_stopped() -> None:
     for sample in range(3):
         assert put(writer, sample, bytes([sample]))
     code = (
-        "import sys; from dflash_scale.stream.ring import Ring\n"
+        "import sys; from dflash_scale.transport.ring import Ring\n"
         "ring = Ring.open(sys.argv[1]); ring.read(); ring.release(); ring.read(); print(flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", code, writer.name]

@@ -19,11 +19,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from dflash_scale.stream import cache as cache_module
-from dflash_scale.stream.cache import ASIDE, Cache, CacheOrigin, claim, open_cache, read_manifest
-from dflash_scale.stream.cache_file import MAX_HEADER_BYTES, BadFile
-from dflash_scale.stream.keeper import Keeper, Sample
-from dflash_scale.stream.wire import Layout
+from dflash_scale.cache import folder as cache_module
+from dflash_scale.cache.file import MAX_HEADER_BYTES, BadFile
+from dflash_scale.cache.folder import ASIDE, Cache, CacheOrigin, claim, open_cache, read_manifest
+from dflash_scale.cache.writer import Keeper, Sample
+from dflash_scale.transport.layout import Layout
 
 WHOLE = Layout((1, 2, 4), 8, "bfloat16")
 TAPS = Layout((1, 2), 8, "bfloat16")
@@ -300,8 +300,8 @@ KILLED = """
 import os, sys, time
 from pathlib import Path
 from dflash_scale.stream import cache_file
-from dflash_scale.stream.cache import Cache
-from dflash_scale.stream.wire import Layout
+from dflash_scale.cache.folder import Cache
+from dflash_scale.transport.messages import Layout
 
 def stuck(file, parts):
     os.write(file, b"half")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RING = [ROOT / "csrc" / "ring" / name for name in ("ring.cpp", "segment.cpp", "process.cpp")]
 PROGRAMS = ROOT / "tests" / "ring"
 FLAGS = ("-std=c++20", "-O2", "-g", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}", f"-I{PROGRAMS}")

@@ -16,9 +16,19 @@ import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dflash_scale.stream import payload, sockets, wire
 from dflash_scale.stream.publisher import Publisher
-from dflash_scale.stream.wire import Header, Hello, HelloReply, Incompatible, Layout, Origin, Refusal, Ticket, WireError
+from dflash_scale.transport import messages, sockets
+from dflash_scale.transport.layout import (
+    CONVERSIONS,
+    FP8,
+    MAX_HIDDEN_SIZE,
+    MAX_INT,
+    MAX_LAYER_ID,
+    MAX_LAYERS,
+    Layout,
+    WireError,
+)
+from dflash_scale.transport.messages import Header, Hello, HelloReply, Incompatible, Origin, Refusal, Ticket
 from tests.data_messages import decode_data
 
 LAYOUT = Layout((2, 4, 6), 8, "bfloat16")
@@ -30,16 +40,14 @@ def random_payload(tokens: int, layout: Layout = LAYOUT) -> tuple[bytes, bytes]:
 
 
 names = st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._:-]{0,63}\Z")
-integers = st.integers(0, wire.MAX_INT)
-layer_ids = st.sets(st.integers(0, wire.MAX_LAYER_ID), min_size=1, max_size=wire.MAX_LAYERS).map(
-    lambda ids: tuple(sorted(ids))
-)
-dtypes = st.sampled_from(sorted(wire.CONVERSIONS))
+integers = st.integers(0, MAX_INT)
+layer_ids = st.sets(st.integers(0, MAX_LAYER_ID), min_size=1, max_size=MAX_LAYERS).map(lambda ids: tuple(sorted(ids)))
+dtypes = st.sampled_from(sorted(CONVERSIONS))
 tickets = st.builds(Ticket, names, names, integers, integers, integers, layer_ids, dtypes, st.booleans())
 layouts = st.builds(
     Layout,
     layer_ids,
-    st.integers(1, wire.MAX_HIDDEN_SIZE),
+    st.integers(1, MAX_HIDDEN_SIZE),
     dtypes,
 )
 versions = st.tuples(st.integers(1, 99), st.integers(0, 99)).map(lambda pair: (pair[0], sum(pair)))
@@ -49,7 +57,7 @@ messages = st.one_of(
     st.builds(Hello, names, names, versions),
     st.builds(Incompatible, versions),
     st.builds(HelloReply, layouts, st.text(max_size=200), names, origins, st.none() | integers),
-    st.builds(Refusal, tickets, st.text(max_size=wire.MAX_REASON_CHARS), st.booleans()),
+    st.builds(Refusal, tickets, st.text(max_size=messages.MAX_REASON_CHARS), st.booleans()),
     st.builds(
         lambda ticket, tokens, layout, checksum: Header(
             ticket, tokens, layout, tokens * 4, tokens * layout.bytes_per_token, checksum
@@ -69,44 +77,44 @@ json_like = st.recursive(
 
 @given(messages)
 @settings(deadline=None)
-def test_round_trip(message: wire.Message) -> None:
-    frame = wire.encode(message)
-    assert len(frame) <= wire.MAX_HEADER_BYTES
-    assert wire.decode(frame, max_tokens=1 << 20) == message
+def test_round_trip(message: messages.Message) -> None:
+    frame = messages.encode(message)
+    assert len(frame) <= messages.MAX_HEADER_BYTES
+    assert messages.decode(frame, max_tokens=1 << 20) == message
 
 
 @given(st.binary(max_size=5000))
 @settings(max_examples=300, deadline=None)
 def test_random_bytes_raise_only_wire_errors(raw: bytes) -> None:
     with pytest.raises(WireError):
-        wire.decode(raw, max_tokens=1 << 20)
+        messages.decode(raw, max_tokens=1 << 20)
 
 
 @given(messages, st.data())
 @settings(max_examples=300, deadline=None)
-def test_damaged_messages_decode_or_raise_wire_errors(message: wire.Message, data: st.DataObject) -> None:
-    raw = bytearray(wire.encode(message))
+def test_damaged_messages_decode_or_raise_wire_errors(message: messages.Message, data: st.DataObject) -> None:
+    raw = bytearray(messages.encode(message))
     for _ in range(data.draw(st.integers(1, 4))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     cut = data.draw(st.integers(0, len(raw)))
     for frame in (bytes(raw), bytes(raw[:cut])):
         with contextlib.suppress(WireError):
-            wire.decode(frame, max_tokens=1 << 20)
+            messages.decode(frame, max_tokens=1 << 20)
 
 
 @given(messages, st.data())
 @settings(max_examples=300, deadline=None)
-def test_maps_with_wrong_values_raise_wire_errors(message: wire.Message, data: st.DataObject) -> None:
-    body = msgpack.unpackb(wire.encode(message))
+def test_maps_with_wrong_values_raise_wire_errors(message: messages.Message, data: st.DataObject) -> None:
+    body = msgpack.unpackb(messages.encode(message))
     inner = data.draw(st.sampled_from([body] + [v for v in body.values() if isinstance(v, dict)]))
     key = data.draw(st.sampled_from(sorted(inner)) | st.just("surprise"))
     inner[key] = data.draw(json_like)
     raw = msgpack.packb(body)
     try:
-        decoded = wire.decode(raw, max_tokens=1 << 20)
+        decoded = messages.decode(raw, max_tokens=1 << 20)
     except WireError:
         return
-    assert wire.decode(wire.encode(decoded), max_tokens=1 << 20) == decoded
+    assert messages.decode(messages.encode(decoded), max_tokens=1 << 20) == decoded
 
 
 @given(json_like)
@@ -114,18 +122,18 @@ def test_maps_with_wrong_values_raise_wire_errors(message: wire.Message, data: s
 def test_request_parameters_raise_only_wire_errors(params: Any) -> None:
     for candidate in (params, {"dflash": params}):
         with contextlib.suppress(WireError):
-            wire.Ticket.from_request(candidate)
+            messages.Ticket.from_request(candidate)
 
 
 def test_deep_nesting_and_timestamps() -> None:
     for raw in (b"\x91" * 4000 + b"\x00", b"\xd6\xff\x00\x00\x00\x00", b"\xc7\x0c\xff" + b"\xff" * 12):
         with pytest.raises(WireError):
-            wire.decode(raw, max_tokens=1)
+            messages.decode(raw, max_tokens=1)
 
 
 def header_map(**changes: Any) -> bytes:
     ids, states = random_payload(5)
-    body = msgpack.unpackb(payload.data_frames(TICKET, LAYOUT, ids, states)[0])
+    body = msgpack.unpackb(messages.data_frames(TICKET, LAYOUT, ids, states)[0])
     for path, value in changes.items():
         target = body
         *outer, last = path.split("__")
@@ -138,7 +146,10 @@ def header_map(**changes: Any) -> bytes:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"v": wire.VERSION + 1}, f"protocol version {wire.VERSION + 1}, this program speaks {wire.VERSION}"),
+        (
+            {"v": messages.VERSION + 1},
+            f"protocol version {messages.VERSION + 1}, this program speaks {messages.VERSION}",
+        ),
         ({"v": True}, "protocol version True"),
         ({"type": "hullo"}, "unknown message type"),
         ({"type": ["data"]}, "unknown message type"),
@@ -172,17 +183,17 @@ def header_map(**changes: Any) -> bytes:
 )
 def test_headers_that_are_refused(changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(WireError, match=reason):
-        wire.decode(header_map(**changes), max_tokens=10)
+        messages.decode(header_map(**changes), max_tokens=10)
 
 
 def test_header_size_is_bounded() -> None:
     with pytest.raises(WireError, match="limit is 4096"):
-        wire.decode(header_map(extra="x" * 4096), max_tokens=10)
+        messages.decode(header_map(extra="x" * 4096), max_tokens=10)
 
 
 def test_data_message_round_trip() -> None:
     ids, states = random_payload(5)
-    frames = payload.data_frames(TICKET, LAYOUT, ids, states)
+    frames = messages.data_frames(TICKET, LAYOUT, ids, states)
     assert frames[1] is ids, "the payload must not be copied"
     assert frames[2] is states, "the payload must not be copied"
     header, got_ids, got_states = decode_data(frames, layout=LAYOUT, max_tokens=5)
@@ -192,7 +203,7 @@ def test_data_message_round_trip() -> None:
 
 def test_damaged_data_messages() -> None:
     ids, states = random_payload(5)
-    frames = payload.data_frames(TICKET, LAYOUT, ids, states)
+    frames = messages.data_frames(TICKET, LAYOUT, ids, states)
     flipped = bytearray(states)
     flipped[17] ^= 1
     for bad, reason in (
@@ -200,7 +211,7 @@ def test_damaged_data_messages() -> None:
         ([frames[0], ids[:-4], states], "frame has 16"),
         ([frames[0], ids, states + b"\0"], "frame has 241"),
         ([frames[0], ids], "3 frames"),
-        ([wire.encode(Refusal(TICKET, "no")), ids, states], "expected a data header"),
+        ([messages.encode(Refusal(TICKET, "no")), ids, states], "expected a data header"),
     ):
         with pytest.raises(WireError, match=reason):
             decode_data(bad, layout=LAYOUT, max_tokens=5)
@@ -216,9 +227,9 @@ def context() -> Iterator["zmq.Context[zmq.Socket[bytes]]"]:
 
 
 def hello(socket: "zmq.Socket[bytes]", receiver: str) -> HelloReply:
-    socket.send(wire.encode(Hello("run-1", receiver)))
+    socket.send(messages.encode(Hello("run-1", receiver)))
     assert socket.poll(10_000), "no hello reply"
-    reply = wire.decode(socket.recv(), max_tokens=0)
+    reply = messages.decode(socket.recv(), max_tokens=0)
     assert isinstance(reply, HelloReply)
     return reply
 
@@ -239,9 +250,9 @@ def test_publisher_sends_in_order_to_the_receiver_named(context: "zmq.Context[zm
         assert header.ticket.sample == sample
         assert (bytes(got_ids), bytes(got_states)) == (ids, states)
     publisher.refuse(Ticket("run-1", "a", 0, 7, 2, LAYOUT.layer_ids, LAYOUT.dtype), "x" * 9999)
-    refusal = wire.decode(ends["a"].recv(), max_tokens=0)
+    refusal = messages.decode(ends["a"].recv(), max_tokens=0)
     assert refusal == Refusal(
-        Ticket("run-1", "a", 0, 7, 2, LAYOUT.layer_ids, LAYOUT.dtype), "x" * wire.MAX_REASON_CHARS
+        Ticket("run-1", "a", 0, 7, 2, LAYOUT.layer_ids, LAYOUT.dtype), "x" * messages.MAX_REASON_CHARS
     )
     publisher.close()
     assert publisher.counters.sent == 201
@@ -254,7 +265,7 @@ def test_publisher_refuses_what_it_cannot_hold(context: "zmq.Context[zmq.Socket[
     socket = sockets.connect_dealer(context, publisher.endpoint, "rx", max_message_bytes=1 << 20)
     hello(socket, "rx")
     assert publisher.send(Ticket("run-1", "rx", 0, 1, 0, LAYOUT.layer_ids, LAYOUT.dtype), ids, states) is False
-    refusal = wire.decode(socket.recv(), max_tokens=0)
+    refusal = messages.decode(socket.recv(), max_tokens=0)
     assert isinstance(refusal, Refusal)
     assert "unsent bytes" in refusal.reason
     assert refusal.busy, "the sample is not to blame"
@@ -283,14 +294,14 @@ def test_publisher_drops_for_an_absent_receiver_and_answers_others(
 
 def test_a_receiver_of_another_version_is_told_both(context: "zmq.Context[zmq.Socket[bytes]]") -> None:
     publisher = Publisher("tcp://127.0.0.1:*", LAYOUT, "m")
-    newer, both = (wire.VERSION + 1, wire.VERSION + 2), (1, wire.VERSION + 1)
+    newer, both = (messages.VERSION + 1, messages.VERSION + 2), (1, messages.VERSION + 1)
     socket = sockets.connect_dealer(context, publisher.endpoint, "rx", max_message_bytes=1 << 20)
-    socket.send(wire.encode(Hello("run-1", "rx", newer)))
+    socket.send(messages.encode(Hello("run-1", "rx", newer)))
     assert socket.poll(10_000), "no answer"
-    assert wire.decode(socket.recv(), max_tokens=0) == Incompatible(wire.VERSIONS)
-    socket.send(wire.encode(Hello("run-1", "rx", both)))
+    assert messages.decode(socket.recv(), max_tokens=0) == Incompatible(messages.VERSIONS)
+    socket.send(messages.encode(Hello("run-1", "rx", both)))
     assert socket.poll(10_000), "no answer"
-    assert isinstance(wire.decode(socket.recv(), max_tokens=0), HelloReply)
+    assert isinstance(messages.decode(socket.recv(), max_tokens=0), HelloReply)
     publisher.close()
 
 
@@ -300,7 +311,7 @@ def test_a_receiver_of_another_version_is_told_both(context: "zmq.Context[zmq.So
      ((4, 5), "the server speaks version 4 to 5 of the wire, this receiver 3; upgrade dflash_scale at the receiver")],
 )  # fmt: skip
 def test_incompatible_versions_say_who_is_older(theirs: tuple[int, int], text: str) -> None:
-    assert wire.common_version(theirs) is None
+    assert messages.common_version(theirs) is None
     assert str(Incompatible(theirs)) == text
 
 
@@ -308,7 +319,7 @@ def test_incompatible_versions_say_who_is_older(theirs: tuple[int, int], text: s
 def test_versions_that_are_none(versions: Any) -> None:
     body = {"type": "hello", "run_id": "r", "receiver": "x", "versions": versions}
     with pytest.raises(WireError, match="version"):
-        wire.decode(msgpack.packb(body), max_tokens=0)
+        messages.decode(msgpack.packb(body), max_tokens=0)
 
 
 def test_publisher_waits_for_a_receiver_that_connects_late(context: "zmq.Context[zmq.Socket[bytes]]") -> None:
@@ -354,11 +365,11 @@ def test_publisher_refuses_open_addresses_and_taken_ports() -> None:
 def test_imports_nothing_heavy() -> None:
     """The vLLM server's environment has neither DeepSpeed nor our kernels; wire needs not even torch."""
     program = (
-        "import sys, dflash_scale, dflash_scale.stream, dflash_scale.stream.wire, dflash_scale.stream.publisher\n"
+        "import sys, dflash_scale, dflash_scale.stream, dflash_scale.transport.messages, dflash_scale.stream.publisher\n"
         "print(*sorted({name.split('.')[0] for name in sys.modules}))\n"
         "print(*sorted(name for name in sys.modules if name.startswith('dflash_scale')))\n"
     )
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
     packages, ours = (set(line.split()) for line in done.stdout.splitlines())
     assert not packages & {"torch", "numpy", "deepspeed", "transformers", "vllm", "datasets", "pydantic"}
@@ -377,7 +388,7 @@ def test_imports_nothing_heavy() -> None:
 def test_a_layout_offers_some_of_its_layers() -> None:
     assert LAYOUT.only((2, 6)) == Layout((2, 6), 8, "bfloat16")
     assert LAYOUT.offers(LAYOUT)
-    assert LAYOUT.offers(Layout((2, 4), 8, wire.FP8))
+    assert LAYOUT.offers(Layout((2, 4), 8, FP8))
     assert not LAYOUT.offers(Layout((2, 4), 8, "float32"))
     assert not Layout((2, 4), 8, "float16").offers(Layout((2, 4), 8, "bfloat16"))
     assert not LAYOUT.offers(Layout((2, 4), 16, "bfloat16"))

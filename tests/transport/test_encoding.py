@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dflash_scale.stream.encoding import decode, encode
-from dflash_scale.stream.wire import CONVERSIONS, FP8, Layout
+from dflash_scale.transport.encoding import decode, encode
+from dflash_scale.transport.layout import CONVERSIONS, FP8, Layout
 
 # What is lost: of an element, and of the largest one of its token and layer.
 RELATIVE = {"bfloat16": 2.0**-8, FP8: 2.0**-4 + 2.0**-8}

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from dflash_scale.stream import wire
 from dflash_scale.stream.publisher import Publisher
-from dflash_scale.stream.sockets import Dealer, Dealers, Incoming
-from dflash_scale.stream.wire import Layout, Ticket
+from dflash_scale.transport import messages
+from dflash_scale.transport.layout import Layout
+from dflash_scale.transport.messages import Ticket
+from dflash_scale.transport.sockets import Dealer, Dealers, Incoming
 
 LAYOUT = Layout((1, 2), 8, "float32")
 TOKENS = bytes(4 * 3)
@@ -36,18 +37,18 @@ def make_publisher() -> Iterator[Callable[..., Publisher]]:
         publisher.close(linger_s=0)
 
 
-def receive(dealers: Dealers, dealer: Dealer) -> tuple[wire.Message, Incoming]:
+def receive(dealers: Dealers, dealer: Dealer) -> tuple[messages.Message, Incoming]:
     """The next message of a server."""
     deadline = time.monotonic() + 20
     while dealer not in dealers.wait(100).readable:
         assert time.monotonic() < deadline, "nothing came"
     incoming = dealer.receive()
     assert incoming is not None
-    return wire.decode(incoming.header, max_tokens=10), incoming
+    return messages.decode(incoming.header, max_tokens=10), incoming
 
 
-def greet(dealers: Dealers, dealer: Dealer) -> wire.Message:
-    assert dealer.send(wire.encode(wire.Hello("run", dealer.receiver)))
+def greet(dealers: Dealers, dealer: Dealer) -> messages.Message:
+    assert dealer.send(messages.encode(messages.Hello("run", dealer.receiver)))
     message, incoming = receive(dealers, dealer)
     assert not incoming.more
     return message
@@ -72,7 +73,7 @@ def test_a_payload_is_read_to_where_it_is_wanted(dealers: Dealers, make_publishe
     incoming.read()
     assert incoming.read_into(memoryview(bytearray(5))) == len(STATES), "what did not fit is told by the size"
     message, incoming = receive(dealers, dealer)
-    assert isinstance(message, wire.Header) and message.ticket.sample == 2
+    assert isinstance(message, messages.Header) and message.ticket.sample == 2
     incoming.skip()
     assert not incoming.more and dealer.receive() is None
 
@@ -82,16 +83,16 @@ def test_what_was_asked_over_a_connection_that_was_cut_never_comes(
 ) -> None:
     publisher = make_publisher()
     old = dealers.connect(publisher.endpoint)
-    assert isinstance(greet(dealers, old), wire.HelloReply)
+    assert isinstance(greet(dealers, old), messages.HelloReply)
     dealers.cut(old)
     new = dealers.connect(publisher.endpoint)
-    assert isinstance(greet(dealers, new), wire.HelloReply)
+    assert isinstance(greet(dealers, new), messages.HelloReply)
     assert new.receiver != old.receiver
     assert publisher.send(ticket(old, 1), TOKENS, STATES)
     time.sleep(0.3)  # longer than it takes when it arrives
     assert publisher.send(ticket(new, 2), TOKENS, STATES)
     header, _ = receive(dealers, new)
-    assert isinstance(header, wire.Header)
+    assert isinstance(header, messages.Header)
     assert header.ticket.sample == 2
 
 
@@ -104,9 +105,9 @@ def test_connections_are_independent_and_many_follow_one_another(
             dealers.cut(old)
     first, second = (dealers.connect(publisher.endpoint) for publisher in publishers)
     for dealer in (second, first):
-        assert isinstance(greet(dealers, dealer), wire.HelloReply)
+        assert isinstance(greet(dealers, dealer), messages.HelloReply)
     dealers.cut(first)
-    assert isinstance(greet(dealers, second), wire.HelloReply)
+    assert isinstance(greet(dealers, second), messages.HelloReply)
 
 
 def test_a_connection_that_breaks_is_said_once_and_given_up(

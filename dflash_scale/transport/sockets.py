@@ -30,9 +30,9 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import recv_monitor_message
 
-from dflash_scale.addresses import cannot_bind, check_bind
-from dflash_scale.stream.keys import ReceiverKeys, ServerKeys
-from dflash_scale.stream.wire import MAX_HEADER_BYTES, check_name
+from dflash_scale.transport.addresses import cannot_bind, check_bind
+from dflash_scale.transport.keys import ReceiverKeys, ServerKeys
+from dflash_scale.transport.messages import MAX_HEADER_BYTES, check_name
 
 IO_THREADS: Final = 4  # of a receiver; each moves about 2 GB/s, and a connection stays with one of them
 HIGH_WATER: Final = 64  # messages per connection inside ZeroMQ; the bound in bytes is the publisher's

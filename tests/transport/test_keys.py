@@ -16,13 +16,13 @@ import pytest
 import zmq
 
 from dflash_scale import cli
-from dflash_scale.stream import sockets, wire
-from dflash_scale.stream.keys import KeysError, ReceiverKeys, make_keys, receiver_keys, server_keys
 from dflash_scale.stream.publisher import Publisher
+from dflash_scale.transport import messages, sockets
+from dflash_scale.transport.keys import KeysError, ReceiverKeys, make_keys, receiver_keys, server_keys
 from tests.data_messages import decode_data
 from tests.publisher_process import LAYOUT
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
 
 
@@ -114,10 +114,10 @@ def dealer(
 
 def greet(socket: "zmq.Socket[bytes]", wait_ms: int = 10_000) -> bool:
     """Whether a hello is answered."""
-    socket.send(wire.encode(wire.Hello("run", "rx")))
+    socket.send(messages.encode(messages.Hello("run", "rx")))
     if not socket.poll(wait_ms):
         return False
-    return isinstance(wire.decode(socket.recv(), max_tokens=0), wire.HelloReply)
+    return isinstance(messages.decode(socket.recv(), max_tokens=0), messages.HelloReply)
 
 
 def reaches(publisher: Publisher, count: int) -> bool:
@@ -183,7 +183,7 @@ def test_the_largest_sample_passes_with_keys(context: "zmq.Context[zmq.Socket[by
     publisher = Publisher("tcp://127.0.0.1:*", LAYOUT, "m", keys=server_keys(folder))
     socket = dealer(context, publisher.endpoint, receiver_keys(folder), largest)
     assert greet(socket)
-    publisher.send(wire.Ticket("run", "rx", 0, 1, 0, LAYOUT.layer_ids, LAYOUT.dtype), ids, states)
+    publisher.send(messages.Ticket("run", "rx", 0, 1, 0, LAYOUT.layer_ids, LAYOUT.dtype), ids, states)
     assert socket.poll(10_000), "nothing came"
     _, got_ids, got_states = decode_data(socket.recv_multipart(), layout=LAYOUT, max_tokens=tokens)
     assert (bytes(got_ids), bytes(got_states)) == (ids, states)

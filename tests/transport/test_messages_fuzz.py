@@ -14,8 +14,9 @@ from typing import Any
 import msgpack
 import pytest
 
-from dflash_scale.stream import payload, wire
-from dflash_scale.stream.wire import Header, Hello, HelloReply, Incompatible, Layout, Origin, Refusal, Ticket, WireError
+from dflash_scale.transport import messages
+from dflash_scale.transport.layout import MAX_HIDDEN_SIZE, MAX_INT, MAX_LAYERS, Layout, WireError
+from dflash_scale.transport.messages import Header, Hello, HelloReply, Incompatible, Origin, Refusal, Ticket
 from tests.data_messages import decode_data
 
 INPUTS = 250_000  # of each reader
@@ -23,17 +24,17 @@ MAX_TOKENS = 64
 MEMORY = 2 << 20  # bytes, of one input of at most 8 KiB
 LAYOUT = Layout((2, 4, 6), 8, "bfloat16")
 TICKET = Ticket("run-1", "node0.rank:1", 3, 12345, 1, LAYOUT.layer_ids, LAYOUT.dtype)
-LARGEST = Layout(tuple(range(wire.MAX_LAYERS)), wire.MAX_HIDDEN_SIZE, "float32")
+LARGEST = Layout(tuple(range(MAX_LAYERS)), MAX_HIDDEN_SIZE, "float32")
 IDS, STATES = bytes(4 * 5), bytes(5 * LAYOUT.bytes_per_token)
 GOOD = [
-    wire.encode(message)
+    messages.encode(message)
     for message in (
         Hello("run-1", "rx"),
         Incompatible((3, 9)),
         HelloReply(LAYOUT, "model", "0123", Origin("0" * 16, "f" * 16)),
-        HelloReply(LARGEST, "m" * wire.MAX_MODEL_CHARS, "0123", Origin(), wire.MAX_INT),
-        Header(TICKET, 5, LAYOUT, len(IDS), len(STATES), payload.checksum(IDS, STATES)),
-        Refusal(TICKET, "x" * wire.MAX_REASON_CHARS, True),
+        HelloReply(LARGEST, "m" * messages.MAX_MODEL_CHARS, "0123", Origin(), MAX_INT),
+        Header(TICKET, 5, LAYOUT, len(IDS), len(STATES), messages.checksum(IDS, STATES)),
+        Refusal(TICKET, "x" * messages.MAX_REASON_CHARS, True),
         Refusal(TICKET, "", False),
     )
 ]
@@ -106,7 +107,7 @@ def frame(draw: random.Random) -> bytes:
 
 def read_frame(draw: random.Random) -> tuple[Any, Callable[[], Any]]:
     raw = frame(draw)
-    return raw, lambda: wire.decode(raw, max_tokens=MAX_TOKENS)
+    return raw, lambda: messages.decode(raw, max_tokens=MAX_TOKENS)
 
 
 def read_data(draw: random.Random) -> tuple[Any, Callable[[], Any]]:
@@ -173,10 +174,10 @@ def test_only_wire_errors_come_out(make: Callable[[random.Random], tuple[Any, Ca
 
 @pytest.mark.parametrize("bomb", BOMBS, ids=lambda bomb: bomb[:4].hex())
 def test_promised_lengths_are_not_allocated(bomb: bytes) -> None:
-    for raw in (bomb, b"\x81\xa1v" + bomb, (bomb * 4096)[: wire.MAX_HEADER_BYTES]):
+    for raw in (bomb, b"\x81\xa1v" + bomb, (bomb * 4096)[: messages.MAX_HEADER_BYTES]):
         tracemalloc.start()
         with contextlib.suppress(WireError):
-            wire.decode(raw[: wire.MAX_HEADER_BYTES], max_tokens=MAX_TOKENS)
+            messages.decode(raw[: messages.MAX_HEADER_BYTES], max_tokens=MAX_TOKENS)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < MEMORY, f"{peak} bytes"

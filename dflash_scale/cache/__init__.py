@@ -1,0 +1,1 @@
+"""Hidden states on disk: a folder, a file a sample."""

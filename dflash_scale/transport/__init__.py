@@ -1,0 +1,1 @@
+"""Messages and bytes between server, receiver and rank."""
