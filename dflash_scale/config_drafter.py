@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from dflash_scale.rope import check_rope
+from dflash_scale.verifier.rope import check_rope
 
 LayerType = Literal["full_attention", "sliding_attention"]
 Positive = Annotated[int, Field(ge=1)]

@@ -35,7 +35,7 @@ from dflash_scale.packer import AnchorSpec, Row, RowPlan, RowSchedule, Samples, 
 from dflash_scale.report import SOURCES, ProgressLine
 from dflash_scale.training.row_source import RowSource, RowStates
 from dflash_scale.training.run import ResolvedRun
-from dflash_scale.verifier_head import VerifierHead
+from dflash_scale.verifier.head import VerifierHead
 
 log = logging.getLogger(__name__)
 

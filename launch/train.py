@@ -29,7 +29,7 @@ from dflash_scale.prompts import Prepared, check_tokenizer
 from dflash_scale.quarantine import read_exclusion
 from dflash_scale.training.fake import fake_head, run_data
 from dflash_scale.training.run import ResolvedRun, ResolvedVerifier, resolve_run, resolve_verifier
-from dflash_scale.verifier_head import VerifierHead, load_verifier_head
+from dflash_scale.verifier.head import VerifierHead, load_verifier_head
 
 if TYPE_CHECKING:  # DeepSpeed takes seconds, and a dry run does without
     from dflash_scale.checkpoint import Checkpoints, Position

@@ -25,8 +25,8 @@ from dflash_scale.stream.embedded import EmbeddedServer, Options, TappedVerifier
 from dflash_scale.transport import keys, messages, sockets
 from dflash_scale.transport.encoding import encode
 from dflash_scale.transport.layout import FP8, Layout
+from dflash_scale.verifier.head import load_verifier_head
 from dflash_scale.verifier.layers import default_layer_ids
-from dflash_scale.verifier_head import load_verifier_head
 from tests.data_messages import decode_data
 from tests.verifier_families import FAMILIES, HIDDEN, LAYERS, make_verifier, residuals_and_logits
 

@@ -24,7 +24,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from dflash_scale.ops.attention import Plan, anchor_attention, build_plan
 from dflash_scale.ops.pointwise import norm_rope, rms_norm, silu_mul
-from dflash_scale.rope import check_rope, drafter_rope
+from dflash_scale.verifier.rope import check_rope, drafter_rope
 
 if TYPE_CHECKING:
     from dflash_scale.config import DrafterSection

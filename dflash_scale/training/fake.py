@@ -16,8 +16,8 @@ from torch import Tensor
 from dflash_scale.config import DataSection
 from dflash_scale.prepared_writer import FEATURES
 from dflash_scale.prompts import Prepared, Split, load_prepared
+from dflash_scale.verifier.head import VerifierHead
 from dflash_scale.verifier.shape import VerifierShape
-from dflash_scale.verifier_head import VerifierHead
 
 TRAIN, VALIDATION = 64, 16  # samples
 UNSUPERVISED: Final = 2  # tokens of a sample that stand for its question

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import transformers
 from transformers import CONFIG_MAPPING
 
-from dflash_scale.rope import verifier_rope
 from dflash_scale.verifier.files import CONFIG, model_file, shipped_config
+from dflash_scale.verifier.rope import verifier_rope
 
 KV_HEADS_FOR_LATENT_ATTENTION = 8  # at most; DeepSeek's layers have as many key heads as query heads, and cache none
 EPS_NAMES = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps", "layernorm_epsilon")

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dflash_scale.drafter.model import block_inputs
-from dflash_scale.verifier_head import VerifierHead, load_verifier_head
+from dflash_scale.verifier.head import VerifierHead, load_verifier_head
 from tests.verifier_families import FAMILIES, HIDDEN, VOCABULARY, make_verifier, residuals_and_logits
 
 IDS = list(range(10, 34))
@@ -179,7 +179,7 @@ def test_a_decoder_with_more_than_a_norm_is_refused(
     family: type, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_verifier("llama", tmp_path)
-    monkeypatch.setattr("dflash_scale.verifier_head.AutoModelForCausalLM.from_config", family)
+    monkeypatch.setattr("dflash_scale.verifier.head.AutoModelForCausalLM.from_config", family)
     with pytest.raises(ValueError, match=reason):
         load_verifier_head(str(tmp_path), torch.float32, "cpu")
 

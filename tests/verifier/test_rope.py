@@ -9,7 +9,7 @@ import transformers
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-from dflash_scale.rope import check_rope, drafter_rope, verifier_rope
+from dflash_scale.verifier.rope import check_rope, drafter_rope, verifier_rope
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -1,0 +1,1 @@
+"""Conversations, the prepared data set, and what is trained when."""
