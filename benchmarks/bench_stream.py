@@ -51,7 +51,7 @@ if str(REPO) not in sys.path:  # started as a script
     sys.path.insert(0, str(REPO))
 
 from benchmarks.machine import stamp  # noqa: E402
-from dflash_scale.config_stream import Server, StreamSection  # noqa: E402
+from dflash_scale.config.stream import Server, StreamSection  # noqa: E402
 from dflash_scale.fleet.state import Limits  # noqa: E402
 from dflash_scale.packer import Place, Row, Samples  # noqa: E402
 from dflash_scale.quarantine import QuarantineFile  # noqa: E402

@@ -34,7 +34,7 @@ REPO: Final = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))  # for launch/, which is not installed
 
 from benchmarks.machine import stamp  # noqa: E402
-from dflash_scale.config import Config, parse_config  # noqa: E402
+from dflash_scale.config.run import Config, parse_config  # noqa: E402
 from dflash_scale.hidden_states import run_layouts  # noqa: E402
 from dflash_scale.packer import Row, RowSchedule, Samples, schedule_spec  # noqa: E402
 from dflash_scale.prompts import load_prepared, prepare  # noqa: E402

@@ -12,7 +12,7 @@ from torch import distributed as dist
 
 from benchmarks.train_cases import MASK_TOKEN, Case, Row, drafter_spec
 from benchmarks.train_step import Options, Step
-from dflash_scale.config import Config, parse_config
+from dflash_scale.config.run import Config, parse_config
 from dflash_scale.drafter.model import Drafter
 from dflash_scale.hidden_states import run_layouts
 from dflash_scale.memory import Sizes, gpu_memory

@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dflash_scale.cache.folder import Cache, CacheOrigin, claim, open_cache, read_manifest
-from dflash_scale.config import Config, load_config
+from dflash_scale.config.run import Config, load_config
 from dflash_scale.conversations import BadLine, Encoded
 from dflash_scale.generate import check_stream, fill_cache
 from dflash_scale.prepared_writer import PreparedWriter, check_fraction

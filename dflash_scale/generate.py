@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from dflash_scale.cache.folder import CacheOrigin, claim, open_cache
-from dflash_scale.config import Config, load_config
+from dflash_scale.config.run import Config, load_config
 from dflash_scale.fleet.fleet import NoServerError
 from dflash_scale.packer import Samples
 from dflash_scale.prompts import check_tokenizer, load_prepared

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dflash_scale.config import Config
+from dflash_scale.config.run import Config
 from dflash_scale.loss import loss_spec
 from dflash_scale.stream.layouts import RowLayouts
 from dflash_scale.transport.layout import FP8, Layout

@@ -28,7 +28,7 @@ from dflash_scale.drafter.heads import OutputHead
 from dflash_scale.ops.softmax_loss import CE, TERMS, Rows, empty_logits, softmax_loss_, term_weights, wants_verifier
 
 if TYPE_CHECKING:
-    from dflash_scale.config import Config
+    from dflash_scale.config.run import Config
 
 TOP = (4, 8)  # a label among this many of the drafter's best tokens is a hit; 1 is `correct`
 # Bytes of logits held at once where loss.chunk_slots is null. The products are as fast as they get well below both.

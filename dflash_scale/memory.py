@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import cast
 
-from dflash_scale.config import Config
+from dflash_scale.config.run import Config
 from dflash_scale.drafter.model import DrafterSpec
 from dflash_scale.loss import CHUNK_BYTES, fitting_rows, loss_spec
 from dflash_scale.ops.softmax_loss import SLICE_NUMBERS

@@ -23,7 +23,7 @@ from dflash_scale.quarantine import read_exclusion
 from dflash_scale.vocabulary import cut_at_unknown
 
 if TYPE_CHECKING:
-    from dflash_scale.config import Config
+    from dflash_scale.config.run import Config
 
 OPEN_ROWS = 64  # rows that first fit looks at; bounds the packing to O(samples), at a cost below 1 % of fill
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 
-from dflash_scale.config import Config, resolve
+from dflash_scale.config.run import Config, resolve
 from dflash_scale.drafter.model import Drafter
 from dflash_scale.memory import Memory, Sizes, chunk_slots, gpu_memory, row_buffers
 from dflash_scale.packer import Place, RowSchedule, Samples, schedule_spec

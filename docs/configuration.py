@@ -1,4 +1,4 @@
-"""Writes the tables of docs/configuration.md from the descriptions in dflash_scale/config.py.
+"""Writes the tables of docs/configuration.md from the descriptions in dflash_scale/config/run.py.
 
 `python docs/configuration.py` writes them; with --check it ends with status 1 if the page is not what it would write.
 """
@@ -14,8 +14,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
-from dflash_scale.config import DERIVED_DEEPSPEED_KEYS, Config, LossTerms
-from dflash_scale.config_stream import Server
+from dflash_scale.config.run import Config
+from dflash_scale.config.sections import DERIVED_DEEPSPEED_KEYS, LossTerms
+from dflash_scale.config.stream import Server
 
 PAGE = Path(__file__).with_suffix(".md")
 MARK = "<!-- tables: written by docs/configuration.py -->\n\n"

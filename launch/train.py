@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import distributed as dist
 
-from dflash_scale.config import Config, load_config, resolve
+from dflash_scale.config.run import Config, load_config, resolve
 from dflash_scale.drafter.model import Drafter
 from dflash_scale.drafter.pretrained import load_start
 from dflash_scale.packer import AnchorSpec, Row, RowSchedule, Samples, schedule_spec

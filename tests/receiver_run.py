@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from fake_verifier import LAYOUT, states
 
-from dflash_scale.config import Config, parse_config
+from dflash_scale.config.run import Config, parse_config
 from dflash_scale.fleet.state import Key
 from dflash_scale.packer import Row, RowSchedule, Samples, schedule_spec
 from dflash_scale.prepared_writer import FEATURES, FORMAT

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dflash_scale.checkpoint import Checkpoints, Position, write_aside
-from dflash_scale.config import parse_config
+from dflash_scale.config.run import parse_config
 from dflash_scale.training.run import resolve_run, resolve_verifier
 
 POSITION = Position(

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from dflash_scale.config_stream import Server
+from dflash_scale.config.stream import Server
 from dflash_scale.fleet.state import Lost, Probe
 from dflash_scale.receiver.connections import Connections, Identity, Outcome
 from dflash_scale.stream.calls import HealthAnswered, Host

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dflash_scale.config import DrafterSection
+from dflash_scale.config.run import DrafterSection
 from dflash_scale.drafter.model import Drafter, DrafterSpec, block_inputs, drafter_spec
 from dflash_scale.verifier.shape import VerifierShape
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dflash_scale.config_stream import Server, StreamSection
+from dflash_scale.config.stream import Server, StreamSection
 from dflash_scale.stream.endpoints import LOOK_EVERY_S, Endpoints
 
 

@@ -8,7 +8,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dflash_scale.acceptance import Acceptance
-from dflash_scale.config import DrafterSection
+from dflash_scale.config.run import DrafterSection
 from dflash_scale.drafter.model import Drafter, DrafterSpec, block_inputs, drafter_spec
 from dflash_scale.drafter.pretrained import export_drafter
 from dflash_scale.evaluation import evaluate, speculative

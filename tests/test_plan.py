@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import Qwen3Config
 
-from dflash_scale.config import Config, load_config, parse_config
+from dflash_scale.config.run import Config, load_config, parse_config
 from dflash_scale.drafter.model import Drafter, DrafterSpec
 from dflash_scale.memory import activation_bytes
 from dflash_scale.plan import make_plan, print_plan, size

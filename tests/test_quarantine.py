@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dflash_scale.config import parse_config
+from dflash_scale.config.run import parse_config
 from dflash_scale.packer import RowSchedule, Samples, ScheduleSpec
 from dflash_scale.quarantine import Exclusion, QuarantineFile, read_exclusion
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from receiver_run import LAYOUTS, RUN, FakeServer, Run, consume, drain, expected, read_all
 
-from dflash_scale.config import parse_config
+from dflash_scale.config.run import parse_config
 from dflash_scale.quarantine import QuarantineFile
 from dflash_scale.receiver.client import STOP_SIGNAL, RankPlace, Stream
 from dflash_scale.receiver.delivery import Dropped

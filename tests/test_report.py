@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 
-from dflash_scale.config_stream import StreamSection
+from dflash_scale.config.stream import StreamSection
 from dflash_scale.report import SOURCES, ProgressLine, bottleneck, plot_acceptance, plot_training, read_metrics
 
 VALUES = {"loss": 1.25, "acceptance_length": 2.5, "tokens_per_s": 12345.0, "wait_data": 0.4}

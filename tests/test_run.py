@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from dflash_scale.config import parse_config
+from dflash_scale.config.run import parse_config
 from dflash_scale.drafter.model import Drafter
 from dflash_scale.export import export_checkpoint, main
 from dflash_scale.training.run import ResolvedRun, resolve_run, resolve_verifier

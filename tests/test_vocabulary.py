@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from dflash_scale.config import parse_config
+from dflash_scale.config.run import parse_config
 from dflash_scale.drafter.heads import OutputHead
 from dflash_scale.drafter.pretrained import export_drafter, load_drafter, load_output
 from dflash_scale.evaluation.speculative import GreedyVerifier, speculate

@@ -22,7 +22,7 @@ from torch import distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from dflash_scale.config import load_config
+from dflash_scale.config.run import load_config
 from dflash_scale.ranks import join_ranks, leave_ranks
 from dflash_scale.training.row_source import RowSource, RowStates
 from launch.train import set_up

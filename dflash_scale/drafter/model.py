@@ -27,7 +27,7 @@ from dflash_scale.ops.pointwise import norm_rope, rms_norm, silu_mul
 from dflash_scale.verifier.rope import check_rope, drafter_rope
 
 if TYPE_CHECKING:
-    from dflash_scale.config import DrafterSection
+    from dflash_scale.config.run import DrafterSection
     from dflash_scale.verifier.shape import VerifierShape
 
 

@@ -15,7 +15,7 @@ from typing import Final
 from dflash_scale.cache.file import BadFile
 from dflash_scale.cache.folder import Cache, open_cache
 from dflash_scale.cache.writer import Keeper, Sample
-from dflash_scale.config_stream import StreamSection
+from dflash_scale.config.stream import StreamSection
 from dflash_scale.fleet.state import Key
 from dflash_scale.packer import Samples
 from dflash_scale.receiver.ring_sink import RingSink

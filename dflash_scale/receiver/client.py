@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
-from dflash_scale.config import Config, parse_config
+from dflash_scale.config.run import Config, parse_config
 from dflash_scale.receiver.status import Status, read_status
 from dflash_scale.stream.layouts import RowLayouts
 from dflash_scale.transport.ring import Ring, reclaim, ring_name

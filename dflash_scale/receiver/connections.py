@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from dflash_scale.config_stream import Server
+from dflash_scale.config.stream import Server
 from dflash_scale.fleet.state import Lost, Probe
 from dflash_scale.stream.calls import Calls, HealthAnswered, Host
 from dflash_scale.transport import messages

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from dflash_scale.config_stream import StreamSection
+from dflash_scale.config.stream import StreamSection
 from dflash_scale.fleet.state import Limits
 from dflash_scale.packer import RowSchedule, Samples, schedule_spec
 from dflash_scale.quarantine import FILE_NAME, QuarantineFile

@@ -15,7 +15,7 @@ from typing import Final
 
 from pydantic import TypeAdapter, ValidationError
 
-from dflash_scale.config_stream import Server, StreamSection
+from dflash_scale.config.stream import Server, StreamSection
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dflash_scale.config import DataSection
+from dflash_scale.config.sections import DataSection
 from dflash_scale.prepared_writer import FEATURES
 from dflash_scale.prompts import Prepared, Split, load_prepared
 from dflash_scale.verifier.head import VerifierHead

@@ -8,7 +8,7 @@ import torch
 from deepspeed import DeepSpeedEngine
 from torch import distributed as dist
 
-from dflash_scale.config import Config
+from dflash_scale.config.run import Config
 from dflash_scale.drafter.model import Drafter
 
 

@@ -26,7 +26,7 @@ import torch
 from transformers import Qwen3Config
 
 from dflash_scale.cache.folder import CacheOrigin
-from dflash_scale.config import Config, parse_config
+from dflash_scale.config.run import Config, parse_config
 from dflash_scale.drafter.model import DrafterSpec, drafter_spec
 from dflash_scale.drafter.pretrained import NOT_THE_LAYERS
 from dflash_scale.hidden_states import run_layouts

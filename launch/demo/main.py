@@ -28,7 +28,7 @@ import torch
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO))  # started as a script
 
-from dflash_scale.config import Config, load_config  # noqa: E402
+from dflash_scale.config.run import Config, load_config  # noqa: E402
 from dflash_scale.evaluation.evaluate import EvaluateSpec, Evaluation, evaluate, report_lines  # noqa: E402
 from dflash_scale.export import export_checkpoint, named_checkpoint  # noqa: E402
 from dflash_scale.prompts import prepare  # noqa: E402

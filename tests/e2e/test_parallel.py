@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.vllm_compatibility import worst_error
 from benchmarks.vllm_server import Sizes, VllmServer, prompt, vllm_server, write_verifier
-from dflash_scale.config import Config, parse_config
+from dflash_scale.config.run import Config, parse_config
 from dflash_scale.packer import RowSchedule, Samples, schedule_spec
 from dflash_scale.prepared_writer import FEATURES, FORMAT
 from dflash_scale.prompts import load_prepared

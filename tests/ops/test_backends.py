@@ -8,7 +8,8 @@ from typing import Any, get_args
 
 import pytest
 
-from dflash_scale.config import Config, LossTerms
+from dflash_scale.config.run import Config
+from dflash_scale.config.sections import LossTerms
 from dflash_scale.ops.attention import ATTENTION
 from dflash_scale.ops.backends import Backend, Operator, dtype_name, sizes, versions
 from dflash_scale.ops.pointwise import POINTWISE

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from dflash_scale.config_drafter import Positive, Section
+from dflash_scale.config.drafter import Positive, Section
 from dflash_scale.transport.addresses import check_server
 
 GIB = 1 << 30

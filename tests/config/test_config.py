@@ -4,13 +4,8 @@ from typing import Any
 
 import pytest
 
-from dflash_scale.config import (
-    Config,
-    default_gamma,
-    load_config,
-    parse_config,
-    resolve,
-)
+from dflash_scale.config.run import Config, load_config, parse_config, resolve
+from dflash_scale.config.sections import default_gamma
 
 MINIMAL: dict[str, Any] = {"verifier": {"model": "Qwen/Qwen3-8B"}, "data": {"path": "data/qwen3-8b"}}
 
@@ -343,6 +338,6 @@ def test_terms_that_are_not_named_have_no_weight() -> None:
     assert weighted(parse_config({**MINIMAL, "loss": {"terms": terms}})) == terms
 
 
-@pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("configs/*.json")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("configs/*.json")), ids=lambda p: p.name)
 def test_shipped_configs_load(path: Path) -> None:
     assert load_config(path).dump()
