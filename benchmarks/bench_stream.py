@@ -52,9 +52,10 @@ if str(REPO) not in sys.path:  # started as a script
 
 from benchmarks.machine import stamp  # noqa: E402
 from dflash_scale.config.stream import Server, StreamSection  # noqa: E402
+from dflash_scale.data.dataset import Samples  # noqa: E402
+from dflash_scale.data.quarantine import QuarantineFile  # noqa: E402
+from dflash_scale.data.schedule import Place, Row  # noqa: E402
 from dflash_scale.fleet.state import Limits  # noqa: E402
-from dflash_scale.packer import Place, Row, Samples  # noqa: E402
-from dflash_scale.quarantine import QuarantineFile  # noqa: E402
 from dflash_scale.receiver.connections import Identity  # noqa: E402
 from dflash_scale.receiver.loop import ReceiverLoop  # noqa: E402
 from dflash_scale.receiver.process import keep_freed_memory  # noqa: E402

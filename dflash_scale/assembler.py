@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dflash_scale.packer import Row
+from dflash_scale.data.schedule import Row
 from dflash_scale.row_memory import BESIDES_LOOKAHEAD, Copier, RowBuffer, RowMemory
 from dflash_scale.stream.layouts import RowLayouts
 from dflash_scale.training.row_source import RowStates

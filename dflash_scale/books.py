@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dflash_scale.packer import RowSchedule
+from dflash_scale.data.schedule import RowSchedule
 
 log = logging.getLogger(__name__)
 

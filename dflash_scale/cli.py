@@ -107,9 +107,9 @@ def prepare(arguments: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the split")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that tokenise")
     args = parser.parse_args(arguments)
-    from dflash_scale import prompts
+    from dflash_scale.data import prepare
 
-    manifest = prompts.prepare(
+    manifest = prepare.prepare(
         args.sources,
         args.model,
         args.out,

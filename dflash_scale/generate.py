@@ -26,9 +26,8 @@ from typing import Any, Final
 
 from dflash_scale.cache.folder import CacheOrigin, claim, open_cache
 from dflash_scale.config.run import Config, load_config
+from dflash_scale.data.dataset import Samples, check_tokenizer, load_prepared
 from dflash_scale.fleet.fleet import NoServerError
-from dflash_scale.packer import Samples
-from dflash_scale.prompts import check_tokenizer, load_prepared
 from dflash_scale.receiver.cache_sink import CacheSink, CacheUnwritable
 from dflash_scale.receiver.connections import Identity
 from dflash_scale.receiver.loop import ReceiverLoop

@@ -14,10 +14,10 @@ from typing import Any, cast
 import torch
 
 from dflash_scale.config.run import Config, resolve
+from dflash_scale.data.dataset import Prepared, Samples
+from dflash_scale.data.schedule import Place, RowSchedule, schedule_spec
 from dflash_scale.drafter.model import Drafter
 from dflash_scale.memory import Memory, Sizes, chunk_slots, gpu_memory, row_buffers
-from dflash_scale.packer import Place, RowSchedule, Samples, schedule_spec
-from dflash_scale.prompts import Prepared
 from dflash_scale.training.fake import run_data
 from dflash_scale.training.run import UNKNOWN_MASK, ResolvedRun, resolve_run, resolve_verifier
 from dflash_scale.verifier.files import load_tokenizer

@@ -19,6 +19,9 @@ from torch import distributed as dist
 
 from dflash_scale.books import Balance, balance, report
 from dflash_scale.checkpoint import Checkpoints, Position, write_aside
+from dflash_scale.data.dataset import Samples
+from dflash_scale.data.schedule import Row, RowSchedule
+from dflash_scale.drafter.blocks import AnchorSpec, RowPlan, plan_row
 from dflash_scale.drafter.heads import OutputHead
 from dflash_scale.drafter.model import block_inputs
 from dflash_scale.loss import (
@@ -31,7 +34,6 @@ from dflash_scale.loss import (
     trained_mask,
 )
 from dflash_scale.metrics import JsonLines, Metrics, block_metrics
-from dflash_scale.packer import AnchorSpec, Row, RowPlan, RowSchedule, Samples, plan_row
 from dflash_scale.report import SOURCES, ProgressLine
 from dflash_scale.training.row_source import RowSource, RowStates
 from dflash_scale.training.run import ResolvedRun

@@ -21,12 +21,13 @@ import torch
 from torch import distributed as dist
 
 from dflash_scale.config.run import Config, load_config, resolve
+from dflash_scale.data.dataset import Prepared, Samples, check_tokenizer
+from dflash_scale.data.quarantine import read_exclusion
+from dflash_scale.data.schedule import Row, RowSchedule, schedule_spec
+from dflash_scale.drafter.blocks import AnchorSpec
 from dflash_scale.drafter.model import Drafter
 from dflash_scale.drafter.pretrained import load_start
-from dflash_scale.packer import AnchorSpec, Row, RowSchedule, Samples, schedule_spec
 from dflash_scale.plan import print_plan
-from dflash_scale.prompts import Prepared, check_tokenizer
-from dflash_scale.quarantine import read_exclusion
 from dflash_scale.training.fake import fake_head, run_data
 from dflash_scale.training.run import ResolvedRun, ResolvedVerifier, resolve_run, resolve_verifier
 from dflash_scale.verifier.head import VerifierHead, load_verifier_head

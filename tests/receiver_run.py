@@ -16,10 +16,10 @@ import pytest
 from fake_verifier import LAYOUT, states
 
 from dflash_scale.config.run import Config, parse_config
+from dflash_scale.data.dataset import Samples, load_prepared
+from dflash_scale.data.dataset_writer import FEATURES, FORMAT
+from dflash_scale.data.schedule import Row, RowSchedule, schedule_spec
 from dflash_scale.fleet.state import Key
-from dflash_scale.packer import Row, RowSchedule, Samples, schedule_spec
-from dflash_scale.prepared_writer import FEATURES, FORMAT
-from dflash_scale.prompts import load_prepared
 from dflash_scale.receiver.client import Receiver, ReceiverSpec, spawn_receiver
 from dflash_scale.server.process import free_port
 from dflash_scale.stream.layouts import RowLayouts

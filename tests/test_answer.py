@@ -8,8 +8,8 @@ import pytest
 
 from dflash_scale.cli import main
 from dflash_scale.server.process import free_port
+from tests.data.test_conversations import chat, save_tokenizer
 from tests.test_cli import run_cli
-from tests.test_conversations import chat, save_tokenizer
 
 
 @pytest.fixture(scope="module")

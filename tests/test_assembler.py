@@ -16,7 +16,8 @@ import torch
 
 from dflash_scale.assembler import AssemblerSpec, RowAssembler
 from dflash_scale.cuda_copier import CudaCopier
-from dflash_scale.packer import Row, RowSchedule, Samples, ScheduleSpec
+from dflash_scale.data.dataset import Samples
+from dflash_scale.data.schedule import Row, RowSchedule, ScheduleSpec
 from dflash_scale.row_memory import Copier, HostCopier
 from dflash_scale.stream.layouts import RowLayouts
 from dflash_scale.transport.layout import Layout

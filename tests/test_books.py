@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from test_quarantine import Lengths
 
 from dflash_scale.books import Balance, balance, report
-from dflash_scale.packer import RowSchedule, Samples, ScheduleSpec
+from dflash_scale.data.dataset import Samples
+from dflash_scale.data.schedule import RowSchedule, ScheduleSpec
+from tests.data.test_quarantine import Lengths
 
 
 def test_missing_and_doubled_samples_are_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

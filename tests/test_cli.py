@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dflash_scale import cli, doctor
-from dflash_scale.prompts import load_prepared
-from tests.test_conversations import chat, save_tokenizer
+from dflash_scale.data.dataset import load_prepared
+from tests.data.test_conversations import chat, save_tokenizer
 
 ROOT = Path(__file__).parents[1]
 TRAIN = str(ROOT / "launch" / "train.py")

@@ -7,11 +7,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from dflash_scale.cli import main
+from dflash_scale.data.prepare import prepare
 from dflash_scale.generate import Progress, pace
-from dflash_scale.prompts import prepare
 from dflash_scale.server.process import free_port
+from tests.data.test_conversations import chat, save_tokenizer
 from tests.test_cli import run_cli
-from tests.test_conversations import chat, save_tokenizer
 
 
 @pytest.fixture(scope="module")

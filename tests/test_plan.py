@@ -11,11 +11,11 @@ import torch
 from transformers import Qwen3Config
 
 from dflash_scale.config.run import Config, load_config, parse_config
+from dflash_scale.data.prepare import prepare
 from dflash_scale.drafter.model import Drafter, DrafterSpec
 from dflash_scale.memory import activation_bytes
 from dflash_scale.plan import make_plan, print_plan, size
-from dflash_scale.prompts import prepare
-from tests.test_conversations import chat, save_tokenizer
+from tests.data.test_conversations import chat, save_tokenizer
 
 ROOT = Path(__file__).parents[1]
 

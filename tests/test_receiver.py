@@ -15,7 +15,7 @@ import pytest
 from receiver_run import LAYOUTS, RUN, FakeServer, Run, consume, drain, expected, read_all
 
 from dflash_scale.config.run import parse_config
-from dflash_scale.quarantine import QuarantineFile
+from dflash_scale.data.quarantine import QuarantineFile
 from dflash_scale.receiver.client import STOP_SIGNAL, RankPlace, Stream
 from dflash_scale.receiver.delivery import Dropped
 from dflash_scale.transport import messages

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from dflash_scale.config.run import parse_config
-from dflash_scale.prepared_writer import FEATURES, FORMAT
+from dflash_scale.data.dataset_writer import FEATURES, FORMAT
 from dflash_scale.server.process import free_port
 from dflash_scale.training.optim import engine_config, lr_factor
 

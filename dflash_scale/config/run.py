@@ -29,7 +29,7 @@ from dflash_scale.config.sections import (
     default_gamma,
 )
 from dflash_scale.config.stream import StreamSection
-from dflash_scale.quarantine import FILE_NAME
+from dflash_scale.data.quarantine import FILE_NAME
 
 
 class Config(Section):

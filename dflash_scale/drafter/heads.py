@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dflash_scale.vocabulary import DraftVocabulary
+from dflash_scale.drafter.vocabulary import DraftVocabulary
 
 
 @dataclass(frozen=True, slots=True)

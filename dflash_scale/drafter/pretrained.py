@@ -28,9 +28,9 @@ from transformers import AutoConfig, Qwen3Config
 
 from dflash_scale.drafter.heads import OutputHead
 from dflash_scale.drafter.model import Drafter, DrafterSpec
+from dflash_scale.drafter.vocabulary import DraftVocabulary
 from dflash_scale.verifier.head import load_verifier_head
 from dflash_scale.verifier.rope import drafter_rope, verifier_rope
-from dflash_scale.vocabulary import DraftVocabulary
 
 log = logging.getLogger(__name__)
 

@@ -30,12 +30,12 @@ import torch
 from tqdm import tqdm
 
 from dflash_scale.acceptance import Acceptance
+from dflash_scale.data.dataset import load_prepared
+from dflash_scale.data.schedule import pack
 from dflash_scale.drafter.model import Drafter, DrafterSpec, block_inputs
 from dflash_scale.drafter.pretrained import load_drafter, load_output
 from dflash_scale.evaluation.speculative import GreedyVerifier, Trace, counted, speculate
 from dflash_scale.evaluation.vllm import ServerSpec, answer_prompts
-from dflash_scale.packer import pack
-from dflash_scale.prompts import load_prepared
 from dflash_scale.verifier.layers import causal_model
 
 ROW_TOKENS = 2048  # of a replayed row, or the longest answer if that is longer

@@ -11,9 +11,9 @@ import time
 from collections import defaultdict
 from typing import Final
 
+from dflash_scale.data.quarantine import QuarantineFile
 from dflash_scale.fleet.fleet import Fleet
 from dflash_scale.fleet.state import Action, Cut, Fault, Job, Key, Limits, Probe, Quarantined, Send
-from dflash_scale.quarantine import QuarantineFile
 from dflash_scale.receiver.connections import Connections, Identity, Outcome, ServerConnection, ServerMismatch
 from dflash_scale.receiver.delivery import Dropped, Sink, Unusable, deliver
 from dflash_scale.receiver.status import Status

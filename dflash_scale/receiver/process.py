@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Final
 
 from dflash_scale.config.stream import StreamSection
+from dflash_scale.data.dataset import Samples
+from dflash_scale.data.quarantine import FILE_NAME, QuarantineFile
+from dflash_scale.data.schedule import RowSchedule, schedule_spec
 from dflash_scale.fleet.state import Limits
-from dflash_scale.packer import RowSchedule, Samples, schedule_spec
-from dflash_scale.quarantine import FILE_NAME, QuarantineFile
 from dflash_scale.receiver.cached_sink import CachedSink, make_sink
 from dflash_scale.receiver.client import STOP_SIGNAL, ReceiverSpec
 from dflash_scale.receiver.connections import Identity
@@ -142,7 +143,7 @@ def serve(spec: ReceiverSpec, rings: Sequence[Ring], stop: Stop) -> Status:
 
 def make_loop(spec: ReceiverSpec, rings: Sequence[Ring]) -> tuple[ReceiverLoop, RingSink | CachedSink]:
     """The loop and where it delivers, from the spec: the same schedule that the ranks compute."""
-    from dflash_scale.prompts import load_prepared  # imports datasets, seconds: after the rings are there
+    from dflash_scale.data.dataset import load_prepared
 
     config, layouts = spec.config, spec.layouts
     prepared = load_prepared(config.data.folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dflash_scale.packer import Row
+from dflash_scale.data.schedule import Row
 from dflash_scale.transport.layout import Layout
 
 

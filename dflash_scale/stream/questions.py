@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from dflash_scale.packer import Samples
+from dflash_scale.data.dataset import Samples
 from dflash_scale.transport.messages import TOKEN_ID_BYTES
 
 

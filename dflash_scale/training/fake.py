@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from dflash_scale.config.sections import DataSection
-from dflash_scale.prepared_writer import FEATURES
-from dflash_scale.prompts import Prepared, Split, load_prepared
+from dflash_scale.data.dataset import Prepared, PreparedSplit, load_prepared
+from dflash_scale.data.dataset_writer import FEATURES
 from dflash_scale.verifier.head import VerifierHead
 from dflash_scale.verifier.shape import VerifierShape
 
@@ -45,8 +45,8 @@ def _sample(start: int, length: int, vocab_size: int) -> dict[str, Any]:
     return {"input_ids": counting.astype(np.int32), "loss_mask": (at >= UNSUPERVISED).astype(np.int8)}
 
 
-def _split(samples: list[dict[str, Any]]) -> Split:
-    return Split(datasets.Dataset.from_list(samples, features=FEATURES).data)
+def _split(samples: list[dict[str, Any]]) -> PreparedSplit:
+    return PreparedSplit(datasets.Dataset.from_list(samples, features=FEATURES).data)
 
 
 def fake_head(shape: VerifierShape, dtype: torch.dtype, device: torch.device) -> VerifierHead:

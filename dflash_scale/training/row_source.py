@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from dflash_scale.packer import Row
+from dflash_scale.data.schedule import Row
 from dflash_scale.stream.layouts import RowLayouts
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from dflash_scale.prompts import load_prepared, prepare
+from dflash_scale.data.dataset import load_prepared
+from dflash_scale.data.prepare import prepare
 from dflash_scale.receiver.status import read_status
 from dflash_scale.server.process import free_port
 from dflash_scale.transport.ring import reclaim

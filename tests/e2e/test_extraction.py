@@ -25,8 +25,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from dflash_scale.packer import Samples
-from dflash_scale.prompts import load_prepared
+from dflash_scale.data.dataset import Samples, load_prepared
 from dflash_scale.server.process import free_port
 from dflash_scale.stream.embedded import TappedVerifier
 from dflash_scale.transport import messages, sockets

@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 
 from dflash_scale.acceptance import Acceptance
 from dflash_scale.config.run import load_config
+from dflash_scale.data.prepare import prepare
 from dflash_scale.drafter.pretrained import load_drafter
 from dflash_scale.evaluation.evaluate import EvaluateSpec, Evaluation, evaluate, read_prompts, replayed, uniform_anchors
 from dflash_scale.evaluation.speculative import GreedyVerifier, speculate
 from dflash_scale.evaluation.vllm import ServerSpec, answer_prompts
 from dflash_scale.export import export_checkpoint, named_checkpoint
-from dflash_scale.prompts import prepare
 from dflash_scale.server.process import stop
 from dflash_scale.verifier.layers import causal_model
 from launch.demo.answers import AnswerSpec, make_answers

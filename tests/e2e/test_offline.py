@@ -18,8 +18,7 @@ from safetensors.torch import load_file
 
 from dflash_scale.cache.file import BadFile
 from dflash_scale.cache.folder import Cache, open_cache, read_manifest
-from dflash_scale.packer import Samples
-from dflash_scale.prompts import load_prepared
+from dflash_scale.data.dataset import Samples, load_prepared
 
 pytestmark = pytest.mark.e2e
 

@@ -19,8 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from dflash_scale import answer, cli
-from dflash_scale.packer import Samples
-from dflash_scale.prompts import load_prepared
+from dflash_scale.data.dataset import Samples, load_prepared
 from dflash_scale.stream.embedded import TappedVerifier
 
 pytestmark = pytest.mark.e2e

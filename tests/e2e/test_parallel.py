@@ -17,9 +17,9 @@ import torch
 from benchmarks.vllm_compatibility import worst_error
 from benchmarks.vllm_server import Sizes, VllmServer, prompt, vllm_server, write_verifier
 from dflash_scale.config.run import Config, parse_config
-from dflash_scale.packer import RowSchedule, Samples, schedule_spec
-from dflash_scale.prepared_writer import FEATURES, FORMAT
-from dflash_scale.prompts import load_prepared
+from dflash_scale.data.dataset import Samples, load_prepared
+from dflash_scale.data.dataset_writer import FEATURES, FORMAT
+from dflash_scale.data.schedule import RowSchedule, schedule_spec
 from dflash_scale.receiver.client import ReceiverSpec, spawn_receiver
 from dflash_scale.receiver.status import read_status
 from dflash_scale.stream.embedded import TappedVerifier

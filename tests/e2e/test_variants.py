@@ -11,9 +11,9 @@ from harness import TAPS, VOCAB, Embedded, Run, random_data, run_config, tiny_ve
 from safetensors.torch import load_file
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
+from dflash_scale.data.dataset import load_prepared
 from dflash_scale.evaluation.evaluate import EvaluateSpec, evaluate
 from dflash_scale.export import export_checkpoint, named_checkpoint
-from dflash_scale.prompts import load_prepared
 from dflash_scale.receiver.status import read_status
 
 pytestmark = pytest.mark.e2e

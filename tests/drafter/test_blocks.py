@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dflash_scale.anchors import anchor_seed, draw_anchors, plan_anchors, supervised_run
+from dflash_scale.drafter.blocks import anchor_seed, draw_anchors, plan_anchors, supervised_run
 
 masks = st.lists(st.booleans(), min_size=1, max_size=60).map(lambda bits: np.array(bits, bool))
 

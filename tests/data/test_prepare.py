@@ -6,10 +6,10 @@ import datasets
 import numpy as np
 import pytest
 
-from dflash_scale.conversations import Encoder
-from dflash_scale.packer import Samples
-from dflash_scale.prompts import Prepared, load_prepared, prepare
-from tests.test_conversations import CHATML, byte_tokenizer, chat, save_tokenizer
+from dflash_scale.data.conversations import Encoder
+from dflash_scale.data.dataset import Prepared, Samples, load_prepared
+from dflash_scale.data.prepare import prepare
+from tests.data.test_conversations import CHATML, byte_tokenizer, chat, save_tokenizer
 
 
 @pytest.fixture(scope="module")

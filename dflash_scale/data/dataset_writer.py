@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from datasets.arrow_writer import ArrowWriter
 
-from dflash_scale.conversations import Encoded
+from dflash_scale.data.conversations import Encoded
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from dflash_scale.data.dataset import Samples
+from dflash_scale.data.schedule import Place, RowSchedule, ScheduleSpec, pack
+from dflash_scale.drafter.blocks import AnchorSpec, plan_row
 from dflash_scale.loss import LossSpec, normaliser, trained_mask
-from dflash_scale.packer import AnchorSpec, Place, RowSchedule, Samples, ScheduleSpec, pack, plan_row
 
 
 class Tokens:

@@ -11,13 +11,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from dflash_scale.config.run import parse_config
+from dflash_scale.data.dataset import Samples
+from dflash_scale.data.schedule import Row, pack
+from dflash_scale.drafter.blocks import AnchorSpec, RowPlan, plan_row
 from dflash_scale.drafter.heads import OutputHead
 from dflash_scale.drafter.pretrained import export_drafter, load_drafter, load_output
+from dflash_scale.drafter.vocabulary import DraftVocabulary, choose_vocabulary
 from dflash_scale.evaluation.speculative import GreedyVerifier, speculate
 from dflash_scale.loss import LossSpec, drafter_loss, kept_slots, normaliser, trained_mask
-from dflash_scale.packer import AnchorSpec, Row, RowPlan, Samples, pack, plan_row
 from dflash_scale.verifier.layers import causal_model
-from dflash_scale.vocabulary import DraftVocabulary, choose_vocabulary
 from tests.test_export import HIDDEN, VOCABULARY, make_drafter, make_spec, verifier  # noqa: F401 a fixture
 
 KEPT = np.array([0, 3, 4, 7, 11, 19, 40, 95])

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from dflash_scale.config.run import parse_config
-from dflash_scale.packer import RowSchedule, Samples, ScheduleSpec
-from dflash_scale.quarantine import Exclusion, QuarantineFile, read_exclusion
+from dflash_scale.data.dataset import Samples
+from dflash_scale.data.quarantine import Exclusion, QuarantineFile, read_exclusion
+from dflash_scale.data.schedule import RowSchedule, ScheduleSpec
 
 
 class Lengths:

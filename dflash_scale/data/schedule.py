@@ -1,65 +1,30 @@
-"""What is trained when: the row schedule; and one packed row, from the samples' tokens to the tensors of a step.
+"""What is trained when: the row schedule.
 
 Samples are packed once, first fit, into rows of at most T tokens; every epoch shuffles the rows. The schedule is a pure
 function of the data set and the configuration: every rank and the receiver compute the same one, so nothing is
 negotiated while a run goes on, every rank has the same number of micro-steps, and a resumed run continues at a step
 number alone. A step holds the same rows on any number of ranks.
 
-T tokens in a packed row · A anchors in it · S block size.
+T tokens in a packed row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from dflash_scale.anchors import VALIDATION_EPOCH, anchor_seed, plan_anchors
-from dflash_scale.quarantine import read_exclusion
-from dflash_scale.vocabulary import cut_at_unknown
+from dflash_scale.data.dataset import Ints, Samples
+from dflash_scale.data.quarantine import read_exclusion
 
 if TYPE_CHECKING:
     from dflash_scale.config.run import Config
 
 OPEN_ROWS = 64  # rows that first fit looks at; bounds the packing to O(samples), at a cost below 1 % of fill
-
-Ints = npt.NDArray[np.int32]
-
-
-class Split(Protocol):
-    """One split of a prepared data set (`prompts.load_prepared`)."""
-
-    @property
-    def lengths(self) -> Ints: ...
-    def tokens(self, index: int) -> Ints: ...
-    def loss_mask(self, index: int) -> npt.NDArray[np.bool_]: ...
-
-
-class Samples:
-    """Both splits under one numbering: the training samples first, then the validation samples."""
-
-    def __init__(self, train: Split, validation: Split) -> None:
-        self._train, self._validation = train, validation
-        self.train_count = len(train.lengths)
-        self.lengths: Ints = np.concatenate([train.lengths, validation.lengths]).astype(np.int32)
-
-    def _split(self, sample: int) -> tuple[Split, int]:
-        inside = sample < self.train_count
-        return (self._train, sample) if inside else (self._validation, sample - self.train_count)
-
-    def tokens(self, sample: int) -> Ints:
-        """(n,) int32 token ids."""
-        split, index = self._split(sample)
-        return split.tokens(index)
-
-    def loss_mask(self, sample: int) -> npt.NDArray[np.bool_]:
-        """(n,) bool, True where the token is supervised."""
-        split, index = self._split(sample)
-        return split.loss_mask(index)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,75 +169,3 @@ class RowSchedule:
             yield from self.train_rows(rank, step)
             if self.validates_after(step):
                 yield from self.validation_rows(rank, step)
-
-
-@dataclass(frozen=True, slots=True)
-class AnchorSpec:
-    """What the anchors of a row depend on besides the row."""
-
-    block_size: int
-    per_document: int
-    seed: int
-    inside: npt.NDArray[np.bool_] | None = None  # (V,) the drafter's vocabulary where it is pruned (vocabulary.py)
-
-
-@dataclass(frozen=True, slots=True)
-class RowPlan:
-    """All of a row that is known before its hidden states arrive (numpy, on the CPU).
-
-    doc_ids, positions (T,) int32 with T the tokens in use · anchors, trained (A,) int32 (`plan_anchors`) ·
-    block_tokens (A, S) int32: the tokens a..a+S-1, 0 in slots that are not trained · outside: slots that are not
-    trained because they, or a slot before them, hold a token outside the drafter's vocabulary.
-    """
-
-    row: Row
-    doc_ids: Ints
-    positions: Ints
-    anchors: Ints
-    trained: Ints
-    block_tokens: Ints
-    outside: int = 0
-
-    def without(self, samples: Collection[int]) -> RowPlan:
-        """The plan without some of its samples: their tokens become padding, their anchors go."""
-        if not samples:
-            return self
-        doc_ids = self.doc_ids.copy()
-        for place in self.row.places:
-            if place.sample in samples:
-                doc_ids[place.start : place.start + place.length] = -1
-        keep = doc_ids[self.anchors] >= 0
-        return replace(
-            self,
-            doc_ids=doc_ids,
-            anchors=self.anchors[keep],
-            trained=self.trained[keep],
-            block_tokens=self.block_tokens[keep],
-        )
-
-
-def plan_row(row: Row, samples: Samples, spec: AnchorSpec) -> RowPlan:
-    """Lays the row out and draws its anchors; a row without samples has T = A = 0."""
-    total = row.tokens
-    tokens, positions = np.zeros(total, np.int32), np.zeros(total, np.int32)
-    doc_ids, loss_mask = np.full(total, -1, np.int32), np.zeros(total, bool)
-    epoch = VALIDATION_EPOCH if row.kind == "validation" else row.epoch
-    for document, place in enumerate(row.places):
-        here = slice(place.start, place.start + place.length)
-        tokens[here] = samples.tokens(place.sample)
-        loss_mask[here] = samples.loss_mask(place.sample)
-        doc_ids[here] = document
-        positions[here] = np.arange(place.length)
-    seeds = [anchor_seed(spec.seed, epoch, place.sample) for place in row.places]
-    anchors, trained = plan_anchors(
-        doc_ids, loss_mask, block_size=spec.block_size, per_document=spec.per_document, seeds=seeds
-    )
-    slots = np.arange(spec.block_size)
-    at = np.minimum(anchors[:, None] + slots, max(total - 1, 0))
-    supervised = int(trained.sum())
-    if spec.inside is not None and total:
-        # Anchors stay where they are without pruning, so that a block of which nothing is left counts in validation.
-        trained = cut_at_unknown(tokens[at], trained, spec.inside).astype(np.int32)
-    block_tokens = np.where(slots <= trained[:, None], tokens[at] if total else 0, 0).astype(np.int32)
-    outside = supervised - int(trained.sum())
-    return RowPlan(row, doc_ids, positions, anchors, trained, block_tokens, outside)

@@ -1,4 +1,4 @@
-"""Anchors: where a block may start, which of its slots are trained, and the draw that picks them.
+"""The blocks of a row: where one may start, which of its slots are trained, the draw that picks them, and the row's plan.
 
 A position a of a document may be an anchor if tokens a and a+1 are both supervised: the anchor stands for a token
 that the verifier sampled, and slot 1 must have something to predict. Slot k is trained if every token a+1..a+k is
@@ -10,10 +10,17 @@ resumed run, and a run on another number of GPUs, sees the same anchors.
 A anchors in a row · S block size · T tokens in a packed row.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+
+from dflash_scale.data.dataset import Ints, Samples
+from dflash_scale.data.schedule import Row
+from dflash_scale.drafter.vocabulary import cut_at_unknown
 
 # Stands where an epoch would in a validation draw: validation anchors are fixed once for the whole run.
 VALIDATION_EPOCH = 2**31 - 1
@@ -84,3 +91,75 @@ def plan_anchors(
         trained.append(np.minimum(supervised_run(mask)[drawn], block_size - 1).astype(np.int32))
     empty = np.zeros(0, np.int32)
     return np.concatenate([empty, *anchors]), np.concatenate([empty, *trained])
+
+
+@dataclass(frozen=True, slots=True)
+class AnchorSpec:
+    """What the anchors of a row depend on besides the row."""
+
+    block_size: int
+    per_document: int
+    seed: int
+    inside: npt.NDArray[np.bool_] | None = None  # (V,) the drafter's vocabulary where it is pruned (vocabulary.py)
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlan:
+    """All of a row that is known before its hidden states arrive (numpy, on the CPU).
+
+    doc_ids, positions (T,) int32 with T the tokens in use · anchors, trained (A,) int32 (`plan_anchors`) ·
+    block_tokens (A, S) int32: the tokens a..a+S-1, 0 in slots that are not trained · outside: slots that are not
+    trained because they, or a slot before them, hold a token outside the drafter's vocabulary.
+    """
+
+    row: Row
+    doc_ids: Ints
+    positions: Ints
+    anchors: Ints
+    trained: Ints
+    block_tokens: Ints
+    outside: int = 0
+
+    def without(self, samples: Collection[int]) -> RowPlan:
+        """The plan without some of its samples: their tokens become padding, their anchors go."""
+        if not samples:
+            return self
+        doc_ids = self.doc_ids.copy()
+        for place in self.row.places:
+            if place.sample in samples:
+                doc_ids[place.start : place.start + place.length] = -1
+        keep = doc_ids[self.anchors] >= 0
+        return replace(
+            self,
+            doc_ids=doc_ids,
+            anchors=self.anchors[keep],
+            trained=self.trained[keep],
+            block_tokens=self.block_tokens[keep],
+        )
+
+
+def plan_row(row: Row, samples: Samples, spec: AnchorSpec) -> RowPlan:
+    """Lays the row out and draws its anchors; a row without samples has T = A = 0."""
+    total = row.tokens
+    tokens, positions = np.zeros(total, np.int32), np.zeros(total, np.int32)
+    doc_ids, loss_mask = np.full(total, -1, np.int32), np.zeros(total, bool)
+    epoch = VALIDATION_EPOCH if row.kind == "validation" else row.epoch
+    for document, place in enumerate(row.places):
+        here = slice(place.start, place.start + place.length)
+        tokens[here] = samples.tokens(place.sample)
+        loss_mask[here] = samples.loss_mask(place.sample)
+        doc_ids[here] = document
+        positions[here] = np.arange(place.length)
+    seeds = [anchor_seed(spec.seed, epoch, place.sample) for place in row.places]
+    anchors, trained = plan_anchors(
+        doc_ids, loss_mask, block_size=spec.block_size, per_document=spec.per_document, seeds=seeds
+    )
+    slots = np.arange(spec.block_size)
+    at = np.minimum(anchors[:, None] + slots, max(total - 1, 0))
+    supervised = int(trained.sum())
+    if spec.inside is not None and total:
+        # Anchors stay where they are without pruning, so that a block of which nothing is left counts in validation.
+        trained = cut_at_unknown(tokens[at], trained, spec.inside).astype(np.int32)
+    block_tokens = np.where(slots <= trained[:, None], tokens[at] if total else 0, 0).astype(np.int32)
+    outside = supervised - int(trained.sum())
+    return RowPlan(row, doc_ids, positions, anchors, trained, block_tokens, outside)
