@@ -61,11 +61,11 @@ from dflash_scale.receiver.loop import ReceiverLoop  # noqa: E402
 from dflash_scale.receiver.process import keep_freed_memory  # noqa: E402
 from dflash_scale.receiver.ring_sink import RingSink  # noqa: E402
 from dflash_scale.receiver.status import Status  # noqa: E402
-from dflash_scale.stream.embedded_http import CompletionServer, Reply, Request  # noqa: E402
-from dflash_scale.stream.embedded_http import Limits as RequestLimits  # noqa: E402
+from dflash_scale.server.completions import CompletionServer, Reply, Request  # noqa: E402
+from dflash_scale.server.completions import Limits as RequestLimits  # noqa: E402
+from dflash_scale.server.sender import Publisher  # noqa: E402
 from dflash_scale.stream.endpoints import Endpoints  # noqa: E402
 from dflash_scale.stream.layouts import RowLayouts  # noqa: E402
-from dflash_scale.stream.publisher import Publisher  # noqa: E402
 from dflash_scale.stream.questions import SampleQuestions  # noqa: E402
 from dflash_scale.stream.window import Window  # noqa: E402
 from dflash_scale.transport.encoding import decode, encode  # noqa: E402

@@ -44,7 +44,7 @@ from benchmarks.vllm_server import (  # noqa: E402
     vllm_server,
     write_verifier,
 )
-from dflash_scale.stream.embedded import TappedVerifier  # noqa: E402
+from dflash_scale.server.transformers_server import TappedVerifier  # noqa: E402
 from dflash_scale.transport import messages  # noqa: E402
 from dflash_scale.transport.layout import WireError  # noqa: E402
 

@@ -52,7 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def program(command: str, rest: list[str]) -> list[str]:
     """The command line of a program in launch/; raises ValueError where the folder is missing."""
     if command == "serve" and "--embedded" in rest:
-        return [sys.executable, "-m", "dflash_scale.stream.embedded", *(word for word in rest if word != "--embedded")]
+        return [
+            sys.executable,
+            "-m",
+            "dflash_scale.server.transformers_server",
+            *(word for word in rest if word != "--embedded"),
+        ]
     script = SCRIPTS[command]
     if not script.is_file():
         raise ValueError(

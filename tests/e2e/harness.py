@@ -93,7 +93,14 @@ class Embedded:
 
     def start(self) -> None:
         taps = ",".join(map(str, TAPS))
-        command = [*self.prefix, sys.executable, "-m", "dflash_scale.stream.embedded", "--model", str(self.verifier)]
+        command = [
+            *self.prefix,
+            sys.executable,
+            "-m",
+            "dflash_scale.server.transformers_server",
+            "--model",
+            str(self.verifier),
+        ]
         command += ["--http", f"{self.host}:{self.http}", "--zmq", self.address["zmq"], "--layer-ids", taps]
         command += ["--parent-pid", str(os.getpid()), *self.flags]
         self.process = subprocess.Popen(command, cwd=REPO)

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from dflash_scale.data.dataset import Samples, load_prepared
 from dflash_scale.server.process import free_port
-from dflash_scale.stream.embedded import TappedVerifier
+from dflash_scale.server.transformers_server import TappedVerifier
 from dflash_scale.transport import messages, sockets
 from dflash_scale.transport.encoding import decode
 from dflash_scale.transport.keys import make_keys, receiver_keys
@@ -345,7 +345,7 @@ def test_the_server_is_well_afterwards(server: Server) -> None:
 
 def test_the_connector_imports_little_of_ours() -> None:
     program = (
-        "import sys, dflash_scale.stream.connector\n"
+        "import sys, dflash_scale.server.connector\n"
         "print(*sorted(name for name in sys.modules if name.startswith('dflash_scale')))\n"
         "print('deepspeed' in sys.modules)\n"
     )

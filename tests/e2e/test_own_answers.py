@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from dflash_scale import answer, cli
 from dflash_scale.data.dataset import Samples, load_prepared
-from dflash_scale.stream.embedded import TappedVerifier
+from dflash_scale.server.transformers_server import TappedVerifier
 
 pytestmark = pytest.mark.e2e
 

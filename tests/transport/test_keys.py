@@ -16,7 +16,7 @@ import pytest
 import zmq
 
 from dflash_scale import cli
-from dflash_scale.stream.publisher import Publisher
+from dflash_scale.server.sender import Publisher
 from dflash_scale.transport import messages, sockets
 from dflash_scale.transport.keys import KeysError, ReceiverKeys, make_keys, receiver_keys, server_keys
 from tests.data_messages import decode_data

@@ -16,7 +16,7 @@ import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dflash_scale.stream.publisher import Publisher
+from dflash_scale.server.sender import Publisher
 from dflash_scale.transport import messages, sockets
 from dflash_scale.transport.layout import (
     CONVERSIONS,
@@ -277,7 +277,7 @@ def test_publisher_refuses_what_it_cannot_hold(context: "zmq.Context[zmq.Socket[
 def test_publisher_drops_for_an_absent_receiver_and_answers_others(
     context: "zmq.Context[zmq.Socket[bytes]]", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dflash_scale.stream.publisher.AWAY_S", 0.3)
+    monkeypatch.setattr("dflash_scale.server.sender.AWAY_S", 0.3)
     publisher = Publisher("tcp://127.0.0.1:*", LAYOUT, "m")
     publisher.send(TICKET, *random_payload(5))
     socket = sockets.connect_dealer(context, publisher.endpoint, "rx", max_message_bytes=1 << 20)
@@ -365,7 +365,7 @@ def test_publisher_refuses_open_addresses_and_taken_ports() -> None:
 def test_imports_nothing_heavy() -> None:
     """The vLLM server's environment has neither DeepSpeed nor our kernels; wire needs not even torch."""
     program = (
-        "import sys, dflash_scale, dflash_scale.stream, dflash_scale.transport.messages, dflash_scale.stream.publisher\n"
+        "import sys, dflash_scale, dflash_scale.stream, dflash_scale.transport.messages, dflash_scale.server.sender\n"
         "print(*sorted({name.split('.')[0] for name in sys.modules}))\n"
         "print(*sorted(name for name in sys.modules if name.startswith('dflash_scale')))\n"
     )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from dflash_scale.stream.publisher import Publisher
+from dflash_scale.server.sender import Publisher
 from dflash_scale.transport import messages
 from dflash_scale.transport.layout import Layout
 from dflash_scale.transport.messages import Ticket

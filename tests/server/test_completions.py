@@ -5,7 +5,7 @@ from concurrent.futures import Future
 
 import pytest
 
-from dflash_scale.stream.embedded_http import MAX_BODY_BYTES, CompletionServer, Limits, Reply, Request
+from dflash_scale.server.completions import MAX_BODY_BYTES, CompletionServer, Limits, Reply, Request
 from dflash_scale.transport.layout import Layout
 
 LIMITS = Limits(128, 64, Layout((1,), 8, "float32"))

@@ -20,7 +20,7 @@ from dflash_scale.transport import keys, messages, sockets
 from dflash_scale.transport.layout import Layout
 from tests.data_messages import decode_data
 
-SOURCE = Path(__file__).parents[1] / "dflash_scale" / "stream" / "connector.py"
+SOURCE = Path(__file__).parents[2] / "dflash_scale" / "stream" / "connector.py"
 BLOCKS, LAYERS, BLOCK_SIZE, HIDDEN = 9, 3, 4, 8
 TICKET = messages.Ticket("run-1", "rx", 0, 5, 0, (1, 3, 6), "float32")
 
@@ -55,9 +55,9 @@ def connector(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
         module = ModuleType(name)
         module.__dict__.update(content)
         monkeypatch.setitem(sys.modules, name, module)
-    sys.modules.pop("dflash_scale.stream.connector", None)
-    yield importlib.import_module("dflash_scale.stream.connector")
-    sys.modules.pop("dflash_scale.stream.connector", None)
+    sys.modules.pop("dflash_scale.server.connector", None)
+    yield importlib.import_module("dflash_scale.server.connector")
+    sys.modules.pop("dflash_scale.server.connector", None)
 
 
 def vllm_config(**changes: Any) -> Any:

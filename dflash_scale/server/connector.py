@@ -36,9 +36,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.platforms import current_platform
 
-from dflash_scale.stream.copies import Copies, Finished
-from dflash_scale.stream.host_pool import HostPool
-from dflash_scale.stream.publisher import Publisher
+from dflash_scale.server.host_pool import HostPool
+from dflash_scale.server.kv_copy import Copies, Finished
+from dflash_scale.server.sender import Publisher
 from dflash_scale.transport import messages
 from dflash_scale.transport.addresses import engine_address
 from dflash_scale.transport.keys import server_keys

@@ -12,10 +12,10 @@ import pytest
 import torch
 import zmq
 
-from dflash_scale.stream import copies, publisher
-from dflash_scale.stream.copies import Copies, Finished
-from dflash_scale.stream.host_pool import HostPool
-from dflash_scale.stream.publisher import Publisher
+from dflash_scale.server import kv_copy, sender
+from dflash_scale.server.host_pool import HostPool
+from dflash_scale.server.kv_copy import Copies, Finished
+from dflash_scale.server.sender import Publisher
 from dflash_scale.transport import messages, sockets
 from dflash_scale.transport.encoding import encode
 from dflash_scale.transport.layout import FP8, Layout
@@ -112,7 +112,7 @@ def test_slices_make_up_the_sample(
 ) -> None:
     """Whatever a slice holds, and 11 tokens are three blocks, the last one not full."""
     span = 1 + LAYERS.index(layer_ids[-1]) - LAYERS.index(layer_ids[0])
-    monkeypatch.setattr(copies, "SLICE_BYTES", blocks_per_slice * P * span * HIDDEN * 4)
+    monkeypatch.setattr(kv_copy, "SLICE_BYTES", blocks_per_slice * P * span * HIDDEN * 4)
     rig = make(1 << 20)
     socket = rig.connect()
     request = finished(3, tokens=11, layer_ids=layer_ids, dtype=dtype)
@@ -184,7 +184,7 @@ def test_nothing_small_overtakes_the_oldest(make: Callable[[int], Rig]) -> None:
 def test_an_absent_receiver_holds_memory_for_a_while_only(
     make: Callable[[int], Rig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publisher, "AWAY_S", 0.2)
+    monkeypatch.setattr(sender, "AWAY_S", 0.2)
     rig = make(SAMPLE_BYTES + 1000)
     socket = rig.connect()
     lost, kept = finished(1, receiver="nobody"), finished(2)
@@ -200,7 +200,7 @@ def test_a_receiver_that_goes_away_gives_back_what_it_did_not_read(
     make: Callable[[int], Rig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It never reads: its samples fill the sockets, ZeroMQ and the pool. Then it is gone."""
-    monkeypatch.setattr(publisher, "AWAY_S", 0.2)
+    monkeypatch.setattr(sender, "AWAY_S", 0.2)
     rig = make(8 * SAMPLE_BYTES)
     socket = rig.connect()
     requests = [finished(sample) for sample in range(200)]

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from dflash_scale.stream.host_pool import ALIGNMENT, HostPool, Piece
+from dflash_scale.server.host_pool import ALIGNMENT, HostPool, Piece
 
 UNIT = ALIGNMENT
 

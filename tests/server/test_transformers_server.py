@@ -21,7 +21,7 @@ import torch
 import zmq
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from dflash_scale.stream.embedded import EmbeddedServer, Options, TappedVerifier, _next_token, parse
+from dflash_scale.server.transformers_server import EmbeddedServer, Options, TappedVerifier, _next_token, parse
 from dflash_scale.transport import keys, messages, sockets
 from dflash_scale.transport.encoding import encode
 from dflash_scale.transport.layout import FP8, Layout
@@ -331,10 +331,18 @@ def test_ipv6_with_keys(folder: Path, tmp_path: Path) -> None:
 
 
 def start(folder: Path, log: Path, *extra: str) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "dflash_scale.stream.embedded", "--model", str(folder), "--http", "127.0.0.1:0"]
+    command = [
+        sys.executable,
+        "-m",
+        "dflash_scale.server.transformers_server",
+        "--model",
+        str(folder),
+        "--http",
+        "127.0.0.1:0",
+    ]
     command += ["--zmq", "tcp://127.0.0.1:*", "--layer-ids", "1", *extra]
     with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, cwd=Path(__file__).parents[1])
+        process = subprocess.Popen(command, stdout=out, stderr=out, cwd=Path(__file__).parents[2])
     deadline = time.monotonic() + 90
     while b"Serving" not in log.read_bytes():
         assert process.poll() is None, log.read_text()

@@ -14,8 +14,8 @@ from typing import Final
 
 import torch
 
-from dflash_scale.stream.host_pool import HostPool, Piece
-from dflash_scale.stream.publisher import Publisher
+from dflash_scale.server.host_pool import HostPool, Piece
+from dflash_scale.server.sender import Publisher
 from dflash_scale.transport import messages
 from dflash_scale.transport.encoding import encode
 from dflash_scale.transport.layout import WireError

@@ -1,6 +1,6 @@
 """A small verifier server on Transformers, for machines and models that are too small to be worth a vLLM.
 
-    python -m dflash_scale.stream.embedded --model DIR --http 127.0.0.1:8001 --zmq tcp://127.0.0.1:5601 --layer-ids 2,4
+    python -m dflash_scale.server.transformers_server --model DIR --http 127.0.0.1:8001 --zmq tcp://127.0.0.1:5601 --layer-ids 2,4
 
 It answers the routes that a receiver uses of vLLM (/health, /v1/models, POST /v1/completions with token ids)
 and sends hidden states over the same wire. One model thread takes requests in the order they arrive and runs one
@@ -26,8 +26,8 @@ from typing import Any, Final
 
 import torch
 
-from dflash_scale.stream.embedded_http import CompletionServer, Limits, Reply, Request
-from dflash_scale.stream.publisher import MAX_BYTES, Publisher
+from dflash_scale.server.completions import CompletionServer, Limits, Reply, Request
+from dflash_scale.server.sender import MAX_BYTES, Publisher
 from dflash_scale.transport.addresses import check_bind, check_bind_http, split_address
 from dflash_scale.transport.encoding import encode
 from dflash_scale.transport.keys import server_keys
@@ -248,7 +248,7 @@ def _watch(pid: int, stop: threading.Event) -> None:
 
 
 def parse(arguments: Sequence[str]) -> tuple[Options, int | None]:
-    parser = argparse.ArgumentParser(prog="python -m dflash_scale.stream.embedded", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="python -m dflash_scale.server.transformers_server", allow_abbrev=False)
     parser.add_argument("--model", required=True, help="folder of a Transformers causal LM")
     parser.add_argument("--http", required=True, help="HOST:PORT to answer completions at")
     parser.add_argument("--zmq", required=True, help="tcp://HOST:PORT to send hidden states from")
