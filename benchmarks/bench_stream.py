@@ -57,17 +57,17 @@ from dflash_scale.data.quarantine import QuarantineFile  # noqa: E402
 from dflash_scale.data.schedule import Place, Row  # noqa: E402
 from dflash_scale.fleet.state import Limits  # noqa: E402
 from dflash_scale.receiver.connections import Identity  # noqa: E402
+from dflash_scale.receiver.endpoints import Endpoints  # noqa: E402
+from dflash_scale.receiver.layouts import RowLayouts  # noqa: E402
 from dflash_scale.receiver.loop import ReceiverLoop  # noqa: E402
+from dflash_scale.receiver.prefetch import Window  # noqa: E402
 from dflash_scale.receiver.process import keep_freed_memory  # noqa: E402
+from dflash_scale.receiver.requests import SampleQuestions  # noqa: E402
 from dflash_scale.receiver.ring_sink import RingSink  # noqa: E402
 from dflash_scale.receiver.status import Status  # noqa: E402
 from dflash_scale.server.completions import CompletionServer, Reply, Request  # noqa: E402
 from dflash_scale.server.completions import Limits as RequestLimits  # noqa: E402
 from dflash_scale.server.sender import Publisher  # noqa: E402
-from dflash_scale.stream.endpoints import Endpoints  # noqa: E402
-from dflash_scale.stream.layouts import RowLayouts  # noqa: E402
-from dflash_scale.stream.questions import SampleQuestions  # noqa: E402
-from dflash_scale.stream.window import Window  # noqa: E402
 from dflash_scale.transport.encoding import decode, encode  # noqa: E402
 from dflash_scale.transport.keys import make_keys, receiver_keys, server_keys  # noqa: E402
 from dflash_scale.transport.layout import FP8, Layout  # noqa: E402

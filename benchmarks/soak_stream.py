@@ -41,9 +41,11 @@ from dflash_scale.data.dataset import (
 )
 from dflash_scale.data.prepare import prepare  # noqa: E402
 from dflash_scale.data.schedule import Row, RowSchedule, schedule_spec  # noqa: E402
-from dflash_scale.hidden_states import run_layouts  # noqa: E402
 from dflash_scale.receiver.client import STOP_SIGNAL, Receiver, ReceiverSpec, open_ring, spawn_receiver  # noqa: E402
-from dflash_scale.stream.layouts import RowLayouts  # noqa: E402
+from dflash_scale.receiver.layouts import (
+    RowLayouts,
+    run_layouts,
+)
 from dflash_scale.transport.ring import COMMITTED, Ring  # noqa: E402
 from dflash_scale.verifier.shape import verifier_shape  # noqa: E402
 from launch.demo.main import Demo, servers  # noqa: E402

@@ -14,8 +14,8 @@ from benchmarks.train_cases import MASK_TOKEN, Case, Row, drafter_spec
 from benchmarks.train_step import Options, Step
 from dflash_scale.config.run import Config, parse_config
 from dflash_scale.drafter.model import Drafter
-from dflash_scale.hidden_states import run_layouts
 from dflash_scale.memory import Sizes, gpu_memory
+from dflash_scale.receiver.layouts import run_layouts
 from dflash_scale.verifier.shape import VerifierShape
 
 

@@ -38,7 +38,7 @@ from dflash_scale.data.prepare import find_files, lines_of, make_encoder
 from dflash_scale.generate import check_stream, fill_cache
 from dflash_scale.receiver.cache_sink import QUARANTINED_FILE
 from dflash_scale.receiver.process import keep_freed_memory
-from dflash_scale.stream.questions import PromptQuestions, Sampling
+from dflash_scale.receiver.requests import PromptQuestions, Sampling
 from dflash_scale.training.run import resolve_verifier
 from dflash_scale.verifier.files import load_tokenizer
 

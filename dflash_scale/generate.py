@@ -30,10 +30,10 @@ from dflash_scale.data.dataset import Samples, check_tokenizer, load_prepared
 from dflash_scale.fleet.fleet import NoServerError
 from dflash_scale.receiver.cache_sink import CacheSink, CacheUnwritable
 from dflash_scale.receiver.connections import Identity
+from dflash_scale.receiver.endpoints import Endpoints
 from dflash_scale.receiver.loop import ReceiverLoop
 from dflash_scale.receiver.process import keep_freed_memory, limits_of
-from dflash_scale.stream.endpoints import Endpoints
-from dflash_scale.stream.questions import Questions, SampleQuestions
+from dflash_scale.receiver.requests import Questions, SampleQuestions
 from dflash_scale.training.run import resolve_verifier
 from dflash_scale.transport.keys import receiver_keys
 from dflash_scale.verifier.identity import origin_of

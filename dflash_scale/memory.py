@@ -16,8 +16,8 @@ from dflash_scale.config.run import Config
 from dflash_scale.drafter.model import DrafterSpec
 from dflash_scale.loss import CHUNK_BYTES, fitting_rows, loss_spec
 from dflash_scale.ops.softmax_loss import SLICE_NUMBERS
+from dflash_scale.receiver.layouts import RowLayouts
 from dflash_scale.row_memory import BESIDES_LOOKAHEAD
-from dflash_scale.stream.layouts import RowLayouts
 from dflash_scale.transport.layout import FP8
 
 TORCH_SLICES = (5, 12)  # fp32 matrices of a slice that plain torch holds at once, without and with soft terms

@@ -21,8 +21,8 @@ from dflash_scale.data.dataset_writer import FEATURES, FORMAT
 from dflash_scale.data.schedule import Row, RowSchedule, schedule_spec
 from dflash_scale.fleet.state import Key
 from dflash_scale.receiver.client import Receiver, ReceiverSpec, spawn_receiver
+from dflash_scale.receiver.layouts import RowLayouts
 from dflash_scale.server.process import free_port
-from dflash_scale.stream.layouts import RowLayouts
 from dflash_scale.transport.ring import COMMITTED, Ring
 
 SAMPLES, VALIDATION, LONGEST = 60, 6, 40

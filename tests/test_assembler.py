@@ -18,8 +18,8 @@ from dflash_scale.assembler import AssemblerSpec, RowAssembler
 from dflash_scale.cuda_copier import CudaCopier
 from dflash_scale.data.dataset import Samples
 from dflash_scale.data.schedule import Row, RowSchedule, ScheduleSpec
+from dflash_scale.receiver.layouts import RowLayouts
 from dflash_scale.row_memory import Copier, HostCopier
-from dflash_scale.stream.layouts import RowLayouts
 from dflash_scale.transport.layout import Layout
 from dflash_scale.transport.ring import COMMITTED, QUARANTINED, PeerDied, Ring, own_ring_name
 from tests.late_copier import AtRandom, LateCopier

@@ -4,7 +4,7 @@ import torch
 
 from dflash_scale.data.dataset import Samples
 from dflash_scale.data.schedule import Row, RowSchedule, ScheduleSpec
-from dflash_scale.stream.layouts import RowLayouts
+from dflash_scale.receiver.layouts import RowLayouts
 from dflash_scale.training.fake import TRAIN, VALIDATION, fake_data, fake_head
 from dflash_scale.training.row_source import FakeSource
 from dflash_scale.transport.layout import Layout

@@ -17,8 +17,8 @@ from dflash_scale.cache.file import BadFile
 from dflash_scale.cache.folder import Cache
 from dflash_scale.cache.writer import Keeper, Sample
 from dflash_scale.fleet.state import Key
-from dflash_scale.stream.questions import Questions
-from dflash_scale.stream.window import Want
+from dflash_scale.receiver.prefetch import Want
+from dflash_scale.receiver.requests import Questions
 from dflash_scale.transport.layout import Layout
 from dflash_scale.transport.messages import TOKEN_ID_BYTES
 

@@ -18,9 +18,9 @@ from dflash_scale.cache.writer import Keeper, Sample
 from dflash_scale.config.stream import StreamSection
 from dflash_scale.data.dataset import Samples
 from dflash_scale.fleet.state import Key
+from dflash_scale.receiver.prefetch import Want, Window
 from dflash_scale.receiver.ring_sink import RingSink
 from dflash_scale.receiver.status import CacheStatus, Status
-from dflash_scale.stream.window import Want, Window
 from dflash_scale.transport.layout import Layout
 
 log = logging.getLogger(__name__)

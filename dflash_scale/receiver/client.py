@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from dflash_scale.config.run import Config, parse_config
+from dflash_scale.receiver.layouts import RowLayouts
 from dflash_scale.receiver.status import Status, read_status
-from dflash_scale.stream.layouts import RowLayouts
 from dflash_scale.transport.ring import Ring, reclaim, ring_name
 
 START_TIMEOUT_S: Final = 120.0  # until the rings are there: an interpreter's start and the allocation of their pages

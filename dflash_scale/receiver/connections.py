@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from dflash_scale.config.stream import Server
 from dflash_scale.fleet.state import Lost, Probe
-from dflash_scale.stream.calls import Calls, HealthAnswered, Host
+from dflash_scale.receiver.http_client import Calls, HealthAnswered, Host
 from dflash_scale.transport import messages
 from dflash_scale.transport.keys import ReceiverKeys
 from dflash_scale.transport.layout import Layout

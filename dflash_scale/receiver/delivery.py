@@ -12,8 +12,8 @@ from collections import Counter
 from typing import Final, Protocol
 
 from dflash_scale.fleet.state import Key
-from dflash_scale.stream.questions import Questions
-from dflash_scale.stream.window import Want
+from dflash_scale.receiver.prefetch import Want
+from dflash_scale.receiver.requests import Questions
 from dflash_scale.transport.layout import WireError
 from dflash_scale.transport.messages import Header, check_payload
 from dflash_scale.transport.sockets import Incoming

@@ -16,10 +16,10 @@ from dflash_scale.fleet.fleet import Fleet
 from dflash_scale.fleet.state import Action, Cut, Fault, Job, Key, Limits, Probe, Quarantined, Send
 from dflash_scale.receiver.connections import Connections, Identity, Outcome, ServerConnection, ServerMismatch
 from dflash_scale.receiver.delivery import Dropped, Sink, Unusable, deliver
+from dflash_scale.receiver.endpoints import Endpoints
+from dflash_scale.receiver.http_client import Calls, Event, HealthAnswered
+from dflash_scale.receiver.requests import Questions
 from dflash_scale.receiver.status import Status
-from dflash_scale.stream.calls import Calls, Event, HealthAnswered
-from dflash_scale.stream.endpoints import Endpoints
-from dflash_scale.stream.questions import Questions
 from dflash_scale.transport import messages
 from dflash_scale.transport.layout import WireError
 from dflash_scale.transport.messages import Ticket

@@ -31,12 +31,12 @@ from dflash_scale.fleet.state import Limits
 from dflash_scale.receiver.cached_sink import CachedSink, make_sink
 from dflash_scale.receiver.client import STOP_SIGNAL, ReceiverSpec
 from dflash_scale.receiver.connections import Identity
+from dflash_scale.receiver.endpoints import Endpoints
 from dflash_scale.receiver.loop import ReceiverLoop
+from dflash_scale.receiver.prefetch import Window
+from dflash_scale.receiver.requests import SampleQuestions
 from dflash_scale.receiver.ring_sink import RingSink
 from dflash_scale.receiver.status import Status
-from dflash_scale.stream.endpoints import Endpoints
-from dflash_scale.stream.questions import SampleQuestions
-from dflash_scale.stream.window import Window
 from dflash_scale.transport.keys import receiver_keys
 from dflash_scale.transport.ring import Ring, own_ring_name
 from dflash_scale.verifier.identity import origin_of

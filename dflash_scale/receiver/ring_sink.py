@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Final
 
 from dflash_scale.fleet.state import Key
+from dflash_scale.receiver.prefetch import Want, Window
 from dflash_scale.receiver.status import QuarantinedSample, Status
-from dflash_scale.stream.window import Want, Window
 from dflash_scale.transport.ring import COMMITTED, QUARANTINED
 
 QUARANTINED_KEPT: Final = 1000  # named in the status; all are counted

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dflash_scale.data.schedule import Row
-from dflash_scale.stream.layouts import RowLayouts
+from dflash_scale.receiver.layouts import RowLayouts
 
 if TYPE_CHECKING:
     from dflash_scale.assembler import RowAssembler

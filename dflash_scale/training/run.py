@@ -30,8 +30,7 @@ from dflash_scale.config.run import Config, parse_config
 from dflash_scale.drafter.model import DrafterSpec, drafter_spec
 from dflash_scale.drafter.pretrained import NOT_THE_LAYERS
 from dflash_scale.drafter.vocabulary import D2T, DraftVocabulary, Split, run_vocabulary
-from dflash_scale.hidden_states import run_layouts
-from dflash_scale.stream.layouts import RowLayouts
+from dflash_scale.receiver.layouts import RowLayouts, run_layouts
 from dflash_scale.verifier.identity import origin_of
 from dflash_scale.verifier.shape import VerifierShape, mask_token_id, verifier_shape
 

@@ -21,9 +21,9 @@ from dflash_scale.data.dataset import Samples, load_prepared
 from dflash_scale.data.dataset_writer import FEATURES, FORMAT
 from dflash_scale.data.schedule import RowSchedule, schedule_spec
 from dflash_scale.receiver.client import ReceiverSpec, spawn_receiver
+from dflash_scale.receiver.layouts import RowLayouts
 from dflash_scale.receiver.status import read_status
 from dflash_scale.server.transformers_server import TappedVerifier
-from dflash_scale.stream.layouts import RowLayouts
 from dflash_scale.transport.addresses import engine_address
 from dflash_scale.transport.ring import COMMITTED, Ring
 

@@ -8,7 +8,7 @@ import pytest
 from dflash_scale.fleet.failures import BUSY_S, FAILURES_IN_A_ROW
 from dflash_scale.fleet.fleet import Fleet, NoServerError
 from dflash_scale.fleet.state import BACKOFF_MAX_S, Action, Cut, Fault, Key, Limits, Lost, Probe, Quarantined, Send
-from dflash_scale.stream.calls import fault_of, judge
+from dflash_scale.receiver.http_client import fault_of, judge
 
 LIMITS = Limits(
     credit_bytes=1000,

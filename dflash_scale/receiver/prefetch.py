@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from dflash_scale.data.schedule import Row
 from dflash_scale.fleet.state import Key
-from dflash_scale.stream.layouts import RowLayouts
+from dflash_scale.receiver.layouts import RowLayouts
 from dflash_scale.transport.layout import Layout
 from dflash_scale.transport.ring import Ring, record_span
 

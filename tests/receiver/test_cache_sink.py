@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 from fake_verifier import LAYOUT, answer_to, states
 from receiver_run import FakeServer, Run
-from test_receiver import BAD
 
 from dflash_scale.cache.folder import open_cache
 from dflash_scale.receiver.cache_sink import CacheSink, CacheUnwritable
 from dflash_scale.receiver.connections import Identity
+from dflash_scale.receiver.endpoints import Endpoints
 from dflash_scale.receiver.loop import ReceiverLoop
 from dflash_scale.receiver.process import limits_of
+from dflash_scale.receiver.requests import PromptQuestions, SampleQuestions, Sampling
 from dflash_scale.receiver.status import Status
-from dflash_scale.stream.endpoints import Endpoints
-from dflash_scale.stream.questions import PromptQuestions, SampleQuestions, Sampling
 from dflash_scale.transport.messages import Origin
+from tests.receiver.test_receiver import BAD
 
 pytest_plugins = ("receiver_run",)
 

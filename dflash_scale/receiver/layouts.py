@@ -1,10 +1,12 @@
-"""Which hidden states a run asks its servers for, from its configuration."""
+"""Which hidden states a run asks its servers for: layouts by kind of row."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from dflash_scale.config.run import Config
+from dflash_scale.data.schedule import Row
 from dflash_scale.loss import loss_spec
-from dflash_scale.stream.layouts import RowLayouts
 from dflash_scale.transport.layout import FP8, Layout
 from dflash_scale.verifier.layers import aux_layers
 from dflash_scale.verifier.shape import VerifierShape
@@ -28,3 +30,25 @@ def transport_dtype(config: Config, shape: VerifierShape) -> str:
             'stream.transport: got "bf16" for hidden states in float16, which are as short; set "exact" or "fp8"'
         )
     return "bfloat16" if transport == "bf16" else dtype
+
+
+@dataclass(frozen=True, slots=True)
+class RowLayouts:
+    """`validation` has every layer of `train`, and the last layer (id = number of layers), which tells whether labels
+    and verifier agree."""
+
+    train: Layout
+    validation: Layout
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """The aux layers, which the drafter sees."""
+        return self.validation.layer_ids[:-1]
+
+    def of(self, row: Row) -> Layout:
+        return self.train if row.kind == "train" else self.validation
+
+    @classmethod
+    def from_params(cls, params: dict[str, object]) -> RowLayouts:
+        """From `dataclasses.asdict`, by way of JSON. Raises WireError."""
+        return cls(Layout.from_params(params["train"]), Layout.from_params(params["validation"]))

@@ -11,7 +11,7 @@ from receiver_run import LAYOUTS, RUN, SAMPLES, FakeServer, Run, drain, expected
 
 from dflash_scale.cache.folder import Cache, open_cache
 from dflash_scale.receiver.cached_sink import FAILURES_IN_A_ROW, make_sink
-from dflash_scale.stream.window import Window
+from dflash_scale.receiver.prefetch import Window
 from dflash_scale.transport.layout import Layout
 from dflash_scale.transport.ring import COMMITTED, QUARANTINED, PeerDied, Ring, own_ring_name
 

@@ -9,8 +9,8 @@ import pytest
 from dflash_scale.config.stream import Server
 from dflash_scale.fleet.state import Lost, Probe
 from dflash_scale.receiver.connections import Connections, Identity, Outcome
+from dflash_scale.receiver.http_client import HealthAnswered, Host
 from dflash_scale.server.sender import Publisher
-from dflash_scale.stream.calls import HealthAnswered, Host
 from dflash_scale.transport import messages
 from dflash_scale.transport.layout import Layout
 from dflash_scale.transport.messages import Origin

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dflash_scale.config.stream import Server, StreamSection
-from dflash_scale.stream.endpoints import LOOK_EVERY_S, Endpoints
+from dflash_scale.receiver.endpoints import LOOK_EVERY_S, Endpoints
 
 
 def server(number: int) -> dict[str, str]:

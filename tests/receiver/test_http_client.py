@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from dflash_scale.fleet.state import Fault, Probe, Send
-from dflash_scale.stream.calls import Calls, Event, HealthAnswered, Posted
+from dflash_scale.receiver.http_client import Calls, Event, HealthAnswered, Posted
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 

@@ -1,1 +1,0 @@
-"""The streaming layer: hidden states from the servers to the training ranks."""
