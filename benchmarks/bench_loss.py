@@ -3,7 +3,7 @@
     python benchmarks/bench_loss.py [--device cuda] [--kernel auto] [--json FILE]
 
 gemms    the products that no loss can do without, in the same chunks: logits, the verifier's where wanted, and dX
-loss     dflash_scale.loss.drafter_loss
+loss     dflash_scale.training.loss.drafter_loss
 full     all logits at once, torch's own losses and autograd: F.cross_entropy, F.kl_div
 liger    Liger's fused linear cross entropy, and its fused linear JSD for kl (with beta 0 it is the KL divergence), if
          it is installed
@@ -40,15 +40,8 @@ if str(REPO) not in sys.path:  # started as a script
 from benchmarks.machine import stamp  # noqa: E402
 from benchmarks.timing import synchronize  # noqa: E402
 from dflash_scale.drafter.heads import OutputHead  # noqa: E402
-from dflash_scale.loss import (  # noqa: E402
-    Job,
-    LossSpec,
-    VerifierStates,
-    drafter_loss,
-    kept_slots,
-    trained_mask,
-)
 from dflash_scale.ops.softmax_loss import term_weights  # noqa: E402
+from dflash_scale.training.loss import Job, LossSpec, VerifierStates, drafter_loss, kept_slots, trained_mask  # noqa: E402
 
 TERMS = {name: term_weights({name: 1.0}) for name in ("ce", "kl")}
 MOST_EXTRA_BYTES, MOST_TIMES_GEMMS = 0.6e9, 1.15  # the targets, on a GPU and everywhere

@@ -251,7 +251,7 @@ def main() -> int:
             if args.out is not None:
                 args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if torch.distributed.is_initialized():
-        from dflash_scale.ranks import leave_ranks
+        from dflash_scale.training.distributed import leave_ranks
 
         leave_ranks()
     failed = ["failed" in row for entry in results for row in (entry, *entry.get("variants", ()))]

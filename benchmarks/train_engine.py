@@ -14,8 +14,8 @@ from benchmarks.train_cases import MASK_TOKEN, Case, Row, drafter_spec
 from benchmarks.train_step import Options, Step
 from dflash_scale.config.run import Config, parse_config
 from dflash_scale.drafter.model import Drafter
-from dflash_scale.memory import Sizes, gpu_memory
 from dflash_scale.receiver.layouts import run_layouts
+from dflash_scale.training.memory import Sizes, gpu_memory
 from dflash_scale.verifier.shape import VerifierShape
 
 
@@ -82,7 +82,7 @@ class EngineStep(Step):
     """The same step through DeepSpeed on one rank: bf16 or fp32 as the case, ZeRO 2, the trainer's own optimizer."""
 
     def take_over(self) -> None:
-        from dflash_scale.ranks import join_ranks
+        from dflash_scale.training.distributed import join_ranks
         from dflash_scale.training.optim import make_engine
 
         if not dist.is_initialized():

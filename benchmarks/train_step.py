@@ -21,7 +21,7 @@ from benchmarks.timing import WARM_UP, between, mark, synchronize
 from benchmarks.train_cases import Case, make_drafter, make_ends, make_row, padded
 from benchmarks.train_peers import OURS, Variant, make_loss, peers_attention
 from dflash_scale.drafter.model import block_inputs
-from dflash_scale.loss import normaliser
+from dflash_scale.training.loss import normaliser
 
 PARTS: Final = ("forward", "loss", "backward", "accumulate", "optimizer")
 LEARNING_RATE, CLIP, BETAS = 6e-4, 1.0, (0.9, 0.95)  # the configuration's defaults

@@ -27,15 +27,15 @@ from dflash_scale.data.schedule import Row, RowSchedule, schedule_spec
 from dflash_scale.drafter.blocks import AnchorSpec
 from dflash_scale.drafter.model import Drafter
 from dflash_scale.drafter.pretrained import load_start
-from dflash_scale.plan import print_plan
+from dflash_scale.training.dry_run import print_plan
 from dflash_scale.training.fake import fake_head, run_data
 from dflash_scale.training.run import ResolvedRun, ResolvedVerifier, resolve_run, resolve_verifier
 from dflash_scale.verifier.head import VerifierHead, load_verifier_head
 
 if TYPE_CHECKING:  # DeepSpeed takes seconds, and a dry run does without
-    from dflash_scale.checkpoint import Checkpoints, Position
-    from dflash_scale.trainer import Trainer
+    from dflash_scale.training.checkpoint import Checkpoints, Position
     from dflash_scale.training.row_source import RowSource
+    from dflash_scale.training.trainer import Trainer
 
 log = logging.getLogger("train")
 
@@ -78,7 +78,7 @@ def local_place() -> tuple[int, int]:
 
 def start_ranks() -> tuple[torch.device, dist.ProcessGroup]:
     """Joins the process group; returns this rank's device and a group for what stays on the CPU."""
-    from dflash_scale.ranks import follow_launcher, join_ranks
+    from dflash_scale.training.distributed import follow_launcher, join_ranks
 
     local_rank, local_size = local_place()
     if torch.cuda.is_available():
@@ -95,7 +95,7 @@ def run(config: Config, *, resume: bool) -> int:
     """The whole run of one rank. Returns 0 when the schedule is complete, 143 when a signal ended it early, 2 when the
     configuration, the data set, the verifier and the checkpoint do not fit together, 3 when the books do not balance.
     """
-    from dflash_scale.ranks import leave_ranks
+    from dflash_scale.training.distributed import leave_ranks
 
     device, control = start_ranks()
     try:
@@ -126,9 +126,9 @@ def set_up(config: Config, device: torch.device, control: dist.ProcessGroup, *, 
     Raises:
         ValueError: what was given does not fit together.
     """
-    from dflash_scale.ranks import check_shared
-    from dflash_scale.trainer import Parts, Trainer
+    from dflash_scale.training.distributed import check_shared
     from dflash_scale.training.optim import make_engine
+    from dflash_scale.training.trainer import Parts, Trainer
 
     output, run_id = Path(config.train.output_dir), shared_run_id(control)
     check_shared(output, run_id, control)
@@ -163,10 +163,9 @@ def row_source(
     run: ResolvedRun, rows: Iterator[Row], device: torch.device, *, first_step: int, run_id: str
 ) -> "RowSource":
     """Where the hidden states of this rank's rows come from: its ring, filled by the node's receiver, or nowhere."""
-    from dflash_scale.assembler import AssemblerSpec, RowAssembler
-    from dflash_scale.cuda_copier import CudaCopier
     from dflash_scale.receiver.client import RankPlace, Stream
-    from dflash_scale.row_memory import Copier, HostCopier
+    from dflash_scale.training.copiers import Copier, CudaCopier, HostCopier
+    from dflash_scale.training.loader import AssemblerSpec, RowAssembler
     from dflash_scale.training.row_source import FakeSource, RingSource
 
     config, layouts = run.config, run.verifier.layouts
@@ -191,7 +190,7 @@ class Data:
 
 def load_data(config: Config, verifier: ResolvedVerifier, control: dist.ProcessGroup) -> Data:
     """Opens the data set, which has to be the same on all ranks, as the configuration; raises ValueError."""
-    from dflash_scale.ranks import check_alike
+    from dflash_scale.training.distributed import check_alike
 
     prepared = run_data(config.data, verifier.shape.vocab_size)
     samples = Samples(prepared.train, prepared.validation)
@@ -258,7 +257,7 @@ def make_drafter(run: ResolvedRun, *, resume: bool) -> Drafter:
 
 def open_checkpoints(run: ResolvedRun, *, resume: bool) -> "Checkpoints":
     """The run's checkpoints; raises ValueError where there are some and nobody asked to continue from them."""
-    from dflash_scale.checkpoint import Checkpoints
+    from dflash_scale.training.checkpoint import Checkpoints
 
     output = Path(run.config.train.output_dir)
     checkpoints = Checkpoints(output / "checkpoints", run.config.train.keep_checkpoints, run)
@@ -271,7 +270,7 @@ def open_checkpoints(run: ResolvedRun, *, resume: bool) -> "Checkpoints":
 
 def first_position(run: ResolvedRun, data: Data) -> "Position":
     """Where a run begins; it is continued with the same schedule only."""
-    from dflash_scale.checkpoint import Position
+    from dflash_scale.training.checkpoint import Position
 
     return Position(
         step=0,

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dflash_scale.row_memory import Event
+from dflash_scale.training.copiers import Event
 from dflash_scale.transport.ring import Record
 
 

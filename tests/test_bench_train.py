@@ -22,8 +22,8 @@ from benchmarks.train_engine import planned_bytes, run_config, verifier_shape
 from benchmarks.train_peers import OURS, PEERS, TOGETHER
 from benchmarks.train_step import Options, Step, covered
 from dflash_scale import drafter, verifier
-from dflash_scale.memory import activation_bytes
 from dflash_scale.ops.attention import Plan, build_plan
+from dflash_scale.training.memory import activation_bytes
 
 ROOT = Path(__file__).parents[1]
 SMALL = replace(CPU_CASES[2], documents=2, tokens=24, anchors=14, block=4, hidden=32, inner=48, vocabulary=96)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from dflash_scale.config.run import Config
 from dflash_scale.data.schedule import Row
-from dflash_scale.loss import loss_spec
+from dflash_scale.training.loss import loss_spec
 from dflash_scale.transport.layout import FP8, Layout
 from dflash_scale.verifier.layers import aux_layers
 from dflash_scale.verifier.shape import VerifierShape

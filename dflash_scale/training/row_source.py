@@ -20,8 +20,8 @@ from dflash_scale.data.schedule import Row
 from dflash_scale.receiver.layouts import RowLayouts
 
 if TYPE_CHECKING:
-    from dflash_scale.assembler import RowAssembler
     from dflash_scale.receiver.client import Stream
+    from dflash_scale.training.loader import RowAssembler
 
 
 @dataclass(frozen=True, slots=True)

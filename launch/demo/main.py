@@ -31,13 +31,13 @@ sys.path.insert(0, str(REPO))  # started as a script
 from dflash_scale.config.run import Config, load_config  # noqa: E402
 from dflash_scale.data.prepare import prepare  # noqa: E402
 from dflash_scale.evaluation.evaluate import EvaluateSpec, Evaluation, evaluate, report_lines  # noqa: E402
-from dflash_scale.export import export_checkpoint, named_checkpoint  # noqa: E402
 from dflash_scale.receiver.status import read_status  # noqa: E402
-from dflash_scale.report import plot_acceptance, plot_training  # noqa: E402
 from dflash_scale.server.process import end_with_parent, free_port, stop, wait_until_ready  # noqa: E402
+from dflash_scale.training.export import export_checkpoint, named_checkpoint  # noqa: E402
 from dflash_scale.verifier.layers import aux_layers  # noqa: E402
 from dflash_scale.verifier.shape import verifier_shape  # noqa: E402
 from launch.demo.answers import AnswerSpec, make_answers  # noqa: E402
+from launch.demo.plots import plot_acceptance, plot_training  # noqa: E402
 from launch.demo.verifier import STEPS, make_verifier  # noqa: E402
 
 SERVERS = 2

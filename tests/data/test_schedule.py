@@ -9,7 +9,7 @@ import pytest
 from dflash_scale.data.dataset import Samples
 from dflash_scale.data.schedule import Place, RowSchedule, ScheduleSpec, pack
 from dflash_scale.drafter.blocks import AnchorSpec, plan_row
-from dflash_scale.loss import LossSpec, normaliser, trained_mask
+from dflash_scale.training.loss import LossSpec, normaliser, trained_mask
 
 
 class Tokens:

@@ -18,9 +18,9 @@ from dflash_scale.drafter.heads import OutputHead
 from dflash_scale.drafter.pretrained import export_drafter, load_drafter, load_output
 from dflash_scale.drafter.vocabulary import DraftVocabulary, choose_vocabulary
 from dflash_scale.evaluation.speculative import GreedyVerifier, speculate
-from dflash_scale.loss import LossSpec, drafter_loss, kept_slots, normaliser, trained_mask
+from dflash_scale.training.loss import LossSpec, drafter_loss, kept_slots, normaliser, trained_mask
 from dflash_scale.verifier.layers import causal_model
-from tests.test_export import HIDDEN, VOCABULARY, make_drafter, make_spec, verifier  # noqa: F401 a fixture
+from tests.training.test_export import HIDDEN, VOCABULARY, make_drafter, make_spec, verifier  # noqa: F401 a fixture
 
 KEPT = np.array([0, 3, 4, 7, 11, 19, 40, 95])
 

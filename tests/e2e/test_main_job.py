@@ -22,8 +22,8 @@ from dflash_scale.drafter.pretrained import load_drafter
 from dflash_scale.evaluation.evaluate import EvaluateSpec, Evaluation, evaluate, read_prompts, replayed, uniform_anchors
 from dflash_scale.evaluation.speculative import GreedyVerifier, speculate
 from dflash_scale.evaluation.vllm import ServerSpec, answer_prompts
-from dflash_scale.export import export_checkpoint, named_checkpoint
 from dflash_scale.server.process import stop
+from dflash_scale.training.export import export_checkpoint, named_checkpoint
 from dflash_scale.verifier.layers import causal_model
 from launch.demo.answers import AnswerSpec, make_answers
 from launch.demo.main import VLLM_FLAGS, Demo, Server, servers

@@ -13,8 +13,8 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from dflash_scale.data.dataset import load_prepared
 from dflash_scale.evaluation.evaluate import EvaluateSpec, evaluate
-from dflash_scale.export import export_checkpoint, named_checkpoint
 from dflash_scale.receiver.status import read_status
+from dflash_scale.training.export import export_checkpoint, named_checkpoint
 
 pytestmark = pytest.mark.e2e
 

@@ -30,8 +30,8 @@ from dflash_scale.config.run import load_config  # noqa: E402
 from dflash_scale.data.dataset import load_prepared  # noqa: E402
 from dflash_scale.data.prepare import prepare  # noqa: E402
 from dflash_scale.evaluation.evaluate import EvaluateSpec, evaluate, report_lines  # noqa: E402
-from dflash_scale.export import export_checkpoint, named_checkpoint  # noqa: E402
 from dflash_scale.server.process import end_with_parent, free_port  # noqa: E402
+from dflash_scale.training.export import export_checkpoint, named_checkpoint  # noqa: E402
 from launch.demo.main import Demo, Server, servers  # noqa: E402
 
 CONFIG = ROOT / "configs" / "demo.json"

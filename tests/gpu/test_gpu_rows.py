@@ -14,8 +14,8 @@ import torch
 
 pytest.importorskip("dflash_scale._ring", reason="not built for this Python", exc_type=ImportError)
 
-from dflash_scale.cuda_copier import CudaCopier
-from dflash_scale.row_memory import RowBuffer, RowMemory
+from dflash_scale.training.copiers import CudaCopier
+from dflash_scale.training.device_rows import RowBuffer, RowMemory
 from dflash_scale.transport.ring import COMMITTED, QUARANTINED, Ring, own_ring_name, record_span
 
 RUN = f"gpurows{os.getpid()}"

@@ -18,7 +18,6 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dflash_scale.loss import term_values
 from dflash_scale.ops import softmax_loss
 from dflash_scale.ops.softmax_loss import (
     CE,
@@ -32,6 +31,7 @@ from dflash_scale.ops.softmax_loss import (
     term_weights,
     wants_verifier,
 )
+from dflash_scale.training.loss import term_values
 from tests.ops.test_gpu_emulated import ROOT, Guarded, build
 
 HALVES = (torch.bfloat16, torch.float16)

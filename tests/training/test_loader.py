@@ -14,12 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from dflash_scale.assembler import AssemblerSpec, RowAssembler
-from dflash_scale.cuda_copier import CudaCopier
 from dflash_scale.data.dataset import Samples
 from dflash_scale.data.schedule import Row, RowSchedule, ScheduleSpec
 from dflash_scale.receiver.layouts import RowLayouts
-from dflash_scale.row_memory import Copier, HostCopier
+from dflash_scale.training.copiers import Copier, CudaCopier, HostCopier
+from dflash_scale.training.loader import AssemblerSpec, RowAssembler
 from dflash_scale.transport.layout import Layout
 from dflash_scale.transport.ring import COMMITTED, QUARANTINED, PeerDied, Ring, own_ring_name
 from tests.late_copier import AtRandom, LateCopier

@@ -13,11 +13,11 @@ from transformers import Qwen3Config
 from dflash_scale.config.run import Config, load_config, parse_config
 from dflash_scale.data.prepare import prepare
 from dflash_scale.drafter.model import Drafter, DrafterSpec
-from dflash_scale.memory import activation_bytes
-from dflash_scale.plan import make_plan, print_plan, size
+from dflash_scale.training.dry_run import make_plan, print_plan, size
+from dflash_scale.training.memory import activation_bytes
 from tests.data.test_conversations import chat, save_tokenizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def qwen3_8b(stage: int = 2, **sections: dict[str, Any]) -> Config:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from dflash_scale.data.schedule import Row
 from dflash_scale.receiver.layouts import RowLayouts
-from dflash_scale.row_memory import BESIDES_LOOKAHEAD, Copier, RowBuffer, RowMemory
+from dflash_scale.training.copiers import Copier
+from dflash_scale.training.device_rows import BESIDES_LOOKAHEAD, RowBuffer, RowMemory
 from dflash_scale.training.row_source import RowStates
 from dflash_scale.transport.encoding import decode
 from dflash_scale.transport.ring import QUARANTINED, Record, Ring

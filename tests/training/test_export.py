@@ -17,7 +17,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dflash_scale.drafter.model import Drafter, DrafterSpec, block_inputs
 from dflash_scale.drafter.pretrained import FORMATS, export_drafter, load_drafter, load_spec
-from dflash_scale.export import main
+from dflash_scale.training.export import main
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, VOCABULARY, EPS, THETA = 4, 2, 16, 48, 96, 1e-5, 5000.0
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -212,8 +212,10 @@ def test_the_command_takes_the_format(tmp_path: Path, verifier: Path, monkeypatc
     spec, step = make_spec(), tmp_path / "step-000001"
     step.mkdir()
     (step / "config.json").write_text(json.dumps({"verifier": {"model": str(verifier)}, "data": {"path": "data"}}))
-    monkeypatch.setattr("dflash_scale.export.resolved_spec", lambda config: spec)
-    monkeypatch.setattr("dflash_scale.export.checkpoint_state", lambda checkpoint: make_drafter(spec).state_dict())
+    monkeypatch.setattr("dflash_scale.training.export.resolved_spec", lambda config: spec)
+    monkeypatch.setattr(
+        "dflash_scale.training.export.checkpoint_state", lambda checkpoint: make_drafter(spec).state_dict()
+    )
     for flags, key in (([], "speculators_model_type"), (["--format", "zlab"], "dflash_config")):
         assert main([str(step), str(tmp_path / "drafter"), *flags]) == 0
         assert key in json.loads((tmp_path / "drafter" / "config.json").read_text())

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import psutil
 
-from dflash_scale.ranks import interface_towards
 from dflash_scale.server.process import free_port
+from dflash_scale.training.distributed import interface_towards
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # One rank: its folder and its data set's name are its arguments.
 RANK = """
 import sys
 from pathlib import Path
 import torch
-from dflash_scale.ranks import check_alike, check_shared, join_ranks, leave_ranks
+from dflash_scale.training.distributed import check_alike, check_shared, join_ranks, leave_ranks
 control = join_ranks(torch.device("cpu"))
 for check in (
     lambda: check_shared(Path(sys.argv[1]), "run", control, within_s=1.0),

@@ -18,7 +18,7 @@ from dflash_scale.data.dataset_writer import FEATURES, FORMAT
 from dflash_scale.server.process import free_port
 from dflash_scale.training.optim import engine_config, lr_factor
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("trainer_worker.py")
 
 

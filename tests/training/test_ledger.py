@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from dflash_scale.books import Balance, balance, report
 from dflash_scale.data.dataset import Samples
 from dflash_scale.data.schedule import RowSchedule, ScheduleSpec
+from dflash_scale.training.ledger import Balance, balance, report
 from tests.data.test_quarantine import Lengths
 
 

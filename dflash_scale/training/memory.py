@@ -14,10 +14,10 @@ from typing import cast
 
 from dflash_scale.config.run import Config
 from dflash_scale.drafter.model import DrafterSpec
-from dflash_scale.loss import CHUNK_BYTES, fitting_rows, loss_spec
 from dflash_scale.ops.softmax_loss import SLICE_NUMBERS
 from dflash_scale.receiver.layouts import RowLayouts
-from dflash_scale.row_memory import BESIDES_LOOKAHEAD
+from dflash_scale.training.device_rows import BESIDES_LOOKAHEAD
+from dflash_scale.training.loss import CHUNK_BYTES, fitting_rows, loss_spec
 from dflash_scale.transport.layout import FP8
 
 TORCH_SLICES = (5, 12)  # fp32 matrices of a slice that plain torch holds at once, without and with soft terms

@@ -17,8 +17,8 @@ from dflash_scale.config.run import Config, resolve
 from dflash_scale.data.dataset import Prepared, Samples
 from dflash_scale.data.schedule import Place, RowSchedule, schedule_spec
 from dflash_scale.drafter.model import Drafter
-from dflash_scale.memory import Memory, Sizes, chunk_slots, gpu_memory, row_buffers
 from dflash_scale.training.fake import run_data
+from dflash_scale.training.memory import Memory, Sizes, chunk_slots, gpu_memory, row_buffers
 from dflash_scale.training.run import UNKNOWN_MASK, ResolvedRun, resolve_run, resolve_verifier
 from dflash_scale.verifier.files import load_tokenizer
 

@@ -1,6 +1,6 @@
-"""One rank of a run on random hidden states, with faults in them; started by tests/test_trainer.py.
+"""One rank of a run on random hidden states, with faults in them; started by tests/training/test_trainer.py.
 
-    deepspeed --num_accelerators W tests/trainer_worker.py CONFIG [--resume] [--poison] [--stall ROW]
+    deepspeed --num_accelerators W tests/training/trainer_worker.py CONFIG [--resume] [--poison] [--stall ROW]
 
 With --stall, one rank waits for its row with that number in vain, and gets a SIGTERM while it waits. With --poison, the
 states of one sample are not finite. All else is launch/train.py's; the weights at the end and the last step's gradients
@@ -20,10 +20,10 @@ from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import save_file
 from torch import distributed as dist
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from dflash_scale.config.run import load_config
-from dflash_scale.ranks import join_ranks, leave_ranks
+from dflash_scale.training.distributed import join_ranks, leave_ranks
 from dflash_scale.training.row_source import RowSource, RowStates
 from launch.train import set_up
 

@@ -17,14 +17,14 @@ from deepspeed import DeepSpeedEngine
 from torch import Tensor
 from torch import distributed as dist
 
-from dflash_scale.books import Balance, balance, report
-from dflash_scale.checkpoint import Checkpoints, Position, write_aside
 from dflash_scale.data.dataset import Samples
 from dflash_scale.data.schedule import Row, RowSchedule
 from dflash_scale.drafter.blocks import AnchorSpec, RowPlan, plan_row
 from dflash_scale.drafter.heads import OutputHead
 from dflash_scale.drafter.model import block_inputs
-from dflash_scale.loss import (
+from dflash_scale.training.checkpoint import Checkpoints, Position, write_aside
+from dflash_scale.training.ledger import Balance, JsonLines, balance, report
+from dflash_scale.training.loss import (
     BlockSums,
     VerifierStates,
     drafter_loss,
@@ -33,8 +33,7 @@ from dflash_scale.loss import (
     normaliser,
     trained_mask,
 )
-from dflash_scale.metrics import JsonLines, Metrics, block_metrics
-from dflash_scale.report import SOURCES, ProgressLine
+from dflash_scale.training.metrics import SOURCES, Metrics, ProgressLine, block_metrics
 from dflash_scale.training.row_source import RowSource, RowStates
 from dflash_scale.training.run import ResolvedRun
 from dflash_scale.verifier.head import VerifierHead

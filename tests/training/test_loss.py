@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dflash_scale.drafter.heads import OutputHead
-from dflash_scale.loss import (
+from dflash_scale.ops.softmax_loss import term_weights
+from dflash_scale.training.loss import (
     CHUNK_SLOTS,
     BlockSums,
     LossSpec,
@@ -24,7 +25,6 @@ from dflash_scale.loss import (
     normaliser,
     trained_mask,
 )
-from dflash_scale.ops.softmax_loss import term_weights
 
 TERMS = [
     term_weights(weights)

@@ -1,21 +1,106 @@
-"""Copies from the ring's own memory to a GPU: no host memory lies between, and training does not wait for them.
-
-The rank locks the pages of its ring once, so that the GPU reads them by itself while the processor goes on. Where CUDA
-refuses that, the log says why, once, and each copy goes through buffers of CUDA's driver and ends before it returns.
-"""
+"""How the bytes of a record move from the ring to a row buffer: on a CPU at once, to a GPU by asynchronous copies."""
 
 from __future__ import annotations
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dflash_scale.row_memory import Event
 from dflash_scale.transport.ring import Record, Ring
 
 log = logging.getLogger(__name__)
+
+
+class Event(Protocol):
+    """A point in the work of a device; a `torch.cuda.Event` is one."""
+
+    def query(self) -> bool:
+        """Whether the device is past it."""
+        ...
+
+    def synchronize(self) -> None:
+        """Returns when the device is past it."""
+        ...
+
+    def wait(self, stream: Any) -> None:
+        """Lets all further work on `stream` begin behind it."""
+        ...
+
+
+class Copier(Protocol):
+    """Moves bytes to one device. What `copy` and `zero` begin ends in the order of the calls."""
+
+    def empty(self, nbytes: int) -> Tensor:
+        """(nbytes,) uint8 on the device, for `copy` and `zero` to fill."""
+        ...
+
+    def enter(self) -> None:
+        """To be called once by the thread that copies, before anything else of that thread."""
+        ...
+
+    def copy(self, target: Tensor, record: Record) -> Event:
+        """Begins to copy the payload to `target`, (bytes of the payload,) uint8; it is read until the event."""
+        ...
+
+    def zero(self, target: Tensor) -> Event:
+        """Begins to fill `target` with zeros."""
+        ...
+
+    def follow(self, event: Event) -> None:
+        """Lets all further work of the training thread's stream begin behind the event."""
+        ...
+
+    def mark(self) -> Event:
+        """The end of all work that the training thread's stream has by now."""
+        ...
+
+    def close(self) -> None:
+        """Gives back what the copies needed; none may be under way."""
+        ...
+
+
+class Ended:
+    """The event of work that was done when its call returned."""
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        return
+
+    def wait(self, stream: Any) -> None:
+        return
+
+
+class HostCopier:
+    """Copies to host memory before it returns."""
+
+    def empty(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def enter(self) -> None:
+        return
+
+    def copy(self, target: Tensor, record: Record) -> Event:
+        target.numpy()[:] = np.frombuffer(record.payload, np.uint8)
+        return Ended()
+
+    def zero(self, target: Tensor) -> Event:
+        target.zero_()
+        return Ended()
+
+    def follow(self, event: Event) -> None:
+        return
+
+    def mark(self) -> Event:
+        return Ended()
+
+    def close(self) -> None:
+        return
 
 
 class CudaCopier:

@@ -11,102 +11,12 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Final
 
-import numpy as np
-import torch
 from torch import Tensor
 
+from dflash_scale.training.copiers import Copier, Event
 from dflash_scale.transport.ring import QUARANTINED, Record, Ring
-
-
-class Event(Protocol):
-    """A point in the work of a device; a `torch.cuda.Event` is one."""
-
-    def query(self) -> bool:
-        """Whether the device is past it."""
-        ...
-
-    def synchronize(self) -> None:
-        """Returns when the device is past it."""
-        ...
-
-    def wait(self, stream: Any) -> None:
-        """Lets all further work on `stream` begin behind it."""
-        ...
-
-
-class Copier(Protocol):
-    """Moves bytes to one device. What `copy` and `zero` begin ends in the order of the calls."""
-
-    def empty(self, nbytes: int) -> Tensor:
-        """(nbytes,) uint8 on the device, for `copy` and `zero` to fill."""
-        ...
-
-    def enter(self) -> None:
-        """To be called once by the thread that copies, before anything else of that thread."""
-        ...
-
-    def copy(self, target: Tensor, record: Record) -> Event:
-        """Begins to copy the payload to `target`, (bytes of the payload,) uint8; it is read until the event."""
-        ...
-
-    def zero(self, target: Tensor) -> Event:
-        """Begins to fill `target` with zeros."""
-        ...
-
-    def follow(self, event: Event) -> None:
-        """Lets all further work of the training thread's stream begin behind the event."""
-        ...
-
-    def mark(self) -> Event:
-        """The end of all work that the training thread's stream has by now."""
-        ...
-
-    def close(self) -> None:
-        """Gives back what the copies needed; none may be under way."""
-        ...
-
-
-class Ended:
-    """The event of work that was done when its call returned."""
-
-    def query(self) -> bool:
-        return True
-
-    def synchronize(self) -> None:
-        return
-
-    def wait(self, stream: Any) -> None:
-        return
-
-
-class HostCopier:
-    """Copies to host memory before it returns."""
-
-    def empty(self, nbytes: int) -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8)
-
-    def enter(self) -> None:
-        return
-
-    def copy(self, target: Tensor, record: Record) -> Event:
-        target.numpy()[:] = np.frombuffer(record.payload, np.uint8)
-        return Ended()
-
-    def zero(self, target: Tensor) -> Event:
-        target.zero_()
-        return Ended()
-
-    def follow(self, event: Event) -> None:
-        return
-
-    def mark(self) -> Event:
-        return Ended()
-
-    def close(self) -> None:
-        return
-
 
 BESIDES_LOOKAHEAD: Final = 2  # buffers of rows: one is ready, one in use
 

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: what a kill leaves, what is kept. Saving and loading under DeepSpeed: tests/test_trainer.py."""
+"""Checkpoints on disk: what a kill leaves, what is kept. Saving and loading under DeepSpeed: tests/training/test_trainer.py."""
 
 import json
 from dataclasses import asdict, replace
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dflash_scale.checkpoint import Checkpoints, Position, write_aside
 from dflash_scale.config.run import parse_config
+from dflash_scale.training.checkpoint import Checkpoints, Position, write_aside
 from dflash_scale.training.run import resolve_run, resolve_verifier
 
 POSITION = Position(

@@ -1,13 +1,15 @@
-"""The books of a run: each sample of an epoch was trained once, or is named as quarantined.
+"""The ledger of a run: which samples each rank trained, line by line, and whether each one was trained exactly once.
 
-What was to be trained is computed from the schedule; what was, is read from the ledger as it lies on the disk, which
-goes over all resumptions of a run.
+An append-only file of one JSON object a line with a `step`. A resumed run first drops the lines of steps that its
+checkpoint does not hold, so that the file never counts a step twice. What was to be trained is computed from the
+schedule; what was, is read from the ledger as it lies on the disk, which goes over all resumptions of a run.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -61,3 +63,36 @@ def report(step: int, books: Balance) -> int:
 def _lines(ledger: Path) -> Iterator[dict[str, Any]]:
     with ledger.open(encoding="utf-8") as file:
         yield from map(json.loads, file)
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drops the lines of later steps than `step`, and a last line that a kill cut short; written aside and renamed."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            known = json.loads(line)["step"] <= step
+        except json.JSONDecodeError:
+            known = False
+        if known:
+            kept.append(line + "\n")
+    aside = path.with_suffix(".partial")
+    aside.write_text("".join(kept))
+    os.replace(aside, path)
+
+
+class JsonLines:
+    """Appends one object a line; a line is complete or absent after a kill of the writer."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        keep_until(path, first_step - 1)
+        self.path = path
+        self._file = path.open("a", buffering=1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+
+    def close(self) -> None:
+        self._file.close()

@@ -1,54 +1,26 @@
-"""What a run writes down: scalars as JSON lines and for TensorBoard, and the ledger of samples trained.
-
-Both are append-only files of one JSON object a line with a `step`. A resumed run first drops the lines of steps that
-its checkpoint does not hold, so that a file never counts a step twice.
-"""
+"""What a run tells of itself while it goes on: metrics.jsonl, TensorBoard, and the progress line."""
 
 from __future__ import annotations
 
-import json
-import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dflash_scale.loss import TOP, BlockSums
+from tqdm import tqdm
+
 from dflash_scale.ops.softmax_loss import TERMS
+from dflash_scale.training.ledger import JsonLines
+from dflash_scale.training.loss import TOP, BlockSums
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-
-def keep_until(path: Path, step: int) -> None:
-    """Drops the lines of later steps than `step`, and a last line that a kill cut short; written aside and renamed."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            known = json.loads(line)["step"] <= step
-        except json.JSONDecodeError:
-            known = False
-        if known:
-            kept.append(line + "\n")
-    aside = path.with_suffix(".partial")
-    aside.write_text("".join(kept))
-    os.replace(aside, path)
+# Above this share of waiting hidden states hold the training up; below it they are ahead of it.
+DATA_BOUND = 0.15
 
 
-class JsonLines:
-    """Appends one object a line; a line is complete or absent after a kill of the writer."""
-
-    def __init__(self, path: Path, first_step: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        keep_until(path, first_step - 1)
-        self.path = path
-        self._file = path.open("a", buffering=1)
-
-    def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-
-    def close(self) -> None:
-        self._file.close()
+# Where they come from, by stream.mode.
+SOURCES = {"online": "servers", "offline": "cache", "hybrid": "servers or cache", "fake": "random states"}
 
 
 class Metrics:
@@ -101,3 +73,41 @@ def block_metrics(sums: BlockSums, normaliser: float) -> dict[str, Any]:
         "blocks": int(sums.blocks),
         **agreement,
     }
+
+
+def bottleneck(wait_data: float, source: str) -> str:
+    """Which half limits the run, from the share of time in which the ranks waited for hidden states of `source`."""
+    return source if wait_data > DATA_BOUND else "training"
+
+
+class ProgressLine:
+    """One line on a terminal; in a file or a pipe, one line per logged step. Only rank 0 shows it."""
+
+    def __init__(self, total: int, done: int, source: str, *, enabled: bool) -> None:
+        self._enabled, self._total, self._source, self._validated = enabled, total, source, ""
+        terminal = enabled and sys.stderr.isatty()
+        self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True) if terminal else None
+
+    def train(self, step: int, values: dict[str, Any]) -> None:
+        text = (
+            f"loss {values['loss']:.3f} · acceptance {values['acceptance_length']:.2f}{self._validated} · "
+            f"{values['tokens_per_s']:,.0f} tok/s · wait_data {values['wait_data']:.0%} · "
+            f"bottleneck: {bottleneck(values['wait_data'], self._source)}"
+        )
+        self._show(step, text)
+
+    def validation(self, step: int, values: dict[str, Any]) -> None:
+        self._validated = f" (held out {values['acceptance_length']:.2f})"
+        if self._bar is None and self._enabled:
+            print(f"step {step}/{self._total} · validation{self._validated}", file=sys.stderr, flush=True)
+
+    def _show(self, step: int, text: str) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif self._enabled:
+            print(f"step {step}/{self._total} · {text}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()

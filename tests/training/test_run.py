@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from dflash_scale.config.run import parse_config
 from dflash_scale.drafter.model import Drafter
-from dflash_scale.export import export_checkpoint, main
+from dflash_scale.training.export import export_checkpoint, main
 from dflash_scale.training.run import ResolvedRun, resolve_run, resolve_verifier
 from tests.data.test_conversations import save_tokenizer
 
@@ -88,7 +88,7 @@ def test_an_export_is_what_was_trained_whatever_the_defaults_are_today(
     checkpoint = saved(run, tmp_path / "step-000001")
     drafter = Drafter(run.spec)
     drafter.initialise(0)
-    monkeypatch.setattr("dflash_scale.export.checkpoint_state", lambda folder: drafter.state_dict())
+    monkeypatch.setattr("dflash_scale.training.export.checkpoint_state", lambda folder: drafter.state_dict())
     before = export_checkpoint(checkpoint, tmp_path / "before")
     monkeypatch.setattr("dflash_scale.verifier.layers.default_layer_ids", lambda layers: (1, 2, 3, 4, 5))
     monkeypatch.setattr("dflash_scale.training.run.mask_token_id", lambda *given: 3)

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from dflash_scale.row_memory import HostCopier, RowBuffer, RowMemory
+from dflash_scale.training.copiers import HostCopier
+from dflash_scale.training.device_rows import RowBuffer, RowMemory
 from dflash_scale.transport.ring import COMMITTED, QUARANTINED, Ring, own_ring_name
 from tests.late_copier import LateCopier
 

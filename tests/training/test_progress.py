@@ -7,7 +7,8 @@ from typing import get_args
 import pytest
 
 from dflash_scale.config.stream import StreamSection
-from dflash_scale.report import SOURCES, ProgressLine, bottleneck, plot_acceptance, plot_training, read_metrics
+from dflash_scale.training.metrics import SOURCES, ProgressLine, bottleneck
+from launch.demo.plots import plot_acceptance, plot_training, read_metrics
 
 VALUES = {"loss": 1.25, "acceptance_length": 2.5, "tokens_per_s": 12345.0, "wait_data": 0.4}
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dflash_scale.loss import BlockSums
-from dflash_scale.metrics import JsonLines, Metrics, block_metrics, keep_until
 from dflash_scale.ops.softmax_loss import term_weights
+from dflash_scale.training.ledger import JsonLines, keep_until
+from dflash_scale.training.loss import BlockSums
+from dflash_scale.training.metrics import Metrics, block_metrics
 
 
 def steps(path: Path) -> list[int]:
