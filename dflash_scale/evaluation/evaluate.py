@@ -29,11 +29,11 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from dflash_scale.acceptance import Acceptance
 from dflash_scale.data.dataset import load_prepared
 from dflash_scale.data.schedule import pack
 from dflash_scale.drafter.model import Drafter, DrafterSpec, block_inputs
 from dflash_scale.drafter.pretrained import load_drafter, load_output
+from dflash_scale.evaluation.acceptance import Acceptance
 from dflash_scale.evaluation.speculative import GreedyVerifier, Trace, counted, speculate
 from dflash_scale.evaluation.vllm import ServerSpec, answer_prompts
 from dflash_scale.verifier.layers import causal_model

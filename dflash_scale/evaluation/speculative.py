@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from dflash_scale.acceptance import Acceptance
 from dflash_scale.drafter.heads import OutputHead
 from dflash_scale.drafter.model import Drafter, block_inputs
+from dflash_scale.evaluation.acceptance import Acceptance
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dflash_scale.acceptance import Acceptance
+from dflash_scale.evaluation.acceptance import Acceptance
 from dflash_scale.server.process import call, end_with_parent, free_port, stop, wait_until_ready
 
 LAUNCHER = Path(__file__).parents[2] / "launch" / "serve_vllm.py"

@@ -15,10 +15,10 @@ import torch
 from harness import Run, wait_for
 from safetensors.torch import load_file
 
-from dflash_scale.acceptance import Acceptance
 from dflash_scale.config.run import load_config
 from dflash_scale.data.prepare import prepare
 from dflash_scale.drafter.pretrained import load_drafter
+from dflash_scale.evaluation.acceptance import Acceptance
 from dflash_scale.evaluation.evaluate import EvaluateSpec, Evaluation, evaluate, read_prompts, replayed, uniform_anchors
 from dflash_scale.evaluation.speculative import GreedyVerifier, speculate
 from dflash_scale.evaluation.vllm import ServerSpec, answer_prompts

@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from dflash_scale.acceptance import Acceptance
 from dflash_scale.config.run import DrafterSection
 from dflash_scale.drafter.model import Drafter, DrafterSpec, block_inputs, drafter_spec
 from dflash_scale.drafter.pretrained import export_drafter
 from dflash_scale.evaluation import evaluate, speculative
+from dflash_scale.evaluation.acceptance import Acceptance
 from dflash_scale.evaluation.evaluate import EvaluateSpec, replayed, uniform_anchors, untrained_drafter
 from dflash_scale.evaluation.speculative import GreedyVerifier, counted, cut, speculate
 from dflash_scale.evaluation.vllm import ServerSpec, parse_counters, serving
