@@ -331,5 +331,5 @@ setup(
     setup_requires=["torch>=2.10"] if "egg_info" in sys.argv and package_dir("torch") is None else [],
     install_requires=REQUIRES,
     extras_require={"dev": ["pytest", "hypothesis", "ruff", "mypy", "clang-format"]},
-    entry_points={"console_scripts": ["dflash-scale = dflash_scale.cli:main"]},
+    entry_points={"console_scripts": ["dflash-scale = dflash_scale.commands.cli:main"]},
 )

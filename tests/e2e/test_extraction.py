@@ -33,7 +33,7 @@ from dflash_scale.transport.encoding import decode
 from dflash_scale.transport.keys import make_keys, receiver_keys
 from dflash_scale.transport.layout import FP8, Layout
 from dflash_scale.verifier.identity import origin_of
-from tests.data_messages import decode_data
+from tests.support.data_messages import decode_data
 
 pytestmark = pytest.mark.e2e
 
@@ -263,7 +263,7 @@ def test_the_command_answer(server: Server, tmp_path: Path) -> None:
     verifier = {"model": str(server.model), "layer_ids": list(TAPS), "dtype": "float32"}
     stream = {"servers": [{"http": server.http, "zmq": server.zmq}], "keys": str(server.keys)}
     config.write_text(json.dumps({"verifier": verifier, "data": {"path": str(tmp_path / "data")}, "stream": stream}))
-    command = [sys.executable, "-m", "dflash_scale.cli", "answer", str(source), "--config", str(config)]
+    command = [sys.executable, "-m", "dflash_scale.commands.cli", "answer", str(source), "--config", str(config)]
     command += ["--states", str(tmp_path / "states"), "--answer-tokens", "30", "--max-tokens", "180"]
     command += ["--temperature", "0.9", "--validation-fraction", "0.4"]
     done = subprocess.run(

@@ -61,7 +61,7 @@ def launch(run: Run, hosts: list[Host]) -> list[Node]:
     hostfile.write_text("".join(f"{host.ipv4} slots=1\n" for host in hosts))
     nodes = []
     for rank, host in enumerate(hosts):
-        command = host.inside(sys.executable, "-m", "dflash_scale.cli", "train", "--hostfile", str(hostfile))
+        command = host.inside(sys.executable, "-m", "dflash_scale.commands.cli", "train", "--hostfile", str(hostfile))
         command += ["--no_ssh", "--node_rank", str(rank), "--master_addr", hosts[0].ipv4]
         nodes.append(Node(host, run.folder / f"node-{rank}.txt", run.start(command, log=f"node-{rank}.txt")))
     return nodes

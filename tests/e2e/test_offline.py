@@ -52,7 +52,7 @@ def start_generate(run: Run, out: Path) -> "subprocess.Popen[str]":
     run.folder.mkdir(exist_ok=True)
     path = run.folder / "generate.json"
     path.write_text(json.dumps(run.config))
-    command = [sys.executable, "-m", "dflash_scale.cli", "generate", "--config", str(path), "--out", str(out)]
+    command = [sys.executable, "-m", "dflash_scale.commands.cli", "generate", "--config", str(path), "--out", str(out)]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, cwd=REPO, env={**os.environ, "HF_HUB_OFFLINE": "1"}
     )

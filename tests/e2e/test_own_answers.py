@@ -18,7 +18,7 @@ from harness import REPO, TAPS, VOCAB, Embedded, Run, embedded_fleet, run_config
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from dflash_scale import answer, cli
+from dflash_scale.commands import answer, cli
 from dflash_scale.data.dataset import Samples, load_prepared
 from dflash_scale.server.transformers_server import TappedVerifier
 
@@ -59,7 +59,7 @@ class Inputs:
         return ["answer", str(self.source), "--config", str(path), *options]
 
     def start(self, folder: Path, *more: str, **stream: Any) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-m", "dflash_scale.cli", *self.command(folder, *more, **stream)]
+        command = [sys.executable, "-m", "dflash_scale.commands.cli", *self.command(folder, *more, **stream)]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return subprocess.Popen(command, **pipes, text=True, cwd=REPO, env=environment)

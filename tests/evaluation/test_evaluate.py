@@ -16,7 +16,7 @@ from dflash_scale.evaluation.evaluate import EvaluateSpec, replayed, uniform_anc
 from dflash_scale.evaluation.speculative import GreedyVerifier, counted, cut, speculate
 from dflash_scale.evaluation.vllm import ServerSpec, parse_counters, serving
 from dflash_scale.verifier.shape import verifier_shape
-from tests.verifier_families import make_verifier
+from tests.support.verifier_families import make_verifier
 
 SIZE, NEW = 5, 23
 

@@ -30,8 +30,8 @@ from torch import Tensor  # noqa: E402
 
 from dflash_scale.ops.attention import ATTENTION, KERNELS, anchor_attention, build_plan  # noqa: E402
 from dflash_scale.ops.library import LIBRARY, MISSING  # noqa: E402
-from tests.attention_cases import NAMES, Case, case, outputs  # noqa: E402
 from tests.gpu.errors import TOLERANCE, row_errors, where  # noqa: E402
+from tests.support.attention_cases import NAMES, Case, case, outputs  # noqa: E402
 
 MOST_SCORES = 4e7  # of a random case: the definition holds several tensors of them in float64
 PLAN_TENSORS = ("starts", "ends", "tile_ranges", "order", "tile_order")

@@ -20,7 +20,7 @@ from torch import Tensor
 from dflash_scale.ops import attention, attention_plan, attention_reference, backends, library
 from dflash_scale.ops.attention import ATTENTION, Plan, anchor_attention, build_plan
 from dflash_scale.ops.backends import Proof
-from tests.attention_cases import NAMES, Case, assert_close, case, outputs
+from tests.support.attention_cases import NAMES, Case, assert_close, case, outputs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -146,7 +146,7 @@ def test_repeats_bit_for_bit_whatever_the_threads(dtype: torch.dtype) -> None:
 def test_narrower_instruction_sets(limit: str) -> None:
     """The set is chosen once per process, so each one needs a process; torch's own variable limits both."""
     code = (
-        "import tests.attention_cases as t; cases = [t.case(window=9, dtype=d) for d in t.TOLERANCE];"
+        "import tests.support.attention_cases as t; cases = [t.case(window=9, dtype=d) for d in t.TOLERANCE];"
         "[t.assert_close(c, t.outputs(c, 'cpu'), t.outputs(c, 'reference')) for c in cases]"
     )
     environment = os.environ | {"ATEN_CPU_CAPABILITY": limit}

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_verifier import LAYOUT, answer_to, states
-from receiver_run import FakeServer, Run
 
 from dflash_scale.cache.folder import open_cache
 from dflash_scale.receiver.cache_sink import CacheSink, CacheUnwritable
@@ -22,6 +20,8 @@ from dflash_scale.receiver.requests import PromptQuestions, SampleQuestions, Sam
 from dflash_scale.receiver.status import Status
 from dflash_scale.transport.messages import Origin
 from tests.receiver.test_receiver import BAD
+from tests.support.fake_verifier import LAYOUT, answer_to, states
+from tests.support.receiver_run import FakeServer, Run
 
 pytest_plugins = ("receiver_run",)
 

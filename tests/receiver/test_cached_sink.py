@@ -6,14 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fake_verifier import LAYOUT, states
-from receiver_run import LAYOUTS, RUN, SAMPLES, FakeServer, Run, drain, expected, read_all
 
 from dflash_scale.cache.folder import Cache, open_cache
 from dflash_scale.receiver.cached_sink import FAILURES_IN_A_ROW, make_sink
 from dflash_scale.receiver.prefetch import Window
 from dflash_scale.transport.layout import Layout
 from dflash_scale.transport.ring import COMMITTED, QUARANTINED, PeerDied, Ring, own_ring_name
+from tests.support.fake_verifier import LAYOUT, states
+from tests.support.receiver_run import LAYOUTS, RUN, SAMPLES, FakeServer, Run, drain, expected, read_all
 
 pytest_plugins = ("receiver_run",)
 

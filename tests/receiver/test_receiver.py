@@ -1,4 +1,4 @@
-"""The receiver as a real process, between scripted fake servers (tests/fake_verifier.py) and rings read here."""
+"""The receiver as a real process, between scripted fake servers (tests/support/fake_verifier.py) and rings read here."""
 
 import json
 import signal
@@ -12,7 +12,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from receiver_run import LAYOUTS, RUN, FakeServer, Run, consume, drain, expected, read_all
 
 from dflash_scale.config.run import parse_config
 from dflash_scale.data.quarantine import QuarantineFile
@@ -22,7 +21,8 @@ from dflash_scale.transport import messages
 from dflash_scale.transport.keys import make_keys
 from dflash_scale.transport.ring import COMMITTED, QUARANTINED, PeerDied, Ring
 from dflash_scale.verifier.identity import origin_of
-from tests.verifier_families import make_verifier
+from tests.support.receiver_run import LAYOUTS, RUN, FakeServer, Run, consume, drain, expected, read_all
+from tests.support.verifier_families import make_verifier
 
 pytest_plugins = ("receiver_run",)
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from proxy import Fault, Proxy
-from receiver_run import FakeServer, Run, drain, expected, read_all
 
 from dflash_scale.transport import ring as ring_module
 from dflash_scale.transport.ring import COMMITTED, QUARANTINED, PeerStuck, Ring
+from tests.support.proxy import Fault, Proxy
+from tests.support.receiver_run import FakeServer, Run, drain, expected, read_all
 
 pytest_plugins = ("receiver_run",)
 

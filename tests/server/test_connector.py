@@ -18,7 +18,7 @@ import zmq
 
 from dflash_scale.transport import keys, messages, sockets
 from dflash_scale.transport.layout import Layout
-from tests.data_messages import decode_data
+from tests.support.data_messages import decode_data
 
 SOURCE = Path(__file__).parents[2] / "dflash_scale" / "stream" / "connector.py"
 BLOCKS, LAYERS, BLOCK_SIZE, HIDDEN = 9, 3, 4, 8

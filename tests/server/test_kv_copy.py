@@ -19,7 +19,7 @@ from dflash_scale.server.sender import Publisher
 from dflash_scale.transport import messages, sockets
 from dflash_scale.transport.encoding import encode
 from dflash_scale.transport.layout import FP8, Layout
-from tests.data_messages import decode_data
+from tests.support.data_messages import decode_data
 
 BLOCKS, P, LAYERS, HIDDEN = 64, 4, (1, 3, 6), 2048
 LAYOUT = Layout(LAYERS, HIDDEN, "float32")

@@ -27,8 +27,8 @@ from dflash_scale.transport.encoding import encode
 from dflash_scale.transport.layout import FP8, Layout
 from dflash_scale.verifier.head import load_verifier_head
 from dflash_scale.verifier.layers import default_layer_ids
-from tests.data_messages import decode_data
-from tests.verifier_families import FAMILIES, HIDDEN, LAYERS, make_verifier, residuals_and_logits
+from tests.support.data_messages import decode_data
+from tests.support.verifier_families import FAMILIES, HIDDEN, LAYERS, make_verifier, residuals_and_logits
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,

@@ -9,7 +9,7 @@ import torch
 from dflash_scale.training.copiers import HostCopier
 from dflash_scale.training.device_rows import RowBuffer, RowMemory
 from dflash_scale.transport.ring import COMMITTED, QUARANTINED, Ring, own_ring_name
-from tests.late_copier import LateCopier
+from tests.support.late_copier import LateCopier
 
 RUN = f"rows{os.getpid()}"
 PIECE = 960  # bytes of a payload: 1024 with its header, so four fill the ring exactly

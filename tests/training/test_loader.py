@@ -21,7 +21,7 @@ from dflash_scale.training.copiers import Copier, CudaCopier, HostCopier
 from dflash_scale.training.loader import AssemblerSpec, RowAssembler
 from dflash_scale.transport.layout import Layout
 from dflash_scale.transport.ring import COMMITTED, QUARANTINED, PeerDied, Ring, own_ring_name
-from tests.late_copier import AtRandom, LateCopier
+from tests.support.late_copier import AtRandom, LateCopier
 
 LAYOUTS = RowLayouts(Layout((1, 3), 8, "float32"), Layout((1, 3, 4), 8, "float32"))
 LOOKAHEAD = 3

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 import zmq
 
-from dflash_scale import cli
+from dflash_scale.commands import cli
 from dflash_scale.server.sender import Publisher
 from dflash_scale.transport import messages, sockets
 from dflash_scale.transport.keys import KeysError, ReceiverKeys, make_keys, receiver_keys, server_keys
-from tests.data_messages import decode_data
-from tests.publisher_process import LAYOUT
+from tests.support.data_messages import decode_data
+from tests.support.publisher_process import LAYOUT
 
 ROOT = Path(__file__).parents[2]
 MIB = 1 << 20

@@ -29,7 +29,7 @@ from dflash_scale.transport.layout import (
     WireError,
 )
 from dflash_scale.transport.messages import Header, Hello, HelloReply, Incompatible, Origin, Refusal, Ticket
-from tests.data_messages import decode_data
+from tests.support.data_messages import decode_data
 
 LAYOUT = Layout((2, 4, 6), 8, "bfloat16")
 TICKET = Ticket("run-1", "node0.rank:1", 3, 12345, 1, LAYOUT.layer_ids, LAYOUT.dtype)

@@ -17,7 +17,7 @@ import pytest
 from dflash_scale.transport import messages
 from dflash_scale.transport.layout import MAX_HIDDEN_SIZE, MAX_INT, MAX_LAYERS, Layout, WireError
 from dflash_scale.transport.messages import Header, Hello, HelloReply, Incompatible, Origin, Refusal, Ticket
-from tests.data_messages import decode_data
+from tests.support.data_messages import decode_data
 
 INPUTS = 250_000  # of each reader
 MAX_TOKENS = 64

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dflash_scale.drafter.model import block_inputs
 from dflash_scale.verifier.head import VerifierHead, load_verifier_head
-from tests.verifier_families import FAMILIES, HIDDEN, VOCABULARY, make_verifier, residuals_and_logits
+from tests.support.verifier_families import FAMILIES, HIDDEN, VOCABULARY, make_verifier, residuals_and_logits
 
 IDS = list(range(10, 34))
 

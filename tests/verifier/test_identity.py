@@ -11,7 +11,7 @@ from dflash_scale.transport.messages import Origin
 from dflash_scale.verifier.files import load_tokenizer, model_file, model_folder
 from dflash_scale.verifier.identity import origin_of
 from tests.data.test_conversations import save_tokenizer
-from tests.verifier_families import FAMILIES, make_verifier
+from tests.support.verifier_families import FAMILIES, make_verifier
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

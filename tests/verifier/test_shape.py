@@ -8,7 +8,7 @@ import pytest
 import transformers
 
 from dflash_scale.verifier.shape import mask_token_id, verifier_shape
-from tests.verifier_families import FAMILIES, TINY
+from tests.support.verifier_families import FAMILIES, TINY
 
 
 def save_config(family: str, folder: Path, **values: Any) -> Any:

@@ -25,7 +25,7 @@ from dflash_scale import drafter, verifier
 from dflash_scale.ops.attention import Plan, build_plan
 from dflash_scale.training.memory import activation_bytes
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SMALL = replace(CPU_CASES[2], documents=2, tokens=24, anchors=14, block=4, hidden=32, inner=48, vocabulary=96)
 # The name chooses a case; what is run in its place is small.
 NAME = CPU_CASES[2].name

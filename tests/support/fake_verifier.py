@@ -1,6 +1,6 @@
 """A scripted fake verifier server for the receiver's tests: HTTP and wire as the real ones, states from the tokens.
 
-    python tests/fake_verifier.py --http PORT --zmq PORT --script JSON
+    python tests/support/fake_verifier.py --http PORT --zmq PORT --script JSON
 
 The script maps a sample to what is done to its first attempts at this server, one word each; after that, and for all
 other samples, the answer is good. Words: corrupt, truncated, layout, tokens, extra-frame, garbage, twice, stranger,

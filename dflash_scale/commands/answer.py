@@ -30,12 +30,12 @@ import numpy as np
 import numpy.typing as npt
 
 from dflash_scale.cache.folder import Cache, CacheOrigin, claim, open_cache, read_manifest
+from dflash_scale.commands.generate import check_stream, fill_cache
 from dflash_scale.config.run import Config, load_config
 from dflash_scale.data.conversations import BadLine, Encoded
 from dflash_scale.data.dataset import load_prepared, tokenizer_hash
 from dflash_scale.data.dataset_writer import PreparedWriter, check_fraction
 from dflash_scale.data.prepare import find_files, lines_of, make_encoder
-from dflash_scale.generate import check_stream, fill_cache
 from dflash_scale.receiver.cache_sink import QUARANTINED_FILE
 from dflash_scale.receiver.process import keep_freed_memory
 from dflash_scale.receiver.requests import PromptQuestions, Sampling

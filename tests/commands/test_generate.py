@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from dflash_scale.cli import main
+from dflash_scale.commands.cli import main
+from dflash_scale.commands.generate import Progress, pace
 from dflash_scale.data.prepare import prepare
-from dflash_scale.generate import Progress, pace
 from dflash_scale.server.process import free_port
+from tests.commands.test_cli import run_cli
 from tests.data.test_conversations import chat, save_tokenizer
-from tests.test_cli import run_cli
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_lines_come_every_ten_seconds_with_the_pace_of_the_last_ten(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = iter([0.0] + [float(second) for second in range(1, 40)])
-    monkeypatch.setattr("dflash_scale.generate.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("dflash_scale.commands.generate.time.monotonic", lambda: next(clock))
     progress = Progress(1000)
     for second in range(1, 40):
         written = 10 * second + 20 * max(0, second - 20)

@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from dflash_scale import cli, doctor
+from dflash_scale.commands import cli, doctor
 from dflash_scale.data.dataset import load_prepared
 from tests.data.test_conversations import chat, save_tokenizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TRAIN = str(ROOT / "launch" / "train.py")
 
 
 def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "dflash_scale.cli", *arguments]
+    command = [sys.executable, "-m", "dflash_scale.commands.cli", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
 
 

@@ -14,7 +14,7 @@ import pytest
 from dflash_scale.transport.keys import make_keys
 from dflash_scale.verifier.layers import default_layer_ids
 
-SCRIPT = Path(__file__).parents[1] / "launch" / "serve_vllm.py"
+SCRIPT = Path(__file__).parents[2] / "launch" / "serve_vllm.py"
 ZMQ = "tcp://127.0.0.1:5601"
 
 

@@ -24,10 +24,10 @@ from dflash_scale.ops.attention import ATTENTION
 from dflash_scale.ops.backends import Operator, Proof
 from dflash_scale.ops.pointwise import POINTWISE
 from dflash_scale.ops.softmax_loss import LOSS
-from tests.attention_cases import case, outputs
 from tests.gpu import check, ladder
 from tests.gpu.errors import TOLERANCE, where
 from tests.ops.test_gpu_emulated import build as emulated
+from tests.support.attention_cases import case, outputs
 
 RESULTS = check.ROOT / "benchmarks" / "results"
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from dflash_scale.cli import main
+from dflash_scale.commands.cli import main
 from dflash_scale.server.process import free_port
+from tests.commands.test_cli import run_cli
 from tests.data.test_conversations import chat, save_tokenizer
-from tests.test_cli import run_cli
 
 
 @pytest.fixture(scope="module")

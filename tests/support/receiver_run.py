@@ -1,4 +1,4 @@
-"""What the receiver's tests share: a data set, scripted servers (tests/fake_verifier.py), a run, and a rank's eyes."""
+"""What the receiver's tests share: a data set, scripted servers (tests/support/fake_verifier.py), a run, and a rank's eyes."""
 
 import json
 import os
@@ -13,7 +13,6 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
-from fake_verifier import LAYOUT, states
 
 from dflash_scale.config.run import Config, parse_config
 from dflash_scale.data.dataset import Samples, load_prepared
@@ -24,6 +23,7 @@ from dflash_scale.receiver.client import Receiver, ReceiverSpec, spawn_receiver
 from dflash_scale.receiver.layouts import RowLayouts
 from dflash_scale.server.process import free_port
 from dflash_scale.transport.ring import COMMITTED, Ring
+from tests.support.fake_verifier import LAYOUT, states
 
 SAMPLES, VALIDATION, LONGEST = 60, 6, 40
 RUN = f"receivertest{os.getpid()}"
