@@ -26,8 +26,8 @@ from dflash_scale.ops.pointwise import POINTWISE
 from dflash_scale.ops.softmax_loss import LOSS
 from tests.gpu import check, ladder
 from tests.gpu.errors import TOLERANCE, where
-from tests.ops.test_gpu_emulated import build as emulated
 from tests.support.attention_cases import case, outputs
+from tests.support.emulated import build as emulated
 
 RESULTS = check.ROOT / "benchmarks" / "results"
 

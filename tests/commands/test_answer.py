@@ -8,8 +8,8 @@ import pytest
 
 from dflash_scale.commands.cli import main
 from dflash_scale.server.process import free_port
-from tests.commands.test_cli import run_cli
-from tests.data.test_conversations import chat, save_tokenizer
+from tests.support.chats import chat, save_tokenizer
+from tests.support.command import run_cli
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 import importlib
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,16 +8,10 @@ import torch
 
 from dflash_scale.commands import cli, doctor
 from dflash_scale.data.dataset import load_prepared
-from tests.data.test_conversations import chat, save_tokenizer
+from tests.support.chats import chat, save_tokenizer
+from tests.support.command import ROOT, run_cli
 
-ROOT = Path(__file__).parents[2]
 TRAIN = str(ROOT / "launch" / "train.py")
-
-
-def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "dflash_scale.commands.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
 
 
 def test_train_goes_through_the_launcher_with_this_interpreter() -> None:

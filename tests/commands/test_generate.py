@@ -10,8 +10,8 @@ from dflash_scale.commands.cli import main
 from dflash_scale.commands.generate import Progress, pace
 from dflash_scale.data.prepare import prepare
 from dflash_scale.server.process import free_port
-from tests.commands.test_cli import run_cli
-from tests.data.test_conversations import chat, save_tokenizer
+from tests.support.chats import chat, save_tokenizer
+from tests.support.command import run_cli
 
 
 @pytest.fixture(scope="module")

@@ -1,23 +1,19 @@
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from dflash_scale.data.conversations import BadLine, Encoder
+from tests.support.chats import CHATML, byte_tokenizer, chat
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 MARKED = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
     "{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
 # As Qwen3's: the last turn shows an (empty) thinking part, earlier turns lose theirs.
 THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -28,30 +24,9 @@ THINKING = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
+
+
 SHOUTING = "{% for m in messages %}[{{ m.role }}|{{ messages | length }}]{{ m.content | upper }}{% endfor %}"
-
-
-def byte_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
-    """One token per byte, besides the two marks of a turn; trained on nothing."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    core.add_special_tokens([AddedToken(mark, special=True) for mark in ("<|im_start|>", "<|im_end|>")])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>")
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-def save_tokenizer(folder: Path, template: str = CHATML) -> str:
-    byte_tokenizer(template).save_pretrained(folder)
-    return str(folder)
-
-
-def chat(*turns: str) -> str:
-    """User and assistant by turns, as a line."""
-    roles = ["user", "assistant"]
-    return json.dumps({"messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]})
 
 
 def supervised(line: str, template: str | None, max_tokens: int = 10_000) -> str:

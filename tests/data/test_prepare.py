@@ -9,7 +9,7 @@ import pytest
 from dflash_scale.data.conversations import Encoder
 from dflash_scale.data.dataset import Prepared, Samples, load_prepared
 from dflash_scale.data.prepare import prepare
-from tests.data.test_conversations import CHATML, byte_tokenizer, chat, save_tokenizer
+from tests.support.chats import CHATML, byte_tokenizer, chat, save_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -5,25 +5,13 @@ import resource
 import signal
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from dflash_scale.config.run import parse_config
 from dflash_scale.data.dataset import Samples
 from dflash_scale.data.quarantine import Exclusion, QuarantineFile, read_exclusion
 from dflash_scale.data.schedule import RowSchedule, ScheduleSpec
-
-
-class Lengths:
-    """A split of which only the lengths are looked at."""
-
-    def __init__(self, *lengths: int) -> None:
-        self.lengths = np.array(lengths, np.int32)
-
-    def tokens(self, index: int) -> np.ndarray:
-        raise AssertionError("asked for more than the lengths")
-
-    loss_mask = tokens
+from tests.support.lengths import Lengths
 
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:

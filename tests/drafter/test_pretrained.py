@@ -14,8 +14,7 @@ from transformers import Qwen3Config
 from dflash_scale.drafter.model import Drafter
 from dflash_scale.drafter.pretrained import export_drafter, load_drafter, load_start
 from dflash_scale.drafter.vocabulary import DraftVocabulary
-from tests.drafter.test_vocabulary import KEPT
-from tests.training.test_export import HIDDEN, VOCABULARY, make_drafter, make_spec, verifier  # noqa: F401 a fixture
+from tests.support.drafters import HIDDEN, KEPT, VOCABULARY, make_drafter, make_spec, verifier  # noqa: F401 a fixture
 
 
 def zlab(folder: Path, state: dict[str, torch.Tensor], **changed: Any) -> Path:

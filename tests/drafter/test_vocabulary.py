@@ -20,9 +20,7 @@ from dflash_scale.drafter.vocabulary import DraftVocabulary, choose_vocabulary
 from dflash_scale.evaluation.speculative import GreedyVerifier, speculate
 from dflash_scale.training.loss import LossSpec, drafter_loss, kept_slots, normaliser, trained_mask
 from dflash_scale.verifier.layers import causal_model
-from tests.training.test_export import HIDDEN, VOCABULARY, make_drafter, make_spec, verifier  # noqa: F401 a fixture
-
-KEPT = np.array([0, 3, 4, 7, 11, 19, 40, 95])
+from tests.support.drafters import HIDDEN, KEPT, VOCABULARY, make_drafter, make_spec, verifier  # noqa: F401 a fixture
 
 
 def test_the_most_frequent_and_the_special_ones() -> None:

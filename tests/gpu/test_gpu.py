@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from dflash_scale.ops.attention import ATTENTION, anchor_attention
 from dflash_scale.ops.library import MISSING
 from tests.gpu import check
-from tests.ops.test_attention import cases
-from tests.support.attention_cases import Case, case
+from tests.support.attention_cases import Case, case, cases
 
 
 def backends() -> list[str]:

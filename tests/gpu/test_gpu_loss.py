@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from hypothesis import assume, example, given, settings
 
-from tests.ops.test_softmax_loss import ALL, Case, check, gpu_cases, near_ties
+from tests.support.loss_cases import ALL, Case, check, gpu_cases, near_ties
 
 
 @given(gpu_cases)

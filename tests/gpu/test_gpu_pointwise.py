@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 
-from tests.ops.test_pointwise import OPERATORS, Case, check, gpu_cases, run
+from tests.support.pointwise_cases import OPERATORS, Case, check, gpu_cases, run
 
 
 @given(gpu_cases)

@@ -14,32 +14,14 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from dflash_scale.ops import attention, attention_plan, attention_reference, backends, library
 from dflash_scale.ops.attention import ATTENTION, Plan, anchor_attention, build_plan
 from dflash_scale.ops.backends import Proof
-from tests.support.attention_cases import NAMES, Case, assert_close, case, outputs
+from tests.support.attention_cases import NAMES, Case, assert_close, case, cases, outputs
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> Case:
-    return Case(
-        lengths=tuple(draw(st.lists(st.sampled_from([1, 2, 7, 40, 128, 200, 300]), min_size=1, max_size=5))),
-        padding=draw(st.sampled_from([0, 1, 130])),
-        density=draw(st.sampled_from([0.0, 0.02, 0.3, 1.0])),
-        block_size=draw(st.sampled_from([1, 2, 5, 8, 16, 70])),
-        key_heads=draw(st.sampled_from([1, 2, 3])),
-        group=draw(st.sampled_from([1, 2, 3, 5, 8])),
-        head_dim=draw(st.sampled_from([1, 8, 20, 64])),
-        window=draw(st.sampled_from([None, 1, 2, 6, 64, 1000])),
-        causal_block=draw(st.booleans()),
-        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64])),
-        seed=draw(st.integers(0, 1000)),
-    )
 
 
 def loop_attention(q: Tensor, k_ctx: Tensor, v_ctx: Tensor, k_blk: Tensor, v_blk: Tensor, plan: Plan) -> Tensor:

@@ -13,8 +13,7 @@ from torch.nn.attention import flex_attention as torch_flex
 from dflash_scale.ops import attention, attention_flex, attention_reference
 from dflash_scale.ops.attention import ATTENTION, Plan, anchor_attention
 from dflash_scale.ops.attention_plan import TILE
-from tests.ops.test_attention import cases
-from tests.support.attention_cases import Case, assert_close, case, outputs
+from tests.support.attention_cases import Case, assert_close, case, cases, outputs
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import ctypes
 import functools
 import mmap
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -24,32 +23,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dflash_scale.ops.attention import Plan, build_plan, visible_block, visible_context
+from tests.support.emulated import ROOT, Guarded, build
 
-ROOT = Path(__file__).resolve().parents[2]
-BUILD = ROOT / "build" / "emulator"
-FLAGS = ("-std=c++20", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DDFLASH_EMULATE")
-GUARD = 256  # bytes before and after each buffer that nobody may touch
 # Largest norm of a row's error, in parts of the row's norm, the tensor's mean norm and 1. Where a gradient cancels, the
 # rounding of `out`, which the backward gets, is most of it.
 TOLERANCE = {torch.bfloat16: 2.5e-2, torch.float16: 3e-3}
+
+
 PLAN = ("starts", "ends", "order", "tile_ranges", "tile_order")
+
+
 GRADIENTS = ("dq", "dk_ctx", "dv_ctx", "dk_blk", "dv_blk")
-
-
-def build(name: str, *flags: str, source: str = "attention.cpp") -> Path:
-    """Compiles the emulated kernels unless that is newer than all it was made from."""
-    target = BUILD / name
-    sources = [*(ROOT / "csrc").rglob("*.*"), *(ROOT / "tests" / "emulator").iterdir(), Path(__file__)]
-    if not target.is_file() or target.stat().st_mtime < max(path.stat().st_mtime for path in sources):
-        compiler = shutil.which("g++")
-        assert compiler is not None, "the emulated kernels need g++"
-        BUILD.mkdir(parents=True, exist_ok=True)
-        include = (f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'emulator'}")
-        aside = target.with_suffix(".tmp")
-        unit = ROOT / "tests" / "emulator" / source
-        subprocess.run([compiler, *FLAGS, *flags, *include, unit, "-o", aside], check=True)
-        aside.rename(target)
-    return target
 
 
 class Problem(ctypes.Structure):
@@ -79,26 +63,6 @@ def load(path: Path) -> ctypes.CDLL:
         entry = getattr(library, name)
         entry.restype, entry.argtypes = ctypes.c_char_p, (ctypes.POINTER(Problem), ctypes.c_int, ctypes.c_uint)
     return library
-
-
-class Guarded:
-    """A buffer between two guard zones, aligned to 16 bytes; it starts as the tensor's bytes, or as NaN."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        nbytes = tensor.numel() * tensor.element_size()
-        padded = (nbytes + 15) // 16 * 16
-        self.memory = torch.full((GUARD + padded + GUARD + 16,), 0xA5, dtype=torch.uint8)
-        self.begin = GUARD + -self.memory.data_ptr() % 16
-        self.end = self.begin + nbytes
-        self.tensor = self.memory[self.begin : self.end].view(tensor.dtype).view(tensor.shape)
-        self.tensor.copy_(tensor)
-
-    @classmethod
-    def poisoned(cls, shape: tuple[int, ...], dtype: torch.dtype) -> Guarded:
-        return cls(torch.full(shape, float("nan"), dtype=dtype))
-
-    def intact(self) -> bool:
-        return bool((self.memory[: self.begin] == 0xA5).all() and (self.memory[self.end :] == 0xA5).all())
 
 
 @dataclass(frozen=True)
@@ -400,8 +364,6 @@ def test_what_the_kernels_refuse(changes: dict[str, float], kernel: int) -> None
 
 
 # --- rows.h, sm80_tile.h and hopper.h by themselves ---
-
-
 def test_matrix_descriptors() -> None:
     """The bits that CuTe's make_gmma_desc (CUTLASS 4.2) gives for the same tiles: 128-byte swizzle (1) in bits 62-63,
     stride 1024 bytes in 32-45, and in 16-29 the leading offset: unused (1), or one panel of 128 rows (16 KiB)."""
@@ -486,8 +448,6 @@ def test_key_walk_passes_every_key_once(case: Case, keys: int, position: int, co
 
 
 # --- under the sanitizers, in a process of their own ---
-
-
 def test_sanitized() -> None:
     """No access outside any buffer, shared memory included, and no undefined arithmetic."""
     library = build("attention_sanitized.so", "-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dflash_scale.ops.attention_plan import TILE, build_plan, item_positions
-from tests.ops.test_attention import cases
-from tests.support.attention_cases import Case, case
+from tests.support.attention_cases import Case, case, cases
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DDFLASH_EMULATE")

@@ -19,9 +19,8 @@ from dflash_scale.receiver.process import limits_of
 from dflash_scale.receiver.requests import PromptQuestions, SampleQuestions, Sampling
 from dflash_scale.receiver.status import Status
 from dflash_scale.transport.messages import Origin
-from tests.receiver.test_receiver import BAD
 from tests.support.fake_verifier import LAYOUT, answer_to, states
-from tests.support.receiver_run import FakeServer, Run
+from tests.support.receiver_run import BAD, FakeServer, Run
 
 pytest_plugins = ("receiver_run",)
 

@@ -21,12 +21,10 @@ from dflash_scale.transport import messages
 from dflash_scale.transport.keys import make_keys
 from dflash_scale.transport.ring import COMMITTED, QUARANTINED, PeerDied, Ring
 from dflash_scale.verifier.identity import origin_of
-from tests.support.receiver_run import LAYOUTS, RUN, FakeServer, Run, consume, drain, expected, read_all
+from tests.support.receiver_run import BAD, LAYOUTS, RUN, FakeServer, Run, consume, drain, expected, read_all
 from tests.support.verifier_families import make_verifier
 
 pytest_plugins = ("receiver_run",)
-
-BAD = ("corrupt", "truncated", "layout", "tokens", "extra-frame", "garbage", "twice", "stranger", "silent", "refuse")
 
 
 def test_everything_is_delivered_once_through_a_hostile_wire(make_run: Callable[..., Run]) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from dflash_scale.ops.attention import Plan, anchor_attention, build_plan
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
+
+
 NAMES = ("out", "dq", "dk_ctx", "dv_ctx", "dk_blk", "dv_blk")
 
 
@@ -85,3 +88,20 @@ def assert_close(case: Case, got: list[Tensor], wanted: list[Tensor]) -> None:
             continue
         error = (x.double() - y.double()).abs().max().item() / max(1.0, y.double().abs().max().item())
         assert error <= TOLERANCE[case.dtype], f"{name} {tuple(x.shape)} is off by {error:.2e} for {case}"
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    return Case(
+        lengths=tuple(draw(st.lists(st.sampled_from([1, 2, 7, 40, 128, 200, 300]), min_size=1, max_size=5))),
+        padding=draw(st.sampled_from([0, 1, 130])),
+        density=draw(st.sampled_from([0.0, 0.02, 0.3, 1.0])),
+        block_size=draw(st.sampled_from([1, 2, 5, 8, 16, 70])),
+        key_heads=draw(st.sampled_from([1, 2, 3])),
+        group=draw(st.sampled_from([1, 2, 3, 5, 8])),
+        head_dim=draw(st.sampled_from([1, 8, 20, 64])),
+        window=draw(st.sampled_from([None, 1, 2, 6, 64, 1000])),
+        causal_block=draw(st.booleans()),
+        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64])),
+        seed=draw(st.integers(0, 1000)),
+    )

@@ -26,7 +26,11 @@ from dflash_scale.transport.ring import COMMITTED, Ring
 from tests.support.fake_verifier import LAYOUT, states
 
 SAMPLES, VALIDATION, LONGEST = 60, 6, 40
+
+
 RUN = f"receivertest{os.getpid()}"
+
+
 LAYOUTS = RowLayouts(LAYOUT.only((1, 4)), LAYOUT)
 
 
@@ -203,3 +207,6 @@ def drain(run: Run, receiver: Receiver, rank: int = 0, world: int = 1, each: Eac
     assert set(got) == expected(rows)
     ring.close()
     return Counter(got.values())
+
+
+BAD = ("corrupt", "truncated", "layout", "tokens", "extra-frame", "garbage", "twice", "stranger", "silent", "refuse")

@@ -15,7 +15,7 @@ from dflash_scale.data.prepare import prepare
 from dflash_scale.drafter.model import Drafter, DrafterSpec
 from dflash_scale.training.dry_run import make_plan, print_plan, size
 from dflash_scale.training.memory import activation_bytes
-from tests.data.test_conversations import chat, save_tokenizer
+from tests.support.chats import chat, save_tokenizer
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,59 +13,24 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from dflash_scale.drafter.model import Drafter, DrafterSpec, block_inputs
+from dflash_scale.drafter.model import DrafterSpec, block_inputs
 from dflash_scale.drafter.pretrained import FORMATS, export_drafter, load_drafter, load_spec
 from dflash_scale.training.export import main
+from tests.support.drafters import (
+    EPS,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    THETA,
+    VOCABULARY,
+    make_drafter,
+    make_spec,
+    verifier,  # noqa: F401 a fixture
+)
 
-HEADS, KV_HEADS, HEAD_DIM, HIDDEN, VOCABULARY, EPS, THETA = 4, 2, 16, 48, 96, 1e-5, 5000.0
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-
-
-@pytest.fixture
-def verifier(tmp_path: Path) -> Path:
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        max_position_embeddings=256,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(tmp_path / "verifier")
-    return tmp_path / "verifier"
-
-
-def make_spec(causal: bool = False, window: int | None = None) -> DrafterSpec:
-    layers = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        max_position_embeddings=256,
-        rms_norm_eps=EPS,
-        rope_parameters={"rope_type": "default", "rope_theta": THETA},
-        use_sliding_window=window is not None,
-        sliding_window=window,
-        layer_types=["full_attention", "full_attention" if window is None else "sliding_attention"],
-    )
-    return DrafterSpec(layers, (1, 2), HIDDEN, 5, 95, causal)
-
-
-def make_drafter(spec: DrafterSpec) -> Drafter:
-    drafter = Drafter(spec)
-    drafter.initialise(3)
-    with torch.no_grad():  # norms of ones would hide a norm that is left out or exchanged
-        for parameter in drafter.parameters():
-            if parameter.dim() == 1:
-                parameter.uniform_(0.5, 1.5)
-    return drafter
 
 
 def norm(x: Tensor, weight: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 from dflash_scale.data.dataset import Samples
 from dflash_scale.data.schedule import RowSchedule, ScheduleSpec
 from dflash_scale.training.ledger import Balance, balance, report
-from tests.data.test_quarantine import Lengths
+from tests.support.lengths import Lengths
 
 
 def test_missing_and_doubled_samples_are_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,7 +13,7 @@ from dflash_scale.config.run import parse_config
 from dflash_scale.drafter.model import Drafter
 from dflash_scale.training.export import export_checkpoint, main
 from dflash_scale.training.run import ResolvedRun, resolve_run, resolve_verifier
-from tests.data.test_conversations import save_tokenizer
+from tests.support.chats import save_tokenizer
 
 ROWS = 320
 

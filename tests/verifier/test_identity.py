@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from dflash_scale.transport.messages import Origin
 from dflash_scale.verifier.files import load_tokenizer, model_file, model_folder
 from dflash_scale.verifier.identity import origin_of
-from tests.data.test_conversations import save_tokenizer
+from tests.support.chats import save_tokenizer
 from tests.support.verifier_families import FAMILIES, make_verifier
 
 
