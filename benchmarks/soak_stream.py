@@ -35,17 +35,11 @@ sys.path.insert(0, str(REPO))  # for launch/, which is not installed
 
 from benchmarks.machine import stamp  # noqa: E402
 from dflash_scale.config.run import Config, parse_config  # noqa: E402
-from dflash_scale.data.dataset import (
-    Samples,
-    load_prepared,
-)
+from dflash_scale.data.dataset import Samples, load_prepared  # noqa: E402
 from dflash_scale.data.prepare import prepare  # noqa: E402
 from dflash_scale.data.schedule import Row, RowSchedule, schedule_spec  # noqa: E402
 from dflash_scale.receiver.client import STOP_SIGNAL, Receiver, ReceiverSpec, open_ring, spawn_receiver  # noqa: E402
-from dflash_scale.receiver.layouts import (
-    RowLayouts,
-    run_layouts,
-)
+from dflash_scale.receiver.layouts import RowLayouts, run_layouts  # noqa: E402
 from dflash_scale.transport.ring import COMMITTED, Ring  # noqa: E402
 from dflash_scale.verifier.shape import verifier_shape  # noqa: E402
 from launch.demo.main import Demo, servers  # noqa: E402

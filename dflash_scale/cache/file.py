@@ -50,7 +50,7 @@ class Stored:
     states_bytes: int
 
 
-def head(layout: Layout, token_ids: bytes, checksum: int) -> bytes:
+def file_head(layout: Layout, token_ids: bytes, checksum: int) -> bytes:
     """A file's bytes up to its states. token_ids: int32, little-endian."""
     ids = np.frombuffer(token_ids, "<i4").astype("<i8").tobytes()
     tokens = len(ids) // TOKEN_BYTES

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from dflash_scale.cache.file import BadFile, head, read_states, read_token_ids, write_all
+from dflash_scale.cache.file import BadFile, file_head, read_states, read_token_ids, write_all
 from dflash_scale.transport import messages
 from dflash_scale.transport.layout import Buffer, Layout, WireError
 from dflash_scale.transport.ring import process_start
@@ -102,7 +102,7 @@ class Cache:
         """
         name = self.path(sample)
         aside = self.folder / f"{self._aside}{name.name}"
-        head = head(layout, token_ids, messages.checksum(token_ids, states))
+        head = file_head(layout, token_ids, messages.checksum(token_ids, states))
         try:
             file = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
             try:

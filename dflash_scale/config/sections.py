@@ -1,4 +1,4 @@
-"""The sections of the configuration: every key, its default and its unit; drafter and stream have files of their own."""
+"""Sections of the configuration: every key, its default and its unit. Drafter and stream have files of their own."""
 
 from __future__ import annotations
 

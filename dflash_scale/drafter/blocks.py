@@ -1,4 +1,4 @@
-"""The blocks of a row: where one may start, which of its slots are trained, the draw that picks them, and the row's plan.
+"""The blocks of a row: where one may start, which slots are trained, the draw that picks them, and the row's plan.
 
 A position a of a document may be an anchor if tokens a and a+1 are both supervised: the anchor stands for a token
 that the verifier sampled, and slot 1 must have something to predict. Slot k is trained if every token a+1..a+k is

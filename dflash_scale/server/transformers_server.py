@@ -1,6 +1,6 @@
 """A small verifier server on Transformers, for machines and models that are too small to be worth a vLLM.
 
-    python -m dflash_scale.server.transformers_server --model DIR --http 127.0.0.1:8001 --zmq tcp://127.0.0.1:5601 --layer-ids 2,4
+    dflash-scale serve --embedded --model DIR --http 127.0.0.1:8001 --zmq tcp://127.0.0.1:5601 --layer-ids 2,4
 
 It answers the routes that a receiver uses of vLLM (/health, /v1/models, POST /v1/completions with token ids)
 and sends hidden states over the same wire. One model thread takes requests in the order they arrive and runs one

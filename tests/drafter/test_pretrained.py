@@ -14,7 +14,7 @@ from transformers import Qwen3Config
 from dflash_scale.drafter.model import Drafter
 from dflash_scale.drafter.pretrained import export_drafter, load_drafter, load_start
 from dflash_scale.drafter.vocabulary import DraftVocabulary
-from tests.support.drafters import HIDDEN, KEPT, VOCABULARY, make_drafter, make_spec, verifier  # noqa: F401 a fixture
+from tests.support.drafters import HIDDEN, KEPT, VOCABULARY, make_drafter, make_spec, make_verifier
 
 
 def zlab(folder: Path, state: dict[str, torch.Tensor], **changed: Any) -> Path:
@@ -41,7 +41,12 @@ def zlab(folder: Path, state: dict[str, torch.Tensor], **changed: Any) -> Path:
     return folder
 
 
-def test_both_formats_give_the_weights_back(tmp_path: Path, verifier: Path) -> None:  # noqa: F811
+@pytest.fixture
+def verifier(tmp_path: Path) -> Path:
+    return make_verifier(tmp_path / "verifier")
+
+
+def test_both_formats_give_the_weights_back(tmp_path: Path, verifier: Path) -> None:
     spec = make_spec()
     state = make_drafter(spec).state_dict()
     pruned = DraftVocabulary(KEPT, VOCABULARY)
@@ -116,7 +121,7 @@ def test_what_training_can_change_is_only_said(tmp_path: Path, caplog: pytest.Lo
     assert "block size was 5 there and is 8 here" in caplog.text
 
 
-def test_other_folders_are_refused(tmp_path: Path, verifier: Path) -> None:  # noqa: F811
+def test_other_folders_are_refused(tmp_path: Path, verifier: Path) -> None:
     with pytest.raises(ValueError, match=r"wanted a folder with a config\.json"):
         load_start(tmp_path / "nowhere", make_spec())
     with pytest.raises(ValueError, match="wanted the speculators or the z-lab format"):

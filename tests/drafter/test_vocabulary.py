@@ -20,7 +20,12 @@ from dflash_scale.drafter.vocabulary import DraftVocabulary, choose_vocabulary
 from dflash_scale.evaluation.speculative import GreedyVerifier, speculate
 from dflash_scale.training.loss import LossSpec, drafter_loss, kept_slots, normaliser, trained_mask
 from dflash_scale.verifier.layers import causal_model
-from tests.support.drafters import HIDDEN, KEPT, VOCABULARY, make_drafter, make_spec, verifier  # noqa: F401 a fixture
+from tests.support.drafters import HIDDEN, KEPT, VOCABULARY, make_drafter, make_spec, make_verifier
+
+
+@pytest.fixture
+def verifier(tmp_path: Path) -> Path:
+    return make_verifier(tmp_path / "verifier")
 
 
 def test_the_most_frequent_and_the_special_ones() -> None:
@@ -125,7 +130,7 @@ def test_a_pruned_head_says_what_the_whole_one_says_of_its_rows() -> None:
         OutputHead.of_rows(weight[:7], chosen)
 
 
-def test_export_holds_rows_and_maps(tmp_path: Path, verifier: Path) -> None:  # noqa: F811
+def test_export_holds_rows_and_maps(tmp_path: Path, verifier: Path) -> None:
     spec, chosen = make_spec(), DraftVocabulary(KEPT, VOCABULARY)
     state = make_drafter(spec).state_dict()
     folder = export_drafter(state, spec, str(verifier), tmp_path / "drafter", vocabulary=chosen)
@@ -148,7 +153,7 @@ def test_export_holds_rows_and_maps(tmp_path: Path, verifier: Path) -> None:  # 
         export_drafter(state, spec, str(verifier), tmp_path / "other", vocabulary=replace(chosen, rows=97))
 
 
-def test_decoding_drafts_target_ids(tmp_path: Path, verifier: Path) -> None:  # noqa: F811
+def test_decoding_drafts_target_ids(tmp_path: Path, verifier: Path) -> None:
     """A drafter can only say what it kept; what it says is what the whole head says, the others masked."""
     spec, chosen = make_spec(), DraftVocabulary(KEPT, VOCABULARY)
     drafter = make_drafter(spec)

@@ -1,4 +1,4 @@
-"""The receiver as a real process, between scripted fake servers (tests/support/fake_verifier.py) and rings read here."""
+"""The receiver as a real process, between scripted fake servers (support/fake_verifier.py) and rings read here."""
 
 import json
 import signal
@@ -167,7 +167,8 @@ def test_another_version_is_an_error_that_names_both(
 ) -> None:
     run = make_run([FakeServer(arguments=("--greeting", "other-version")).start()])
     assert run.spawn().process.wait(60) == 1
-    said = f"server {run.servers[0].addresses['http']}: the server speaks version {messages.VERSION + 1} of the wire, this "
+    http, newer = run.servers[0].addresses["http"], messages.VERSION + 1
+    said = f"server {http}: the server speaks version {newer} of the wire, this "
     assert f"{said}receiver {messages.VERSION}; upgrade dflash_scale at the receiver" in capfd.readouterr().err
 
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -12,8 +11,8 @@ from dflash_scale.drafter.model import Drafter, DrafterSpec
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, VOCABULARY, EPS, THETA = 4, 2, 16, 48, 96, 1e-5, 5000.0
 
 
-@pytest.fixture
-def verifier(tmp_path: Path) -> Path:
+def make_verifier(folder: Path) -> Path:
+    """A small random verifier, saved in `folder`."""
     config = Qwen3Config(
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,
@@ -24,8 +23,8 @@ def verifier(tmp_path: Path) -> Path:
         head_dim=HEAD_DIM,
         max_position_embeddings=256,
     )
-    Qwen3ForCausalLM(config).save_pretrained(tmp_path / "verifier")
-    return tmp_path / "verifier"
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    return folder
 
 
 def make_spec(causal: bool = False, window: int | None = None) -> DrafterSpec:

@@ -1,4 +1,6 @@
-"""A Publisher in a process of its own, whose memory a test can look at: python tests/support/publisher_process.py [KEYS].
+"""A Publisher in a process of its own, whose memory a test can look at.
+
+    python tests/support/publisher_process.py [KEYS]
 
 Prints its endpoint; then answers each line on stdin: "send TOKENS" sends that many tokens to the receiver "rx", "stats"
 prints the counters as JSON. Ends with its stdin.

@@ -1,4 +1,4 @@
-"""What the receiver's tests share: a data set, scripted servers (tests/support/fake_verifier.py), a run, and a rank's eyes."""
+"""What the receiver's tests share: a data set, scripted servers (fake_verifier.py), a run, and a rank's eyes."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: what a kill leaves, what is kept. Saving and loading under DeepSpeed: tests/training/test_trainer.py."""
+"""Checkpoints on disk: what a kill leaves, what is kept. Saving and loading under DeepSpeed: test_trainer.py."""
 
 import json
 from dataclasses import asdict, replace

@@ -27,7 +27,7 @@ from tests.support.drafters import (
     VOCABULARY,
     make_drafter,
     make_spec,
-    verifier,  # noqa: F401 a fixture
+    make_verifier,
 )
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -84,6 +84,11 @@ def plain_logits(
         gate, up = (inside @ w[f"{p}mlp.{name}_proj.weight"].T for name in ("gate", "up"))
         x = x + (gate * torch.sigmoid(gate) * up) @ w[f"{p}mlp.down_proj.weight"].T
     return norm(x, w["norm.weight"]) @ head.T
+
+
+@pytest.fixture
+def verifier(tmp_path: Path) -> Path:
+    return make_verifier(tmp_path / "verifier")
 
 
 @pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (False, 6), (True, 6)])
