@@ -307,6 +307,7 @@ REQUIRES = [
     "msgpack",
     "xxhash",
     "pydantic>=2",
+    "aiohttp>=3.11",
     "tensorboard",
     "matplotlib",
     "tqdm",

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from dflash_scale.config.stream import Server
 from dflash_scale.fleet.state import Lost, Probe
-from dflash_scale.receiver.http_client import Calls, HealthAnswered, Host
+from dflash_scale.receiver.http_client import HealthAnswered, Host, HttpClient
 from dflash_scale.transport import messages
 from dflash_scale.transport.keys import ReceiverKeys
 from dflash_scale.transport.layout import Layout
@@ -105,7 +105,7 @@ class Connections:
         http: the way to the servers' other port.
     """
 
-    def __init__(self, identity: Identity, max_message_bytes: int, http: Calls) -> None:
+    def __init__(self, identity: Identity, max_message_bytes: int, http: HttpClient) -> None:
         self._identity = identity
         self._http = http
         self._servers: list[ServerConnection] = []
@@ -122,13 +122,8 @@ class Connections:
 
     def join(self, index: int, entry: Server) -> None:
         """A server that is new, at the next index, or one that was removed and comes back at its old one."""
-        server = ServerConnection(index, entry, self._http.host(entry.http, entry.data_parallel_rank))
+        server = ServerConnection(index, entry, Host(entry.http, entry.data_parallel_rank))
         self._servers[index : index + 1] = [server]
-
-    def leave(self, index: int) -> None:
-        """Nothing more is asked of a server, and nothing more can come."""
-        self.cut(index)
-        self._http.drop(self._servers[index].host)
 
     def cut(self, index: int) -> None:
         """Gives the data connection up, and a handshake on it."""

@@ -17,7 +17,7 @@ from dflash_scale.fleet.state import Action, Cut, Fault, Job, Key, Limits, Probe
 from dflash_scale.receiver.connections import Connections, Identity, Outcome, ServerConnection, ServerMismatch
 from dflash_scale.receiver.delivery import Dropped, Sink, Unusable, deliver
 from dflash_scale.receiver.endpoints import Endpoints
-from dflash_scale.receiver.http_client import Calls, Event, HealthAnswered
+from dflash_scale.receiver.http_client import Event, HealthAnswered, HttpClient
 from dflash_scale.receiver.requests import Questions
 from dflash_scale.receiver.status import Status
 from dflash_scale.transport import messages
@@ -62,7 +62,7 @@ class ReceiverLoop:
         self._clock = time.monotonic()
         self._max_tokens = int(questions.lengths.max())
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._http = Calls(limits.requests_per_server, limits.request_timeout_s + 1, self._report_event)
+        self._http = HttpClient(limits.request_timeout_s + 1, self._report_event)
         self._servers = Connections(identity, self._max_tokens * identity.layout.bytes_per_token, self._http)
         endpoints.look(self._clock)
         self._join_and_leave(self._clock)
@@ -117,7 +117,7 @@ class ReceiverLoop:
                 self.fleet.http_done(event.sent, event.fault, event.reason, time.monotonic())
 
     def _report_event(self, event: Event) -> None:
-        """Called from the HTTP threads."""
+        """Called from the HTTP thread."""
         self._events.put(event)
         self._servers.wake()
 
@@ -195,10 +195,7 @@ class ReceiverLoop:
             case Probe():
                 self._servers.probe(action, self.fleet.probe_timeout_s)
             case Cut(index):
-                if self.fleet.servers[index].closed:
-                    self._servers.leave(index)
-                else:
-                    self._servers.cut(index)
+                self._servers.cut(index)
             case Quarantined():
                 if self._quarantine is not None:
                     self._quarantine.write(*action.key, action.reason, action.servers)

@@ -205,8 +205,8 @@ def main() -> int:
 
 if __name__ == "__main__":
     ended = main()
-    # All is written and closed. Threads may still be in HTTP requests, and the interpreter's own end, with those and
-    # with the threads of the libraries, was once seen to take half a minute.
+    # All is written and closed. The interpreter's own end, with the threads of the libraries, was once seen to take
+    # half a minute.
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

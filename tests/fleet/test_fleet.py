@@ -8,7 +8,6 @@ import pytest
 from dflash_scale.fleet.failures import BUSY_S, FAILURES_IN_A_ROW
 from dflash_scale.fleet.fleet import Fleet, NoServerError
 from dflash_scale.fleet.state import BACKOFF_MAX_S, Action, Cut, Fault, Key, Limits, Lost, Probe, Quarantined, Send
-from dflash_scale.receiver.http_client import fault_of, judge
 
 LIMITS = Limits(
     credit_bytes=1000,
@@ -545,15 +544,6 @@ def test_no_server_for_too_long_ends_the_run_with_every_reason() -> None:
         bench.fleet.probe_done(action, "connection refused", bench.now)
     with pytest.raises(NoServerError, match=r"for 60 s \(http://s0: connection refused; http://s1"):
         bench.poll(later=LIMITS.no_server_timeout_s + 1)
-
-
-def test_whose_fault_an_answer_is() -> None:
-    assert judge(200, b"{}") == (None, "")
-    assert judge(400, b'{"error": "too long"}') == (Fault.SAMPLE, 'HTTP 400: {"error": "too long"}')
-    assert judge(500, b"")[0] is Fault.DOUBT
-    assert judge(429, b"")[0] is Fault.BUSY
-    assert fault_of(ConnectionRefusedError()) is fault_of(ConnectionResetError()) is Fault.SERVER
-    assert fault_of(TimeoutError()) is Fault.DOUBT
 
 
 def test_a_sample_with_losses_does_not_keep_a_new_one_from_a_server_on_probation() -> None:

@@ -24,16 +24,9 @@ class Http:
 
     def __init__(self) -> None:
         self.probed: list[Probe] = []
-        self.dropped: list[Host] = []
-
-    def host(self, address: str, data_parallel_rank: int | None) -> Host:
-        return Host(("127.0.0.1", 1), {})
 
     def health(self, host: Host, probe: Probe, timeout_s: float) -> None:
         self.probed.append(probe)
-
-    def drop(self, host: Host) -> None:
-        self.dropped.append(host)
 
 
 class Bench:
@@ -168,8 +161,7 @@ def test_a_server_that_does_not_fit_lives(bench: Bench, changed: dict[str, objec
 def test_a_server_that_comes_back_is_a_new_one(bench: Bench) -> None:
     bench.shake()
     before = bench.connections[0]
-    bench.connections.leave(0)
-    assert (before.dealer, bench.http.dropped) == (None, [before.host])
+    bench.connections.cut(0)
     bench.connections.join(0, bench.entry)
     bench.connections.join(1, bench.entry)
     assert [server.index for server in bench.connections] == [0, 1]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from dflash_scale.fleet.state import Fault, Probe, Send
-from dflash_scale.receiver.http_client import Calls, Event, HealthAnswered, Posted
+from dflash_scale.receiver.http_client import Event, HealthAnswered, Host, HttpClient, Posted, fault_of, judge
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 
@@ -45,11 +45,11 @@ class Client:
 
     def __init__(self, address: str, timeout_s: float, rank: int | None = None) -> None:
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self.calls = Calls(1, timeout_s, self.events.put)
-        self.host = self.calls.host(address, rank)
+        self.http = HttpClient(timeout_s, self.events.put)
+        self.host = Host(address, rank)
 
     def post(self, attempt: int) -> Posted:
-        self.calls.post(self.host, Send(0, (0, 1), attempt, 0), {"prompt": [1]})
+        self.http.post(self.host, Send(0, (0, 1), attempt, 0), {"prompt": [1]})
         event = self.events.get(timeout=20)
         assert isinstance(event, Posted)
         assert event.sent.attempt == attempt
@@ -58,7 +58,7 @@ class Client:
     def health(self, serials: int, timeout_s: float) -> list[str | None]:
         """What came of so many probes at once."""
         for serial in range(serials):
-            self.calls.health(self.host, Probe(0, serial), timeout_s)
+            self.http.health(self.host, Probe(0, serial), timeout_s)
         events = [self.events.get(timeout=20) for _ in range(serials)]
         return [event.problem for event in events if isinstance(event, HealthAnswered)]
 
@@ -73,7 +73,7 @@ def make_client() -> Iterator[Callable[..., Client]]:
 
     yield make
     for each in made:
-        each.calls.close()
+        each.http.close()
 
 
 def test_a_connection_is_kept_and_a_closed_one_is_not_a_dead_server(make_client: Callable[..., Client]) -> None:
@@ -152,9 +152,45 @@ def test_a_port_that_drips_is_given_up_and_leaks_no_thread(answer: bytes, make_c
     if b"Content" not in answer:  # a probe reads the headers alone
         assert client.health(2, 0.5) == ["no answer in time"] * 2
     assert dripping.hung_up.get(timeout=20) > 5, "it was read from until the deadline, and then hung up on"
-    client.calls.drop(client.host)
-    ours = {thread for thread in set(threading.enumerate()) - before if thread.name.startswith("http-")}
-    for thread in ours:
-        thread.join(20)
-        assert not thread.is_alive()
+    assert {thread.name for thread in set(threading.enumerate()) - before} >= {"http"}
+    client.http.close()
+    assert "http" not in {thread.name for thread in set(threading.enumerate()) - before}
     dripping.listener.close()
+
+
+def test_many_requests_are_under_way_at_once_in_one_thread(make_client: Callable[..., Client]) -> None:
+    before = set(threading.enumerate())
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as silent:
+        client = make_client(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        for attempt in range(40):
+            client.http.post(client.host, Send(0, (0, 1), attempt, 0), {"prompt": [1]})
+        connections = [silent.accept()[0] for _ in range(40)]
+        assert {thread.name for thread in set(threading.enumerate()) - before} == {"http"}
+        for connection in connections:
+            while not connection.recv(65536).endswith(b"}"):
+                pass
+            connection.sendall(OK)
+        events = [client.events.get(timeout=20) for _ in connections]
+        assert sorted(event.sent.attempt for event in events if isinstance(event, Posted)) == list(range(40))
+        for connection in connections:
+            connection.close()
+
+
+def test_no_more_of_a_reply_is_read_than_its_bound(
+    make_client: Callable[..., Client], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dflash_scale.receiver.http_client.MAX_REPLY_BYTES", 1000)
+    endless = b"HTTP/1.1 400 No\r\nContent-Length: 2000000000\r\n\r\n" + b"x" * 5000
+    script = Script([endless], [OK])
+    client = make_client(script.address)
+    assert client.post(0).reason == "HTTP 400: " + "x" * 200
+    assert client.post(1).fault is None, "on another connection"
+
+
+def test_whose_fault_an_answer_is() -> None:
+    assert judge(200, b"{}") == (None, "")
+    assert judge(400, b'{"error": "too long"}') == (Fault.SAMPLE, 'HTTP 400: {"error": "too long"}')
+    assert judge(500, b"")[0] is Fault.DOUBT
+    assert judge(429, b"")[0] is Fault.BUSY
+    assert fault_of(ConnectionRefusedError()) is fault_of(ConnectionResetError()) is Fault.SERVER
+    assert fault_of(TimeoutError()) is Fault.DOUBT
