@@ -7,7 +7,7 @@ dflash_scale/_kernels.so      torch operators over LibTorch's stable ABI; not a 
 
 Each is a target of its own, and `python setup.py build_ext --inplace --target NAME` builds one of them alone: a machine
 without Python's headers, or without pybind11, still gets the kernels. Two more targets are never installed:
-build/sanitize/_kernels.so, the CPU operators with address and undefined-behaviour checks (tests/ops/test_sanitizers.py);
+build/sanitize/_kernels.so, the CPU operators with address and undefined-behaviour checks (test_sanitizers.py);
 build/watchdog/_kernels.so, whose GPU kernels give up a wait that does not end and say where (attention/watchdog.h).
 
 torch's own CUDAExtension is not used: it refuses to build CUDA code beside a CPU-only torch, and ties the result to one

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-pytest.register_assert_rewrite("receiver_run")
+pytest.register_assert_rewrite("tests.support")
 HAS_CUDA = torch.cuda.is_available()
 collect_ignore = [] if HAS_CUDA else ["gpu"]
 

@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return start(program(command, rest))
         if command == "prepare":
             return prepare(rest)
-        room = {"keys": "dflash_scale.stream", "evaluate": "dflash_scale.evaluation"}.get(command, "dflash_scale")
+        rooms = {"keys": "transport", "evaluate": "evaluation", "export": "training"}
+        room = f"dflash_scale.{rooms.get(command, 'commands')}"
         return int(importlib.import_module(f"{room}.{command}").main(rest))
     except ValueError as error:
         print(f"dflash-scale {command}: {error}", file=sys.stderr)

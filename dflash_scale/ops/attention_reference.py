@@ -2,7 +2,8 @@
 
 T tokens in a packed row · A anchors · S block size · Hq/Hkv query and key heads, Hq = G * Hkv · D head dim
 
-Every other implementation is held to this one, and this one to a loop over the mask's rules: tests/ops/test_attention.py.
+Every other implementation is held to this one, and this one to a loop over the mask's rules
+(tests/ops/test_attention.py).
 """
 
 from __future__ import annotations

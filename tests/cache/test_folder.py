@@ -299,7 +299,7 @@ def test_a_folder_that_cannot_be_one_is_named(tmp_path: Path) -> None:
 KILLED = """
 import os, sys, time
 from pathlib import Path
-from dflash_scale.stream import cache_file
+from dflash_scale.cache import folder
 from dflash_scale.cache.folder import Cache
 from dflash_scale.transport.messages import Layout
 
@@ -308,7 +308,7 @@ def stuck(file, parts):
     print("writing", flush=True)
     time.sleep(60)
 
-cache_file.write_all = stuck
+folder.write_all = stuck
 Cache(Path(sys.argv[1]), (1,)).write(5, b"\\0" * 4, Layout((1,), 1, "float32"), b"\\0" * 4)
 """
 
@@ -371,7 +371,7 @@ def test_an_error_that_is_not_the_disks_ends_the_writing_and_is_reported_too(
 def test_a_full_queue_and_a_full_folder_say_no(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     size = len(sample(0).states)
     slow = Keeper(cache, 2 * size)
-    monkeypatch.setattr(cache_module.cache_file, "write_all", lambda file, parts: slow_gate.read(1))
+    monkeypatch.setattr(cache_module, "write_all", lambda file, parts: slow_gate.read(1))
     reading, writing = os.pipe()
     slow_gate = os.fdopen(reading, "rb", buffering=0)
     assert slow.room(5 * size), "one sample may always wait"

@@ -22,7 +22,7 @@ from dflash_scale.transport.messages import Origin
 from tests.support.fake_verifier import LAYOUT, answer_to, states
 from tests.support.receiver_run import BAD, FakeServer, Run
 
-pytest_plugins = ("receiver_run",)
+pytest_plugins = ("tests.support.receiver_run",)
 
 
 class Filling:

@@ -15,7 +15,7 @@ from dflash_scale.transport.ring import COMMITTED, QUARANTINED, PeerDied, Ring, 
 from tests.support.fake_verifier import LAYOUT, states
 from tests.support.receiver_run import LAYOUTS, RUN, SAMPLES, FakeServer, Run, drain, expected, read_all
 
-pytest_plugins = ("receiver_run",)
+pytest_plugins = ("tests.support.receiver_run",)
 
 DONE = 60  # seconds for a process to end
 

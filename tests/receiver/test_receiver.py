@@ -24,7 +24,7 @@ from dflash_scale.verifier.identity import origin_of
 from tests.support.receiver_run import BAD, LAYOUTS, RUN, FakeServer, Run, consume, drain, expected, read_all
 from tests.support.verifier_families import make_verifier
 
-pytest_plugins = ("receiver_run",)
+pytest_plugins = ("tests.support.receiver_run",)
 
 
 def test_everything_is_delivered_once_through_a_hostile_wire(make_run: Callable[..., Run]) -> None:

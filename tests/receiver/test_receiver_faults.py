@@ -19,7 +19,7 @@ from dflash_scale.transport.ring import COMMITTED, QUARANTINED, PeerStuck, Ring
 from tests.support.proxy import Fault, Proxy
 from tests.support.receiver_run import FakeServer, Run, drain, expected, read_all
 
-pytest_plugins = ("receiver_run",)
+pytest_plugins = ("tests.support.receiver_run",)
 
 Log = pytest.CaptureFixture[str]
 

@@ -53,7 +53,7 @@ layouts = st.builds(
 versions = st.tuples(st.integers(1, 99), st.integers(0, 99)).map(lambda pair: (pair[0], sum(pair)))
 digests = st.from_regex(r"\A[0-9a-f]{16}\Z") | st.just("")
 origins = st.builds(Origin, digests, digests)
-messages = st.one_of(
+any_message = st.one_of(
     st.builds(Hello, names, names, versions),
     st.builds(Incompatible, versions),
     st.builds(HelloReply, layouts, st.text(max_size=200), names, origins, st.none() | integers),
@@ -75,7 +75,7 @@ json_like = st.recursive(
 )
 
 
-@given(messages)
+@given(any_message)
 @settings(deadline=None)
 def test_round_trip(message: messages.Message) -> None:
     frame = messages.encode(message)
@@ -363,26 +363,12 @@ def test_publisher_refuses_open_addresses_and_taken_ports() -> None:
 
 
 def test_imports_nothing_heavy() -> None:
-    """The vLLM server's environment has neither DeepSpeed nor our kernels; wire needs not even torch."""
-    program = (
-        "import sys, dflash_scale, dflash_scale.stream, dflash_scale.transport.messages, dflash_scale.server.sender\n"
-        "print(*sorted({name.split('.')[0] for name in sys.modules}))\n"
-        "print(*sorted(name for name in sys.modules if name.startswith('dflash_scale')))\n"
-    )
+    """The vLLM server's environment has neither DeepSpeed nor our kernels; messages need not even torch."""
+    program = "import sys, dflash_scale.server.sender\nprint(*sorted({name.split('.')[0] for name in sys.modules}))\n"
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
-    packages, ours = (set(line.split()) for line in done.stdout.splitlines())
+    packages = set(done.stdout.split())
     assert not packages & {"torch", "numpy", "deepspeed", "transformers", "vllm", "datasets", "pydantic"}
-    modules = {
-        "addresses",
-        "stream",
-        "stream.wire",
-        "stream.keys",
-        "stream.sockets",
-        "stream.publisher",
-        "stream.payload",
-    }
-    assert ours == {"dflash_scale", *(f"dflash_scale.{name}" for name in modules)}
 
 
 def test_a_layout_offers_some_of_its_layers() -> None:
