@@ -21,9 +21,10 @@ from benchmarks.train_cases import CPU_CASES, GPU_CASES, MASK_TOKEN, Case, draft
 from benchmarks.train_engine import planned_bytes, run_config, verifier_shape
 from benchmarks.train_peers import OURS, PEERS, TOGETHER
 from benchmarks.train_step import Options, Step, covered
-from dflash_scale import drafter, verifier
+from dflash_scale.drafter import model
 from dflash_scale.ops.attention import Plan, build_plan
 from dflash_scale.training.memory import activation_bytes
+from dflash_scale.verifier.shape import verifier_shape as shipped_shape
 
 ROOT = Path(__file__).parents[2]
 SMALL = replace(CPU_CASES[2], documents=2, tokens=24, anchors=14, block=4, hidden=32, inner=48, vocabulary=96)
@@ -150,14 +151,14 @@ def test_added_anchors_train_nothing() -> None:
 def test_the_drafter_is_the_one_that_the_configuration_gives(case: Case) -> None:
     config = run_config(case, Options("cpu"))
     taps = tuple(range(case.taps))
-    spec = drafter.drafter_spec(config.drafter, verifier_shape(case), taps, MASK_TOKEN)
+    spec = model.drafter_spec(config.drafter, verifier_shape(case), taps, MASK_TOKEN)
     mine = drafter_spec(case)
     assert spec.layers.to_dict() == mine.layers.to_dict()
     assert replace(spec, layers=mine.layers) == mine
 
 
 def test_gpu_cases_have_qwen3_8bs_shapes() -> None:
-    shape = verifier.verifier_shape("Qwen/Qwen3-8B")
+    shape = shipped_shape("Qwen/Qwen3-8B")
     for case in GPU_CASES:
         mine = verifier_shape(case)
         assert replace(shape, layers=mine.layers) == mine
