@@ -40,9 +40,8 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     unwanted = shutil.ignore_patterns("*.so", "__pycache__")
     shutil.copytree(ROOT / "dflash_scale", folder / "dflash_scale", ignore=unwanted)
     shutil.copy2(LIBRARY, folder / "dflash_scale")
-    (folder / "tests").mkdir()
-    for path in (ROOT / "tests").glob("*.py"):
-        shutil.copy2(path, folder / "tests")
+    for name in ("ops", "support"):
+        shutil.copytree(ROOT / "tests" / name, folder / "tests" / name, ignore=unwanted)
     (folder / "conftest.py").write_text(CONFTEST)
     return folder
 
