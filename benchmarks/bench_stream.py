@@ -2,7 +2,7 @@
 
     python benchmarks/bench_stream.py [--sample-mib 1 16 200] [--senders 1 2 4] [--json FILE]
 
-tcp      sender processes (the real HTTP face and Publisher, hidden states made once), ZeroMQ, the real receiver loop in
+tcp      sender processes (the real HTTP face and Sender, hidden states made once), ZeroMQ, the real receiver loop in
          a process of its own (header checks, token ids, checksum, ring), read here: every byte is copied out of the
          ring into a buffer
 ipc      the same through Unix sockets
@@ -67,7 +67,7 @@ from dflash_scale.receiver.ring_sink import RingSink  # noqa: E402
 from dflash_scale.receiver.status import Status  # noqa: E402
 from dflash_scale.server.completions import CompletionServer, Reply, Request  # noqa: E402
 from dflash_scale.server.completions import Limits as RequestLimits  # noqa: E402
-from dflash_scale.server.sender import Publisher  # noqa: E402
+from dflash_scale.server.sender import Offer, Sender  # noqa: E402
 from dflash_scale.transport.encoding import decode, encode  # noqa: E402
 from dflash_scale.transport.keys import make_keys, receiver_keys, server_keys  # noqa: E402
 from dflash_scale.transport.layout import FP8, Layout  # noqa: E402
@@ -156,21 +156,21 @@ def send(size: Size, address: str, keys: Path | None, pipe: Connection) -> None:
     torch.set_num_threads(1)
     states = payload(size)
     tensor = torch.from_numpy(states).view(torch.bfloat16).view(size.tokens, len(LAYOUT.layer_ids), -1)
-    publisher = Publisher(address, LAYOUT, "bench", keys=server_keys(keys) if keys is not None else None)
+    sender = Sender(address, Offer(LAYOUT, "bench"), keys=server_keys(keys) if keys is not None else None)
 
     def submit(request: Request) -> "Future[Reply]":
         assert request.ticket is not None
         raw = states if size.dtype == LAYOUT.dtype else encode(tensor, size.dtype).numpy().reshape(-1)
-        publisher.send(request.ticket, np.asarray(request.token_ids, "<i4").tobytes(), raw.data)
+        sender.send(request.ticket, np.asarray(request.token_ids, "<i4").tobytes(), raw.data)
         done: Future[Reply] = Future()
         done.set_result(Reply([0], "length"))
         return done
 
     server = CompletionServer("127.0.0.1:0", "bench", RequestLimits(1 << 20, 1 << 20, LAYOUT), submit)
-    pipe.send((server.url, publisher.endpoint))
+    pipe.send((server.url, sender.endpoint))
     pipe.recv()
     server.close()
-    publisher.close()
+    sender.close()
 
 
 def receive(size: Size, servers: list[tuple[str, str]], keys: Path | None, pipe: Connection) -> None:

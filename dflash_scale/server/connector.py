@@ -6,12 +6,12 @@ begin and end, and in each worker process, where the cache is. Life of a request
 
     scheduler  request_finished_all_groups   ticket + tokens + block ids -> the next step's metadata; blocks are kept
     worker     get_finished                  takes a piece of the host pool and starts the copy (GPU: on a side stream)
-    worker     get_finished, once copied     hands the copy to the Publisher; vLLM may reuse the blocks
-    Publisher  once sent or dropped          gives the piece back to the pool
+    worker     get_finished, once copied     hands the copy to the Sender; vLLM may reuse the blocks
+    Sender     once sent or dropped          gives the piece back to the pool
 
 While the pool has no piece for the oldest waiting request, its blocks stay, and so does everything behind it: vLLM's
 scheduler runs out of blocks and lets new requests wait. So a slow receiver slows the server down, and nothing is
-refused. A receiver that is gone costs as long as the Publisher's patience.
+refused. Data for a receiver that is gone is dropped after the Sender's AWAY_S.
 
 Sent are the prompt's tokens, for which max_tokens 1 is enough, or, if the ticket says `answer`, the tokens of prompt
 and answer. The last of them was sampled and never fed to the verifier: zeros stand for its hidden states.
@@ -37,8 +37,8 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.platforms import current_platform
 
 from dflash_scale.server.host_pool import HostPool
-from dflash_scale.server.kv_copy import Copies, Finished
-from dflash_scale.server.sender import Publisher
+from dflash_scale.server.kv_copy import Finished, KvCopier
+from dflash_scale.server.sender import Offer, Sender
 from dflash_scale.transport import messages
 from dflash_scale.transport.addresses import engine_address
 from dflash_scale.transport.keys import server_keys
@@ -94,7 +94,7 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         self._layer = _hidden_state_layer(kv_cache_config)
         self._to_worker: list[Finished] = []  # scheduler side, as the next
         self._kept: set[str] = set()  # finished requests whose blocks the worker has not let go of
-        self._copies: Copies | None = None  # TP rank 0 only
+        self._kv_copier: KvCopier | None = None  # TP rank 0 only
 
     # -- scheduler side ---------------------------------------------------------------------------------------
 
@@ -168,17 +168,16 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         pool_bytes = int(self._extra.get("pool_bytes", POOL_BYTES_CPU if on_cpu else POOL_BYTES_GPU))
         pool = HostPool(pool_bytes, pinned=not on_cpu)
         zmq = self._extra["zmq"]
-        publisher = Publisher(
+        model = self._vllm_config.model_config
+        origin = origin_of(model.model, model.revision)
+        sender = Sender(
             zmq if self._rank is None else engine_address("zmq", zmq, self._rank),
-            layout,
-            self._vllm_config.model_config.served_model_name or self._vllm_config.model_config.model,
+            Offer(layout, model.served_model_name or model.model, origin, self._rank),
             insecure=bool(self._extra.get("insecure", False)),
-            origin=origin_of(self._vllm_config.model_config.model, self._vllm_config.model_config.revision),
-            data_parallel_rank=self._rank,
             keys=server_keys(Path(self._extra["keys"])) if "keys" in self._extra else None,
         )
-        self._copies = Copies(by_token, publisher, pool)
-        log.info("Hidden states of layers %s go out at %s", list(layout.layer_ids), publisher.endpoint)
+        self._kv_copier = KvCopier(by_token, sender, pool)
+        log.info("Hidden states of layers %s go out at %s", list(layout.layer_ids), sender.endpoint)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         return None  # nothing is ever loaded
@@ -197,17 +196,17 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
 
         vLLM calls this every step, and keeps stepping while a request waits here, so polling is enough.
         """
-        if self._copies is None:  # not TP rank 0
+        if self._kv_copier is None:  # not TP rank 0
             return None, None
         meta = self._connector_metadata
-        return self._copies.step(meta.requests if isinstance(meta, FinishedRequests) else []) or None, None
+        return self._kv_copier.step(meta.requests if isinstance(meta, FinishedRequests) else []) or None, None
 
     def get_finished_count(self) -> int:
         return 1  # only TP rank 0 reports; the default waits for every rank and never frees the blocks
 
     def shutdown(self) -> None:
-        if self._copies is not None:
-            self._copies.close()
+        if self._kv_copier is not None:
+            self._kv_copier.close()
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: "VllmConfig") -> str | None:

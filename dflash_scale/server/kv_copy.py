@@ -1,4 +1,4 @@
-"""From the KV cache of a vLLM worker into the host pool, and from there to the publisher.
+"""From the KV cache of a vLLM worker into the host pool, and from there to the sender.
 
 `connector.py` says when; this knows nothing of vLLM. Nothing here waits: not for the forward that wrote the blocks, not
 for a copy, not for a receiver. Imported inside the vLLM server: torch and the standard library.
@@ -15,7 +15,7 @@ from typing import Final
 import torch
 
 from dflash_scale.server.host_pool import HostPool, Piece
-from dflash_scale.server.sender import Publisher
+from dflash_scale.server.sender import Sender
 from dflash_scale.transport import messages
 from dflash_scale.transport.encoding import encode
 from dflash_scale.transport.layout import WireError
@@ -51,18 +51,18 @@ class _Copy:
     event: "torch.cuda.Event | None"
 
 
-class Copies:
-    """Owns the pool and the publisher of a worker whose hidden states are in `cache`, (B, P, L, H) on any device."""
+class KvCopier:
+    """Owns the pool and the sender of a worker whose hidden states are in `cache`, (B, P, L, H) on any device."""
 
-    def __init__(self, cache: torch.Tensor, publisher: Publisher, pool: HostPool) -> None:
-        self._cache, self._publisher, self._pool = cache, publisher, pool
+    def __init__(self, cache: torch.Tensor, sender: Sender, pool: HostPool) -> None:
+        self._cache, self._sender, self._pool = cache, sender, pool
         self._waiting: deque[Finished] = deque()  # for a piece of the pool, the oldest first
-        self._copies: list[_Copy] = []
-        self._copier = _Copier(cache.device)
+        self._under_way: list[_Copy] = []
+        self._side = _SideStream(cache.device)
 
     def step(self, requests: Sequence[Finished]) -> set[str]:
         """Takes what has finished, starts what copies the pool allows, and returns the requests that are copied."""
-        if not self._publisher.alive:
+        if not self._sender.alive:
             raise RuntimeError("the thread that sends hidden states has ended, see the log: restart this server")
         done = set()
         for finished in requests:
@@ -70,25 +70,25 @@ class Copies:
             if refusal is None:
                 self._waiting.append(finished)
                 continue
-            self._publisher.refuse(finished.ticket, refusal)
+            self._sender.refuse(finished.ticket, refusal)
             if finished.refusal is None:  # its blocks are kept
                 done.add(finished.request_id)
         while self._waiting and (piece := self._pool.take(self._nbytes(self._waiting[0]))) is not None:
             finished = self._waiting.popleft()
-            event = self._copier.run(partial(self._copy, finished, piece))
-            self._copies.append(_Copy(finished, piece, event))
+            event = self._side.run(partial(self._copy, finished, piece))
+            self._under_way.append(_Copy(finished, piece, event))
         under_way = []
-        for copy in self._copies:
+        for copy in self._under_way:
             if copy.event is None or copy.event.query():
                 self._send(copy)
                 done.add(copy.finished.request_id)
             else:
                 under_way.append(copy)
-        self._copies = under_way
+        self._under_way = under_way
         return done
 
     def close(self) -> None:
-        self._publisher.close()
+        self._sender.close()
 
     def _why_not(self, finished: Finished) -> str | None:
         """The reason for which this request can never be sent, None if it can."""
@@ -99,7 +99,7 @@ class Copies:
         return f"{need} bytes of hidden states, the server's pool has {have}" if need > have else None
 
     def _nbytes(self, finished: Finished) -> int:
-        layout = finished.ticket.part_of(self._publisher.layout)
+        layout = finished.ticket.part_of(self._sender.layout)
         return len(finished.token_ids) * layout.bytes_per_token
 
     def _copy(self, finished: Finished, piece: Piece) -> None:
@@ -108,7 +108,7 @@ class Copies:
         Some blocks at a time, so that what is gathered on the device stays small; with every layer from the first to
         the last wanted one side by side, as the aux layers are, the gather is one kernel.
         """
-        offered, wanted = self._publisher.layout.layer_ids, finished.ticket.layer_ids
+        offered, wanted = self._sender.layout.layer_ids, finished.ticket.layer_ids
         first, stop = offered.index(wanted[0]), offered.index(wanted[-1]) + 1
         cache = self._cache[:, :, first:stop]
         scattered = [offered.index(layer) - first for layer in wanted] if len(wanted) < stop - first else None
@@ -127,10 +127,10 @@ class Copies:
     def _send(self, copy: _Copy) -> None:
         token_ids = torch.tensor(copy.finished.token_ids, dtype=torch.int32)
         released = partial(self._pool.give_back, copy.piece)
-        self._publisher.send(copy.finished.ticket, _bytes_of(token_ids), _bytes_of(copy.piece.memory), released)
+        self._sender.send(copy.finished.ticket, _bytes_of(token_ids), _bytes_of(copy.piece.memory), released)
 
 
-class _Copier:
+class _SideStream:
     """Runs copies out of the cache without waiting for them, or for the forward that wrote what they copy."""
 
     def __init__(self, device: torch.device) -> None:

@@ -1,7 +1,7 @@
 """The server's sending end: one thread owns the ROUTER, answers hellos and sends what others queue.
 
-The channel's rules are in `wire.py`. `Publisher.send` may be called from any thread and never blocks. Two bounds hold
-the memory. One is in bytes, over everything that ZeroMQ has not yet let go of: the caller's pool, if `send` is told
+The channel's rules are in `messages.py`. `Sender.send` may be called from any thread and never blocks. Two bounds hold
+the memory. One is in bytes, over everything that ZeroMQ has not yet released: the caller's pool, if `send` is told
 how to give the buffers back, or else `max_bytes`, beyond which a sample is refused. The other is a patience per message
 (`AWAY_S` while its receiver is not connected, `STALLED_S` while it does not read), after which the message is dropped,
 counted and logged. Imported inside the vLLM server: no torch.
@@ -32,7 +32,7 @@ STALLED_S: Final = 60.0
 RETRY_S: Final = 0.01  # with HIGH_WATER this caps a receiver at 6400 messages per second
 LOG_EVERY_S: Final = 60.0
 MAX_BYTES: Final = 8 << 30  # four receivers at the default stream.server_credit_bytes
-UNKNOWN: Final = messages.Origin()
+NO_ORIGIN: Final = messages.Origin()
 HELLOS_PER_TURN: Final = 64  # a flood of hellos must not keep data from leaving
 COUNTED: Final = {
     "dropped": "messages dropped",
@@ -86,11 +86,21 @@ class _Queues:
     in_zmq: list[_InZmq] = field(default_factory=list)
 
 
-class Publisher:
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a server has to send, as its hello reply says: see `messages.HelloReply`."""
+
+    layout: Layout
+    model: str
+    origin: messages.Origin = NO_ORIGIN
+    data_parallel_rank: int | None = None
+
+
+class Sender:
     """Binds `address` and sends hidden states to whoever a ticket names, if that receiver is connected.
 
     address: tcp://127.0.0.1:PORT (port 0 or * picks one; see `endpoint`) or ipc://PATH.
-    layout, model, origin, data_parallel_rank: what the hello reply says.
+    offer: what the hello reply says; samples have layers of its layout.
     keys: serve only receivers that hold one of these; without, whoever reaches the address.
     max_bytes: payload bytes held at most, queued or inside ZeroMQ; what belongs to a caller's pool is not counted.
     Raises ValueError for an address that is not allowed, that is taken or that this machine has not.
@@ -99,23 +109,20 @@ class Publisher:
     def __init__(
         self,
         address: str,
-        layout: Layout,
-        model: str,
+        offer: Offer,
         *,
-        origin: messages.Origin = UNKNOWN,
-        data_parallel_rank: int | None = None,
         insecure: bool = False,
         keys: ServerKeys | None = None,
         max_bytes: int = MAX_BYTES,
     ) -> None:
-        self.layout = layout
+        self.layout = offer.layout
         self.server_id = secrets.token_hex(8)
         self.max_bytes = max_bytes
         self.counters = Counters()
-        reply = messages.HelloReply(layout, model, self.server_id, origin, data_parallel_rank)
+        reply = messages.HelloReply(offer.layout, offer.model, self.server_id, offer.origin, offer.data_parallel_rank)
         self._hello_reply = messages.encode(reply)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._doorkeeper = sockets.Doorkeeper(self._context, keys.receivers) if keys is not None else None
+        self._authenticator = sockets.Authenticator(self._context, keys.receivers) if keys is not None else None
         try:
             self._router = sockets.bind_router(self._context, address, insecure=insecure, keys=keys)
         except ValueError:
@@ -129,7 +136,7 @@ class Publisher:
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stop_at: float | None = None
         self._logged_at = dict.fromkeys(COUNTED, float("-inf"))
-        self._thread = threading.Thread(target=self._run, name="dflash-publisher", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="dflash-sender", daemon=True)
         self._thread.start()
 
     def send(
@@ -157,7 +164,7 @@ class Publisher:
             if not self._hold(nbytes):
                 self.refuse(ticket, f"the server holds {self._held_bytes} of {self.max_bytes} unsent bytes", busy=True)
                 return False
-            released = partial(self._let_fall, nbytes)
+            released = partial(self._free_bytes, nbytes)
         self._inbox.append(_Sample(ticket, token_ids, hidden_states, released))
         os.eventfd_write(self._wake, 1)
         return True
@@ -198,7 +205,7 @@ class Publisher:
                 self._take_inbox(queues)
                 for receiver in list(queues.by_receiver):
                     self._send_queue(queues, receiver)
-                self._let_go(queues)
+                self._release_sent(queues)
         except Exception:
             log.exception("The sending thread died: receivers will get nothing more from this server")
             raise
@@ -209,8 +216,8 @@ class Publisher:
             self._end_context()
 
     def _end_context(self) -> None:
-        if self._doorkeeper is not None:
-            self._doorkeeper.close()
+        if self._authenticator is not None:
+            self._authenticator.close()
         self._context.term()
 
     def _finished(self, queues: _Queues) -> bool:
@@ -288,7 +295,7 @@ class Publisher:
             queue.popleft()
         del queues.by_receiver[receiver]
 
-    def _let_go(self, queues: _Queues) -> None:
+    def _release_sent(self, queues: _Queues) -> None:
         held = []
         for entry in queues.in_zmq:
             if entry.tracker.done:
@@ -303,7 +310,7 @@ class Publisher:
             self._held_bytes += nbytes if fits else 0
         return fits
 
-    def _let_fall(self, nbytes: int) -> None:
+    def _free_bytes(self, nbytes: int) -> None:
         with self._lock:
             self._held_bytes -= nbytes
 

@@ -27,7 +27,7 @@ from typing import Any, Final
 import torch
 
 from dflash_scale.server.completions import CompletionServer, Limits, Reply, Request
-from dflash_scale.server.sender import MAX_BYTES, Publisher
+from dflash_scale.server.sender import MAX_BYTES, Offer, Sender
 from dflash_scale.transport.addresses import check_bind, check_bind_http, split_address
 from dflash_scale.transport.encoding import encode
 from dflash_scale.transport.keys import server_keys
@@ -131,28 +131,26 @@ class TappedVerifier:
 
 
 class EmbeddedServer:
-    """HTTP threads -> one queue -> one model thread -> Publisher. Runs from construction until `close`."""
+    """HTTP threads -> one queue -> one model thread -> Sender. Runs from construction until `close`."""
 
     def __init__(self, options: Options) -> None:
         self._check(options)
         keys = server_keys(options.keys) if options.keys is not None else None
         self._verifier = TappedVerifier(options.model, options.layer_ids, options.dtype)
         self._queue: queue.Queue[tuple[Request, Future[Reply]] | None] = queue.Queue(MAX_WAITING)
-        self._publisher = Publisher(
+        self._sender = Sender(
             options.zmq,
-            self._verifier.layout,
-            options.model,
-            origin=origin_of(options.model),
+            Offer(self._verifier.layout, options.model, origin_of(options.model)),
             insecure=options.insecure,
             keys=keys,
             max_bytes=options.max_unsent_bytes,
         )
-        self.zmq = self._publisher.endpoint
+        self.zmq = self._sender.endpoint
         limits = Limits(self._verifier.vocab_size, self._verifier.max_tokens, self._verifier.layout)
         try:
             self._http = CompletionServer(options.http, options.model, limits, self._submit)
         except ValueError:
-            self._publisher.close()
+            self._sender.close()
             raise
         self.http = self._http.url
         self.layout = self._verifier.layout
@@ -184,7 +182,7 @@ class EmbeddedServer:
             except Exception as error:  # a request must not take the server down; its client gets a 500
                 log.exception("A request of %d tokens failed", len(request.token_ids))
                 if request.ticket is not None:
-                    self._publisher.refuse(request.ticket, f"{type(error).__name__}: {error}")
+                    self._sender.refuse(request.ticket, f"{type(error).__name__}: {error}")
                 future.set_exception(error)
 
     def _answer(self, request: Request) -> Reply:
@@ -201,7 +199,7 @@ class EmbeddedServer:
         if ticket is not None:
             tokens = [*request.token_ids, *answer] if ticket.answer else request.token_ids
             token_ids = torch.tensor(tokens, dtype=torch.int32)
-            self._publisher.send(ticket, _bytes_of(token_ids), _bytes_of(encode(states, ticket.dtype)))
+            self._sender.send(ticket, _bytes_of(token_ids), _bytes_of(encode(states, ticket.dtype)))
         stopped = not request.ignore_eos and self._verifier.stopped(answer)
         return Reply(answer, "stop" if stopped else "length")
 
@@ -216,7 +214,7 @@ class EmbeddedServer:
         for item in waiting:
             if item is not None:
                 item[1].set_exception(RuntimeError("the server is shutting down"))
-        self._publisher.close()
+        self._sender.close()
 
 
 def _next_token(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> int:

@@ -12,7 +12,7 @@ Channel, in both directions over one ZeroMQ connection per (server, receiver) pa
 - Loss: a message may be lost (either end dies, or the receiver stays away too long); the receiver asks again with
   a higher attempt. A message that arrives is whole, and the checksum covers the payload.
 - Back-pressure: receivers bound the bytes in flight by credit. The server's bound comes second: a vLLM holds cache
-  blocks until its pool has room (`connector.py`), others answer what exceeds it by a refusal (`publisher.py`).
+  blocks until its pool has room (`connector.py`), others answer what exceeds it by a refusal (`sender.py`).
 - Who may die: either end, at any time. A reconnecting receiver takes its routing id over from its dead
   connection; a restarted server shows a new server id in its hello reply.
 - Versions: a hello names the range that the receiver speaks; the server answers in the newest that both speak, or

@@ -35,7 +35,7 @@ from dflash_scale.transport.keys import ReceiverKeys, ServerKeys
 from dflash_scale.transport.messages import MAX_HEADER_BYTES, check_name
 
 IO_THREADS: Final = 4  # of a receiver; each moves about 2 GB/s, and a connection stays with one of them
-HIGH_WATER: Final = 64  # messages per connection inside ZeroMQ; the bound in bytes is the publisher's
+HIGH_WATER: Final = 64  # messages per connection inside ZeroMQ; the bound in bytes is the sender's
 HANDSHAKE_MS: Final = 5_000
 CURVE_BYTES: Final = 64  # what encryption adds to a frame: 33, as MAXMSGSIZE counts them
 DOMAIN: Final = b"dflash-scale"  # of the ZeroMQ authentication; any text, but not none
@@ -48,7 +48,7 @@ HANDSHAKE_FAILURES: Final[Mapping[int, str]] = {
 }
 
 
-class Doorkeeper:
+class Authenticator:
     """Says for the CURVE sockets of a context which public keys belong to receivers. Start it before binding."""
 
     def __init__(self, context: "zmq.Context[Any]", receivers: frozenset[bytes]) -> None:
@@ -70,7 +70,7 @@ def bind_router(
 ) -> "zmq.Socket[bytes]":
     """The server's end. Sending to an absent receiver raises EHOSTUNREACH, to a slow one EAGAIN.
 
-    keys: only receivers that hold one of `keys.receivers` are served, and only while a Doorkeeper of the context lives.
+    keys: only receivers that hold one of `keys.receivers` are served, and while the context has an `Authenticator`.
     Raises ValueError for an address that needs keys or `insecure`, that is taken or that this machine has not.
     """
     check_bind("--zmq", address, open_to_others=insecure or keys is not None)
@@ -83,7 +83,7 @@ def bind_router(
             socket.setsockopt(zmq.CURVE_SERVER, 1)
             socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
             socket.setsockopt(zmq.ZAP_DOMAIN, DOMAIN)
-            socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without it, and without a Doorkeeper, every key would do
+            socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without it or an `Authenticator` every key would do
         socket.bind(address)
     except zmq.ZMQError as error:
         socket.close(linger=0)

@@ -1,4 +1,4 @@
-"""The handshake with a server, against a real publisher and an HTTP side that answers when the test says so."""
+"""The handshake with a server, against a real sender and an HTTP side that answers when the test says so."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ from dflash_scale.config.stream import Server
 from dflash_scale.fleet.state import Lost, Probe
 from dflash_scale.receiver.connections import Connections, Identity, Outcome
 from dflash_scale.receiver.http_client import HealthAnswered, Host
-from dflash_scale.server.sender import Publisher
+from dflash_scale.server.sender import Offer, Sender
 from dflash_scale.transport import messages
 from dflash_scale.transport.layout import Layout
 from dflash_scale.transport.messages import Origin
@@ -33,8 +33,8 @@ class Bench:
     """One server, and the receiver's connection to it."""
 
     def __init__(self) -> None:
-        self.publisher = Publisher("tcp://127.0.0.1:0", LAYOUT, "model")
-        self.entry = Server(http="http://127.0.0.1:1", zmq=self.publisher.endpoint)
+        self.sender = Sender("tcp://127.0.0.1:0", Offer(LAYOUT, "model"))
+        self.entry = Server(http="http://127.0.0.1:1", zmq=self.sender.endpoint)
         self.http = Http()
         self.connections = Connections(IDENTITY, 1 << 20, self.http)  # type: ignore[arg-type]
         self.connections.join(0, self.entry)
@@ -72,14 +72,14 @@ class Bench:
 
     def restart(self) -> None:
         """Another process at the same address."""
-        endpoint = self.publisher.endpoint
-        self.publisher.close(linger_s=0)
+        endpoint = self.sender.endpoint
+        self.sender.close(linger_s=0)
         self.await_break()
-        self.publisher = Publisher(endpoint, LAYOUT, "other")
+        self.sender = Sender(endpoint, Offer(LAYOUT, "other"))
 
     def close(self) -> None:
         self.connections.close()
-        self.publisher.close(linger_s=0)
+        self.sender.close(linger_s=0)
 
 
 @pytest.fixture

@@ -115,7 +115,7 @@ def test_a_finished_request_reaches_its_receiver(connector: ModuleType, layer_id
     cache = cache_tensor()
     worker.register_kv_caches({"model.layers.0": torch.empty(0), "cache_only_layers.6": cache})
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    address = worker._copies._publisher.endpoint
+    address = worker._kv_copier._sender.endpoint
     socket = sockets.connect_dealer(context, address, "rx", max_message_bytes=1 << 20)
     try:
         blocks = [7, 2, 5]
@@ -188,7 +188,7 @@ def test_the_pools_size_is_the_configurations(connector: ModuleType) -> None:
     for extra, wanted in (({}, 1 << 30), ({"pool_bytes": 4096}, 4096)):
         worker = build(connector, extra={"zmq": "tcp://127.0.0.1:*", **extra})
         worker.register_kv_caches({"cache_only_layers.6": cache_tensor()})
-        assert worker._copies._pool.nbytes == wanted
+        assert worker._kv_copier._pool.nbytes == wanted
         worker.shutdown()
 
 
@@ -283,7 +283,7 @@ def test_both_orders_of_the_cache(connector: ModuleType, order: tuple[int, ...])
     """Older releases of vLLM put a block's tokens before the layers."""
     worker = build(connector)
     worker.register_kv_caches({"cache_only_layers.6": cache_tensor().permute(order)})
-    assert torch.equal(worker._copies._cache, cache_tensor().transpose(1, 2))
+    assert torch.equal(worker._kv_copier._cache, cache_tensor().transpose(1, 2))
     worker.shutdown()
 
 
@@ -348,7 +348,7 @@ def test_the_server_of_a_folder_of_keys_serves_its_receivers_only(connector: Mod
     try:
         answered = []
         for given in (None, keys.receiver_keys(tmp_path / "keys")):
-            address = worker._copies._publisher.endpoint
+            address = worker._kv_copier._sender.endpoint
             socket = sockets.connect_dealer(context, address, "rx", max_message_bytes=1 << 20, keys=given)
             socket.send(messages.encode(messages.Hello("run-1", "rx")))
             answered.append(bool(socket.poll(10_000 if given else 500)))

@@ -14,8 +14,8 @@ import zmq
 
 from dflash_scale.server import kv_copy, sender
 from dflash_scale.server.host_pool import HostPool
-from dflash_scale.server.kv_copy import Copies, Finished
-from dflash_scale.server.sender import Publisher
+from dflash_scale.server.kv_copy import Finished, KvCopier
+from dflash_scale.server.sender import Offer, Sender
 from dflash_scale.transport import messages, sockets
 from dflash_scale.transport.encoding import encode
 from dflash_scale.transport.layout import FP8, Layout
@@ -54,14 +54,14 @@ def wanted(request: Finished) -> torch.Tensor:
 
 @dataclass
 class Rig:
-    copies: Copies
+    copier: KvCopier
     pool: HostPool
-    publisher: Publisher
+    sender: Sender
     cache: torch.Tensor
     context: "zmq.Context[zmq.Socket[bytes]]"
 
     def connect(self, receiver: str = "rx") -> "zmq.Socket[bytes]":
-        socket = sockets.connect_dealer(self.context, self.publisher.endpoint, receiver, max_message_bytes=1 << 22)
+        socket = sockets.connect_dealer(self.context, self.sender.endpoint, receiver, max_message_bytes=1 << 22)
         socket.send(messages.encode(messages.Hello("run-1", receiver)))
         assert socket.poll(10_000), "no hello reply"
         socket.recv()
@@ -73,14 +73,14 @@ def make() -> Iterator[Callable[[int], Rig]]:
     made: list[Rig] = []
 
     def build(pool_bytes: int) -> Rig:
-        sender = Publisher("tcp://127.0.0.1:*", LAYOUT, "model")
+        sender = Sender("tcp://127.0.0.1:*", Offer(LAYOUT, "model"))
         pool, memory = HostPool(pool_bytes, pinned=False), cache()
-        made.append(Rig(Copies(memory, sender, pool), pool, sender, memory, zmq.Context()))
+        made.append(Rig(KvCopier(memory, sender, pool), pool, sender, memory, zmq.Context()))
         return made[-1]
 
     yield build
     for rig in made:
-        rig.copies.close()
+        rig.copier.close()
         rig.context.destroy(linger=0)
 
 
@@ -116,7 +116,7 @@ def test_slices_make_up_the_sample(
     rig = make(1 << 20)
     socket = rig.connect()
     request = finished(3, tokens=11, layer_ids=layer_ids, dtype=dtype)
-    assert rig.copies.step([request]) == {"request-3"}
+    assert rig.copier.step([request]) == {"request-3"}
     receive(socket, request)
 
 
@@ -130,7 +130,7 @@ def test_the_last_token_of_an_answer_is_zeros(make: Callable[[int], Rig], tokens
     piece.memory.fill_(255)
     rig.pool.give_back(piece)
     request = finished(3, tokens=tokens, dtype=dtype, answer=True)
-    assert rig.copies.step([request]) == {"request-3"}
+    assert rig.copier.step([request]) == {"request-3"}
     receive(socket, request)
 
 
@@ -139,14 +139,14 @@ def test_a_pool_smaller_than_what_is_in_flight_holds_blocks_and_loses_nothing(ma
     rig = make(2 * SAMPLE_BYTES + 1000)
     socket = rig.connect()
     requests = [finished(sample) for sample in range(12)]
-    copied: set[str] = rig.copies.step(requests)
+    copied: set[str] = rig.copier.step(requests)
     assert copied == {"request-0", "request-1"}
     for request in requests:
         until(lambda r=request: step(rig, copied) or r.request_id in copied, f"{request.request_id} was never copied")
         receive(socket, request)
     until(lambda: nothing_lent(rig.pool), "memory was not given back")
     assert copied == {request.request_id for request in requests}
-    assert rig.publisher.counters.refused == rig.publisher.counters.dropped == 0
+    assert rig.sender.counters.refused == rig.sender.counters.dropped == 0
 
 
 def nothing_lent(pool: HostPool) -> bool:
@@ -157,14 +157,14 @@ def nothing_lent(pool: HostPool) -> bool:
 
 
 def step(rig: Rig, copied: set[str]) -> bool:
-    copied |= rig.copies.step([])
+    copied |= rig.copier.step([])
     return False
 
 
 def test_the_cache_may_be_reused_once_a_request_is_reported(make: Callable[[int], Rig]) -> None:
     rig = make(1 << 20)
     socket, request = rig.connect(), finished(1)
-    assert rig.copies.step([request]) == {"request-1"}
+    assert rig.copier.step([request]) == {"request-1"}
     rig.cache.zero_()
     receive(socket, request)
 
@@ -174,7 +174,7 @@ def test_nothing_small_overtakes_the_oldest(make: Callable[[int], Rig]) -> None:
     rig = make(2 * SAMPLE_BYTES)
     socket = rig.connect()
     first, big, small = finished(0), finished(1, tokens=20), finished(2, tokens=4)
-    copied = rig.copies.step([first, big, small])
+    copied = rig.copier.step([first, big, small])
     assert copied == {"request-0"}, "the pool had room for the small one, but not for the big one before it"
     for request in (first, big, small):
         until(lambda r=request: step(rig, copied) or r.request_id in copied, request.request_id)
@@ -188,12 +188,12 @@ def test_an_absent_receiver_holds_memory_for_a_while_only(
     rig = make(SAMPLE_BYTES + 1000)
     socket = rig.connect()
     lost, kept = finished(1, receiver="nobody"), finished(2)
-    assert rig.copies.step([lost, kept]) == {"request-1"}
+    assert rig.copier.step([lost, kept]) == {"request-1"}
     copied: set[str] = set()
     until(lambda: step(rig, copied) or copied == {"request-2"}, "the pool is still held for an absent receiver")
     receive(socket, kept)
     until(lambda: nothing_lent(rig.pool), "memory was not given back")
-    assert rig.publisher.counters.dropped == 1
+    assert rig.sender.counters.dropped == 1
 
 
 def test_a_receiver_that_goes_away_gives_back_what_it_did_not_read(
@@ -204,8 +204,8 @@ def test_a_receiver_that_goes_away_gives_back_what_it_did_not_read(
     rig = make(8 * SAMPLE_BYTES)
     socket = rig.connect()
     requests = [finished(sample) for sample in range(200)]
-    copied = rig.copies.step(requests)
-    until(lambda: step(rig, copied) or rig.publisher.counters.sent > 8, "nothing was sent")
+    copied = rig.copier.step(requests)
+    until(lambda: step(rig, copied) or rig.sender.counters.sent > 8, "nothing was sent")
     socket.close(0)
     until(lambda: step(rig, copied) or len(copied) == len(requests), f"only {len(copied)} blocks came back")
     until(lambda: nothing_lent(rig.pool), "memory was not given back")
@@ -214,7 +214,7 @@ def test_a_receiver_that_goes_away_gives_back_what_it_did_not_read(
 def test_a_sample_larger_than_the_pool_is_refused_and_its_blocks_are_freed(make: Callable[[int], Rig]) -> None:
     rig = make(SAMPLE_BYTES - 1)
     socket = rig.connect()
-    assert rig.copies.step([finished(1)]) == {"request-1"}
+    assert rig.copier.step([finished(1)]) == {"request-1"}
     assert socket.poll(10_000)
     refusal = messages.decode(socket.recv(), max_tokens=0)
     assert isinstance(refusal, messages.Refusal)
@@ -224,7 +224,7 @@ def test_a_sample_larger_than_the_pool_is_refused_and_its_blocks_are_freed(make:
 def test_refusals_of_the_scheduler_go_out(make: Callable[[int], Rig]) -> None:
     rig = make(1 << 20)
     socket = rig.connect()
-    assert rig.copies.step([replace(finished(1), block_ids=(), refusal="because")]) == set()
+    assert rig.copier.step([replace(finished(1), block_ids=(), refusal="because")]) == set()
     assert socket.poll(10_000)
     refusal = messages.decode(socket.recv(), max_tokens=0)
     assert isinstance(refusal, messages.Refusal)
@@ -255,20 +255,20 @@ def test_blocks_stay_until_the_device_has_copied_them(
         events.append(StandInEvent())
         return events[-1]
 
-    monkeypatch.setattr(rig.copies._copier, "run", run)
+    monkeypatch.setattr(rig.copier._side, "run", run)
     first, second = finished(1), finished(2)
-    assert rig.copies.step([first, second]) == set()
-    assert rig.copies.step([]) == set()
+    assert rig.copier.step([first, second]) == set()
+    assert rig.copier.step([]) == set()
     for i, request in ((1, second), (0, first)):
         starts[i]()
         events[i].over = True
-        assert rig.copies.step([]) == {request.request_id}
+        assert rig.copier.step([]) == {request.request_id}
         receive(socket, request)
 
 
 def test_a_sender_that_died_ends_the_server(make: Callable[[int], Rig]) -> None:
     """Blocks would be held for ever otherwise, and nobody told."""
     rig = make(1 << 20)
-    rig.publisher.close()
+    rig.sender.close()
     with pytest.raises(RuntimeError, match="restart this server"):
-        rig.copies.step([])
+        rig.copier.step([])

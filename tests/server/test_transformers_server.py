@@ -314,7 +314,7 @@ def test_ipv6_with_keys(folder: Path, tmp_path: Path) -> None:
     server = EmbeddedServer(options)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
-        assert server._publisher.max_bytes == 12345678
+        assert server._sender.max_bytes == 12345678
         address = server.zmq.replace("[::]", "[::1]")
         receiver = keys.receiver_keys(tmp_path / "keys")
         socket = sockets.connect_dealer(context, address, "rx-1", max_message_bytes=1 << 22, keys=receiver)

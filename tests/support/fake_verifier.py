@@ -171,7 +171,7 @@ class FakeVerifier:
 
     def serve_wire(self) -> None:
         context, keys = zmq.Context.instance(), server_keys(self.keys) if self.keys is not None else None
-        doorkeeper = sockets.Doorkeeper(context, keys.receivers) if keys is not None else None  # noqa: F841 lives on
+        authenticator = sockets.Authenticator(context, keys.receivers) if keys is not None else None  # noqa: F841
         router = sockets.bind_router(context, f"tcp://127.0.0.1:{self.zmq_port}", keys=keys)
         reply = messages.encode(self.reply)
         while True:

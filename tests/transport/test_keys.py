@@ -16,11 +16,11 @@ import pytest
 import zmq
 
 from dflash_scale.commands import cli
-from dflash_scale.server.sender import Publisher
+from dflash_scale.server.sender import Offer, Sender
 from dflash_scale.transport import messages, sockets
 from dflash_scale.transport.keys import KeysError, ReceiverKeys, make_keys, receiver_keys, server_keys
 from tests.support.data_messages import decode_data
-from tests.support.publisher_process import LAYOUT
+from tests.support.sender_process import LAYOUT
 
 ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
@@ -120,11 +120,11 @@ def greet(socket: "zmq.Socket[bytes]", wait_ms: int = 10_000) -> bool:
     return isinstance(messages.decode(socket.recv(), max_tokens=0), messages.HelloReply)
 
 
-def reaches(publisher: Publisher, count: int) -> bool:
+def reaches(sender: Sender, count: int) -> bool:
     deadline = time.monotonic() + 10
-    while publisher.counters.turned_away < count and time.monotonic() < deadline:
+    while sender.counters.turned_away < count and time.monotonic() < deadline:
         time.sleep(0.01)
-    return publisher.counters.turned_away >= count
+    return sender.counters.turned_away >= count
 
 
 def test_only_receivers_with_a_known_key_are_served(
@@ -132,15 +132,15 @@ def test_only_receivers_with_a_known_key_are_served(
 ) -> None:
     make_keys(tmp_path / "other")
     ours, theirs = receiver_keys(folder), receiver_keys(tmp_path / "other")
-    publisher = Publisher("tcp://127.0.0.1:*", LAYOUT, "m", keys=server_keys(folder))
+    sender = Sender("tcp://127.0.0.1:*", Offer(LAYOUT, "m"), keys=server_keys(folder))
     stranger = ReceiverKeys(theirs.public, theirs.secret, ours.server)  # knows the server's public key
     refused = [None, stranger, theirs]
     for count, keys in enumerate(refused, start=1):
-        assert not greet(dealer(context, publisher.endpoint, keys), wait_ms=300), f"served with {keys}"
-        assert reaches(publisher, count), "it is not counted"
+        assert not greet(dealer(context, sender.endpoint, keys), wait_ms=300), f"served with {keys}"
+        assert reaches(sender, count), "it is not counted"
     assert "connections turned away so far; the latest: " in caplog.text
-    assert greet(dealer(context, publisher.endpoint, ours))
-    publisher.close()
+    assert greet(dealer(context, sender.endpoint, ours))
+    sender.close()
 
 
 def test_a_second_receivers_key_is_laid_beside_the_first(
@@ -148,11 +148,11 @@ def test_a_second_receivers_key_is_laid_beside_the_first(
 ) -> None:
     make_keys(tmp_path / "other")
     (folder / "receiver-other.public").write_bytes((tmp_path / "other" / "receiver.public").read_bytes())
-    publisher = Publisher("tcp://127.0.0.1:*", LAYOUT, "m", keys=server_keys(folder))
+    sender = Sender("tcp://127.0.0.1:*", Offer(LAYOUT, "m"), keys=server_keys(folder))
     first, second = receiver_keys(folder), receiver_keys(tmp_path / "other")
-    assert greet(dealer(context, publisher.endpoint, first))
-    assert greet(dealer(context, publisher.endpoint, ReceiverKeys(second.public, second.secret, first.server)))
-    publisher.close()
+    assert greet(dealer(context, sender.endpoint, first))
+    assert greet(dealer(context, sender.endpoint, ReceiverKeys(second.public, second.secret, first.server)))
+    sender.close()
 
 
 def test_a_receiver_with_keys_takes_nothing_from_another_server(
@@ -162,12 +162,12 @@ def test_a_receiver_with_keys_takes_nothing_from_another_server(
     make_keys(tmp_path / "evil")
     (tmp_path / "evil" / "receiver.public").write_bytes((folder / "receiver.public").read_bytes())
     for keys in (None, server_keys(tmp_path / "evil")):
-        publisher = Publisher("tcp://127.0.0.1:*", LAYOUT, "m", keys=keys)
-        assert not greet(dealer(context, publisher.endpoint, receiver_keys(folder)), wait_ms=300)
-        publisher.close()
+        sender = Sender("tcp://127.0.0.1:*", Offer(LAYOUT, "m"), keys=keys)
+        assert not greet(dealer(context, sender.endpoint, receiver_keys(folder)), wait_ms=300)
+        sender.close()
 
 
-def test_without_a_doorkeeper_nobody_comes_in(context: "zmq.Context[zmq.Socket[bytes]]", folder: Path) -> None:
+def test_without_an_authenticator_nobody_comes_in(context: "zmq.Context[zmq.Socket[bytes]]", folder: Path) -> None:
     """ZeroMQ by itself would take every key that opens its handshake."""
     router = sockets.bind_router(context, "tcp://127.0.0.1:*", keys=server_keys(folder))
     receiver = dealer(context, router.getsockopt_string(zmq.LAST_ENDPOINT), receiver_keys(folder))
@@ -180,28 +180,28 @@ def test_the_largest_sample_passes_with_keys(context: "zmq.Context[zmq.Socket[by
     tokens = 700
     largest = tokens * LAYOUT.bytes_per_token
     ids, states = os.urandom(4 * tokens), os.urandom(largest)
-    publisher = Publisher("tcp://127.0.0.1:*", LAYOUT, "m", keys=server_keys(folder))
-    socket = dealer(context, publisher.endpoint, receiver_keys(folder), largest)
+    sender = Sender("tcp://127.0.0.1:*", Offer(LAYOUT, "m"), keys=server_keys(folder))
+    socket = dealer(context, sender.endpoint, receiver_keys(folder), largest)
     assert greet(socket)
-    publisher.send(messages.Ticket("run", "rx", 0, 1, 0, LAYOUT.layer_ids, LAYOUT.dtype), ids, states)
+    sender.send(messages.Ticket("run", "rx", 0, 1, 0, LAYOUT.layer_ids, LAYOUT.dtype), ids, states)
     assert socket.poll(10_000), "nothing came"
     _, got_ids, got_states = decode_data(socket.recv_multipart(), layout=LAYOUT, max_tokens=tokens)
     assert (bytes(got_ids), bytes(got_states)) == (ids, states)
-    publisher.close()
+    sender.close()
 
 
 def test_keys_open_addresses_to_other_machines(folder: Path) -> None:
     with pytest.raises(ValueError, match="wanted a loopback address"):
-        Publisher("tcp://0.0.0.0:*", LAYOUT, "m")
-    Publisher("tcp://0.0.0.0:*", LAYOUT, "m", keys=server_keys(folder)).close()
+        Sender("tcp://0.0.0.0:*", Offer(LAYOUT, "m"))
+    Sender("tcp://0.0.0.0:*", Offer(LAYOUT, "m"), keys=server_keys(folder)).close()
 
 
 @pytest.mark.parametrize("keyed", [False, True])
 def test_ipv6(context: "zmq.Context[zmq.Socket[bytes]]", folder: Path, keyed: bool) -> None:
-    publisher = Publisher("tcp://[::1]:*", LAYOUT, "m", keys=server_keys(folder) if keyed else None)
-    assert publisher.endpoint.startswith("tcp://[::1]:")
-    assert greet(dealer(context, publisher.endpoint, receiver_keys(folder) if keyed else None))
-    publisher.close()
+    sender = Sender("tcp://[::1]:*", Offer(LAYOUT, "m"), keys=server_keys(folder) if keyed else None)
+    assert sender.endpoint.startswith("tcp://[::1]:")
+    assert greet(dealer(context, sender.endpoint, receiver_keys(folder) if keyed else None))
+    sender.close()
 
 
 # Hostile clients of a keyed server, which runs in a process of its own so that its memory can be seen.
@@ -210,7 +210,7 @@ def test_ipv6(context: "zmq.Context[zmq.Socket[bytes]]", folder: Path, keyed: bo
 class Server:
     def __init__(self, keys: Path) -> None:
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, str(ROOT / "tests" / "publisher_process.py"), str(keys)]
+        command = [sys.executable, str(ROOT / "tests" / "support" / "sender_process.py"), str(keys)]
         self.process = subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-3, env=environment, text=True)
         self.endpoint = self._line()
         host, _, port = self.endpoint.removeprefix("tcp://").rpartition(":")

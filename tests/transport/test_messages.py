@@ -16,7 +16,7 @@ import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dflash_scale.server.sender import Publisher
+from dflash_scale.server.sender import Offer, Sender
 from dflash_scale.transport import messages, sockets
 from dflash_scale.transport.layout import (
     CONVERSIONS,
@@ -90,7 +90,7 @@ def test_random_bytes_raise_only_wire_errors(raw: bytes) -> None:
         messages.decode(raw, max_tokens=1 << 20)
 
 
-@given(messages, st.data())
+@given(any_message, st.data())
 @settings(max_examples=300, deadline=None)
 def test_damaged_messages_decode_or_raise_wire_errors(message: messages.Message, data: st.DataObject) -> None:
     raw = bytearray(messages.encode(message))
@@ -102,7 +102,7 @@ def test_damaged_messages_decode_or_raise_wire_errors(message: messages.Message,
             messages.decode(frame, max_tokens=1 << 20)
 
 
-@given(messages, st.data())
+@given(any_message, st.data())
 @settings(max_examples=300, deadline=None)
 def test_maps_with_wrong_values_raise_wire_errors(message: messages.Message, data: st.DataObject) -> None:
     body = msgpack.unpackb(messages.encode(message))
@@ -234,75 +234,75 @@ def hello(socket: "zmq.Socket[bytes]", receiver: str) -> HelloReply:
     return reply
 
 
-def test_publisher_sends_in_order_to_the_receiver_named(context: "zmq.Context[zmq.Socket[bytes]]") -> None:
-    publisher = Publisher("tcp://127.0.0.1:*", LAYOUT, "model-1")
-    address, largest = publisher.endpoint, 1 << 20
+def test_sender_sends_in_order_to_the_receiver_named(context: "zmq.Context[zmq.Socket[bytes]]") -> None:
+    sender = Sender("tcp://127.0.0.1:*", Offer(LAYOUT, "model-1"))
+    address, largest = sender.endpoint, 1 << 20
     ends = {name: sockets.connect_dealer(context, address, name, max_message_bytes=largest) for name in "ab"}
     for name, socket in ends.items():
-        assert hello(socket, name) == HelloReply(LAYOUT, "model-1", publisher.server_id, Origin())
+        assert hello(socket, name) == HelloReply(LAYOUT, "model-1", sender.server_id, Origin())
     sent = [random_payload(1 + sample % 7) for sample in range(200)]
     for sample, (ids, states) in enumerate(sent):
-        publisher.send(Ticket("run-1", "ab"[sample % 2], 0, sample, 0, LAYOUT.layer_ids, LAYOUT.dtype), ids, states)
+        sender.send(Ticket("run-1", "ab"[sample % 2], 0, sample, 0, LAYOUT.layer_ids, LAYOUT.dtype), ids, states)
     for sample, (ids, states) in enumerate(sent):
         socket = ends["ab"[sample % 2]]
         assert socket.poll(10_000), f"sample {sample} did not arrive"
         header, got_ids, got_states = decode_data(socket.recv_multipart(), layout=LAYOUT, max_tokens=7)
         assert header.ticket.sample == sample
         assert (bytes(got_ids), bytes(got_states)) == (ids, states)
-    publisher.refuse(Ticket("run-1", "a", 0, 7, 2, LAYOUT.layer_ids, LAYOUT.dtype), "x" * 9999)
+    sender.refuse(Ticket("run-1", "a", 0, 7, 2, LAYOUT.layer_ids, LAYOUT.dtype), "x" * 9999)
     refusal = messages.decode(ends["a"].recv(), max_tokens=0)
     assert refusal == Refusal(
         Ticket("run-1", "a", 0, 7, 2, LAYOUT.layer_ids, LAYOUT.dtype), "x" * messages.MAX_REASON_CHARS
     )
-    publisher.close()
-    assert publisher.counters.sent == 201
-    assert publisher._held_bytes == 0
+    sender.close()
+    assert sender.counters.sent == 201
+    assert sender._held_bytes == 0
 
 
-def test_publisher_refuses_what_it_cannot_hold(context: "zmq.Context[zmq.Socket[bytes]]") -> None:
+def test_sender_refuses_what_it_cannot_hold(context: "zmq.Context[zmq.Socket[bytes]]") -> None:
     ids, states = random_payload(5)
-    publisher = Publisher("tcp://127.0.0.1:*", LAYOUT, "m", max_bytes=len(ids) + len(states) - 1)
-    socket = sockets.connect_dealer(context, publisher.endpoint, "rx", max_message_bytes=1 << 20)
+    sender = Sender("tcp://127.0.0.1:*", Offer(LAYOUT, "m"), max_bytes=len(ids) + len(states) - 1)
+    socket = sockets.connect_dealer(context, sender.endpoint, "rx", max_message_bytes=1 << 20)
     hello(socket, "rx")
-    assert publisher.send(Ticket("run-1", "rx", 0, 1, 0, LAYOUT.layer_ids, LAYOUT.dtype), ids, states) is False
+    assert sender.send(Ticket("run-1", "rx", 0, 1, 0, LAYOUT.layer_ids, LAYOUT.dtype), ids, states) is False
     refusal = messages.decode(socket.recv(), max_tokens=0)
     assert isinstance(refusal, Refusal)
     assert "unsent bytes" in refusal.reason
     assert refusal.busy, "the sample is not to blame"
     with pytest.raises(WireError, match="bytes of states"):
-        publisher.send(TICKET, ids, states[:-1])
-    publisher.close()
+        sender.send(TICKET, ids, states[:-1])
+    sender.close()
 
 
-def test_publisher_drops_for_an_absent_receiver_and_answers_others(
+def test_sender_drops_for_an_absent_receiver_and_answers_others(
     context: "zmq.Context[zmq.Socket[bytes]]", monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dflash_scale.server.sender.AWAY_S", 0.3)
-    publisher = Publisher("tcp://127.0.0.1:*", LAYOUT, "m")
-    publisher.send(TICKET, *random_payload(5))
-    socket = sockets.connect_dealer(context, publisher.endpoint, "rx", max_message_bytes=1 << 20)
+    sender = Sender("tcp://127.0.0.1:*", Offer(LAYOUT, "m"))
+    sender.send(TICKET, *random_payload(5))
+    socket = sockets.connect_dealer(context, sender.endpoint, "rx", max_message_bytes=1 << 20)
     hello(socket, "rx")
     socket.send(b"rubbish")
     deadline = time.monotonic() + 10
-    while not (publisher.counters.dropped and publisher.counters.invalid) and time.monotonic() < deadline:
+    while not (sender.counters.dropped and sender.counters.invalid) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert (publisher.counters.dropped, publisher.counters.invalid) == (1, 1)
-    assert publisher._held_bytes == 0
+    assert (sender.counters.dropped, sender.counters.invalid) == (1, 1)
+    assert sender._held_bytes == 0
     hello(socket, "rx")
-    publisher.close()
+    sender.close()
 
 
 def test_a_receiver_of_another_version_is_told_both(context: "zmq.Context[zmq.Socket[bytes]]") -> None:
-    publisher = Publisher("tcp://127.0.0.1:*", LAYOUT, "m")
+    sender = Sender("tcp://127.0.0.1:*", Offer(LAYOUT, "m"))
     newer, both = (messages.VERSION + 1, messages.VERSION + 2), (1, messages.VERSION + 1)
-    socket = sockets.connect_dealer(context, publisher.endpoint, "rx", max_message_bytes=1 << 20)
+    socket = sockets.connect_dealer(context, sender.endpoint, "rx", max_message_bytes=1 << 20)
     socket.send(messages.encode(Hello("run-1", "rx", newer)))
     assert socket.poll(10_000), "no answer"
     assert messages.decode(socket.recv(), max_tokens=0) == Incompatible(messages.VERSIONS)
     socket.send(messages.encode(Hello("run-1", "rx", both)))
     assert socket.poll(10_000), "no answer"
     assert isinstance(messages.decode(socket.recv(), max_tokens=0), HelloReply)
-    publisher.close()
+    sender.close()
 
 
 @pytest.mark.parametrize(
@@ -322,44 +322,44 @@ def test_versions_that_are_none(versions: Any) -> None:
         messages.decode(msgpack.packb(body), max_tokens=0)
 
 
-def test_publisher_waits_for_a_receiver_that_connects_late(context: "zmq.Context[zmq.Socket[bytes]]") -> None:
-    publisher = Publisher("tcp://127.0.0.1:*", LAYOUT, "m")
-    publisher.send(TICKET, *random_payload(5))
+def test_sender_waits_for_a_receiver_that_connects_late(context: "zmq.Context[zmq.Socket[bytes]]") -> None:
+    sender = Sender("tcp://127.0.0.1:*", Offer(LAYOUT, "m"))
+    sender.send(TICKET, *random_payload(5))
     time.sleep(0.2)
-    socket = sockets.connect_dealer(context, publisher.endpoint, TICKET.receiver, max_message_bytes=1 << 20)
+    socket = sockets.connect_dealer(context, sender.endpoint, TICKET.receiver, max_message_bytes=1 << 20)
     assert socket.poll(10_000)
     assert decode_data(socket.recv_multipart(), layout=LAYOUT, max_tokens=5)[0].ticket == TICKET
-    publisher.close()
+    sender.close()
 
 
 def test_a_new_receiver_takes_its_name_over(context: "zmq.Context[zmq.Socket[bytes]]") -> None:
-    publisher = Publisher("tcp://127.0.0.1:*", LAYOUT, "m")
-    first = sockets.connect_dealer(context, publisher.endpoint, "rx", max_message_bytes=1 << 20)
+    sender = Sender("tcp://127.0.0.1:*", Offer(LAYOUT, "m"))
+    first = sockets.connect_dealer(context, sender.endpoint, "rx", max_message_bytes=1 << 20)
     hello(first, "rx")
-    second = sockets.connect_dealer(context, publisher.endpoint, "rx", max_message_bytes=1 << 20)
+    second = sockets.connect_dealer(context, sender.endpoint, "rx", max_message_bytes=1 << 20)
     hello(second, "rx")
-    publisher.send(Ticket("run-1", "rx", 0, 1, 0, LAYOUT.layer_ids, LAYOUT.dtype), *random_payload(5))
+    sender.send(Ticket("run-1", "rx", 0, 1, 0, LAYOUT.layer_ids, LAYOUT.dtype), *random_payload(5))
     assert second.poll(10_000)
-    publisher.close()
+    sender.close()
 
 
 def test_frames_beyond_the_bound_are_not_read(context: "zmq.Context[zmq.Socket[bytes]]") -> None:
-    publisher = Publisher("tcp://127.0.0.1:*", Layout((1, 2), 1024, "float32"), "m")
-    socket = sockets.connect_dealer(context, publisher.endpoint, "rx", max_message_bytes=8192)
+    sender = Sender("tcp://127.0.0.1:*", Offer(Layout((1, 2), 1024, "float32"), "m"))
+    socket = sockets.connect_dealer(context, sender.endpoint, "rx", max_message_bytes=8192)
     hello(socket, "rx")
-    publisher.send(Ticket("run-1", "rx", 0, 1, 0, (1, 2), "float32"), *random_payload(5, publisher.layout))
+    sender.send(Ticket("run-1", "rx", 0, 1, 0, (1, 2), "float32"), *random_payload(5, sender.layout))
     assert not socket.poll(500), "a message of 40 KiB came through a bound of 8 KiB"
-    publisher.close()
+    sender.close()
 
 
-def test_publisher_refuses_open_addresses_and_taken_ports() -> None:
+def test_sender_refuses_open_addresses_and_taken_ports() -> None:
     with pytest.raises(ValueError, match="loopback"):
-        Publisher("tcp://0.0.0.0:*", LAYOUT, "m")
-    publisher = Publisher("tcp://127.0.0.1:*", LAYOUT, "m")
-    for address, why in ((publisher.endpoint, "Address already in use"), ("tcp://192.0.2.1:*", "Cannot assign")):
+        Sender("tcp://0.0.0.0:*", Offer(LAYOUT, "m"))
+    sender = Sender("tcp://127.0.0.1:*", Offer(LAYOUT, "m"))
+    for address, why in ((sender.endpoint, "Address already in use"), ("tcp://192.0.2.1:*", "Cannot assign")):
         with pytest.raises(ValueError, match=rf"^--zmq: got '{re.escape(address)}', which cannot be bound \({why}"):
-            Publisher(address, LAYOUT, "m", insecure=True)
-    publisher.close()
+            Sender(address, Offer(LAYOUT, "m"), insecure=True)
+    sender.close()
 
 
 def test_imports_nothing_heavy() -> None:
@@ -383,11 +383,11 @@ def test_a_layout_offers_some_of_its_layers() -> None:
 
 
 def test_a_sample_of_layers_that_the_server_has_not() -> None:
-    publisher = Publisher("tcp://127.0.0.1:*", LAYOUT, "m")
+    sender = Sender("tcp://127.0.0.1:*", Offer(LAYOUT, "m"))
     try:
         with pytest.raises(WireError, match="asked for"):
-            publisher.send(
+            sender.send(
                 Ticket("run-1", "rx", 0, 1, 0, (2, 3), "bfloat16"), *random_payload(5, Layout((2, 3), 8, "bfloat16"))
             )
     finally:
-        publisher.close()
+        sender.close()

@@ -1,4 +1,4 @@
-"""A receiver's connections against a real publisher: what they bring, and what one that was given up no more brings."""
+"""A receiver's connections against a real sender: what they bring, and what one that was given up no more brings."""
 
 import threading
 import time
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from dflash_scale.server.sender import Publisher
+from dflash_scale.server.sender import Offer, Sender
 from dflash_scale.transport import messages
 from dflash_scale.transport.layout import Layout
 from dflash_scale.transport.messages import Ticket
@@ -25,16 +25,16 @@ def dealers() -> Iterator[Dealers]:
 
 
 @pytest.fixture
-def make_publisher() -> Iterator[Callable[..., Publisher]]:
-    made: list[Publisher] = []
+def make_sender() -> Iterator[Callable[..., Sender]]:
+    made: list[Sender] = []
 
-    def make(address: str = "tcp://127.0.0.1:0") -> Publisher:
-        made.append(Publisher(address, LAYOUT, "model"))
+    def make(address: str = "tcp://127.0.0.1:0") -> Sender:
+        made.append(Sender(address, Offer(LAYOUT, "model")))
         return made[-1]
 
     yield make
-    for publisher in made:
-        publisher.close(linger_s=0)
+    for sender in made:
+        sender.close(linger_s=0)
 
 
 def receive(dealers: Dealers, dealer: Dealer) -> tuple[messages.Message, Incoming]:
@@ -58,12 +58,12 @@ def ticket(dealer: Dealer, sample: int) -> Ticket:
     return Ticket("run", dealer.receiver, 0, sample, 0, LAYOUT.layer_ids, LAYOUT.dtype)
 
 
-def test_a_payload_is_read_to_where_it_is_wanted(dealers: Dealers, make_publisher: Callable[..., Publisher]) -> None:
-    publisher = make_publisher()
-    dealer = dealers.connect(publisher.endpoint)
+def test_a_payload_is_read_to_where_it_is_wanted(dealers: Dealers, make_sender: Callable[..., Sender]) -> None:
+    sender = make_sender()
+    dealer = dealers.connect(sender.endpoint)
     greet(dealers, dealer)
     for sample in range(3):
-        assert publisher.send(ticket(dealer, sample), TOKENS, STATES)
+        assert sender.send(ticket(dealer, sample), TOKENS, STATES)
     place = bytearray(len(STATES) + 2)
     _, incoming = receive(dealers, dealer)
     assert incoming.more and incoming.read() == TOKENS
@@ -79,31 +79,31 @@ def test_a_payload_is_read_to_where_it_is_wanted(dealers: Dealers, make_publishe
 
 
 def test_what_was_asked_over_a_connection_that_was_cut_never_comes(
-    dealers: Dealers, make_publisher: Callable[..., Publisher]
+    dealers: Dealers, make_sender: Callable[..., Sender]
 ) -> None:
-    publisher = make_publisher()
-    old = dealers.connect(publisher.endpoint)
+    sender = make_sender()
+    old = dealers.connect(sender.endpoint)
     assert isinstance(greet(dealers, old), messages.HelloReply)
     dealers.cut(old)
-    new = dealers.connect(publisher.endpoint)
+    new = dealers.connect(sender.endpoint)
     assert isinstance(greet(dealers, new), messages.HelloReply)
     assert new.receiver != old.receiver
-    assert publisher.send(ticket(old, 1), TOKENS, STATES)
+    assert sender.send(ticket(old, 1), TOKENS, STATES)
     time.sleep(0.3)  # longer than it takes when it arrives
-    assert publisher.send(ticket(new, 2), TOKENS, STATES)
+    assert sender.send(ticket(new, 2), TOKENS, STATES)
     header, _ = receive(dealers, new)
     assert isinstance(header, messages.Header)
     assert header.ticket.sample == 2
 
 
 def test_connections_are_independent_and_many_follow_one_another(
-    dealers: Dealers, make_publisher: Callable[..., Publisher]
+    dealers: Dealers, make_sender: Callable[..., Sender]
 ) -> None:
-    publishers = [make_publisher() for _ in range(2)]
+    senders = [make_sender() for _ in range(2)]
     for _ in range(20):
-        for old in [dealers.connect(publisher.endpoint) for publisher in publishers]:
+        for old in [dealers.connect(sender.endpoint) for sender in senders]:
             dealers.cut(old)
-    first, second = (dealers.connect(publisher.endpoint) for publisher in publishers)
+    first, second = (dealers.connect(sender.endpoint) for sender in senders)
     for dealer in (second, first):
         assert isinstance(greet(dealers, dealer), messages.HelloReply)
     dealers.cut(first)
@@ -111,19 +111,19 @@ def test_connections_are_independent_and_many_follow_one_another(
 
 
 def test_a_connection_that_breaks_is_said_once_and_given_up(
-    dealers: Dealers, make_publisher: Callable[..., Publisher]
+    dealers: Dealers, make_sender: Callable[..., Sender]
 ) -> None:
-    publisher = make_publisher()
-    dealer = dealers.connect(publisher.endpoint)
+    sender = make_sender()
+    dealer = dealers.connect(sender.endpoint)
     greet(dealers, dealer)
-    publisher.close(linger_s=0)
+    sender.close(linger_s=0)
     broken: list[Dealer] = []
     deadline = time.monotonic() + 20
     while not broken and time.monotonic() < deadline:
         broken += dealers.wait(100).broken
     broken += dealers.wait(300).broken
     assert broken == [dealer]
-    assert dealers.connect(publisher.endpoint).receive() is None
+    assert dealers.connect(sender.endpoint).receive() is None
 
 
 def test_another_thread_ends_a_wait(dealers: Dealers) -> None:
