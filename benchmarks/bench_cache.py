@@ -4,7 +4,7 @@
 
 write          `Cache.write`: checksum, file, rename; into the kernel's memory, as far as it lets writers go ahead
 whole          `Cache.read` of all layers from the kernel's memory: checks and checksum included
-taps           the same without the last residual, as a training row wants it; bytes are those that are wanted
+aux_layers     the same without the last layer, as a training row wants it; bytes are those that are wanted
 cold           whole, after the kernel was told to forget the files
 safetensors    the library's own reading into memory and a copy from there, without a checksum
 """
@@ -52,7 +52,7 @@ def with_safetensors(cache: Cache, sample: int, slot: memoryview) -> None:
 def measure(folder: Path, tokens: int, samples: int) -> dict[str, float]:
     """Bytes per second by what is done."""
     cache = Cache(folder, LAYOUT.layer_ids)
-    taps = LAYOUT.only(LAYOUT.layer_ids[:-1])
+    aux_layers = LAYOUT.only(LAYOUT.layer_ids[:-1])
     token_ids = np.arange(tokens, dtype="<i4").tobytes()
     states = np.random.default_rng(0).bytes(tokens * LAYOUT.bytes_per_token)
     slot = memoryview(bytearray(len(states)))
@@ -65,8 +65,8 @@ def measure(folder: Path, tokens: int, samples: int) -> dict[str, float]:
 
     rates = {"write": timed(lambda sample: cache.write(sample, token_ids, LAYOUT, states))}
     rates["whole"] = timed(lambda sample: cache.read(sample, token_ids, LAYOUT, slot))
-    part = slot[: tokens * taps.bytes_per_token]
-    rates["taps"] = timed(lambda sample: cache.read(sample, token_ids, taps, part), taps)
+    part = slot[: tokens * aux_layers.bytes_per_token]
+    rates["aux_layers"] = timed(lambda sample: cache.read(sample, token_ids, aux_layers, part), aux_layers)
     rates["safetensors"] = timed(lambda sample: with_safetensors(cache, sample, slot))
     forget(cache, samples)
     rates["cold"] = timed(lambda sample: cache.read(sample, token_ids, LAYOUT, slot))

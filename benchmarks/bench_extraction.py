@@ -37,7 +37,7 @@ from benchmarks.vllm_server import Sizes, VllmServer, dealer, prompt, vllm_serve
 from dflash_scale.transport import messages  # noqa: E402
 
 SIZES: Final = Sizes(vocabulary=1024, hidden=512, layers=8, heads=16, length=1024)
-TAPS: Final = (1, 3, 5, 7)
+AUX_LAYERS: Final = (1, 3, 5, 7)
 TOKENS: Final = 384  # of a prompt
 WAYS: Final = ("sent", "dropped")
 KEYS: Final = ("reply", "round", "cpu")
@@ -66,7 +66,7 @@ class Receiver(threading.Thread):
 
 def round_of(server: VllmServer, way: str, requests: int, concurrency: int) -> dict[str, float]:
     """Seconds: of the median reply, of the round, and of the server's CPU time."""
-    layer_ids = (*TAPS, SIZES.layers)
+    layer_ids = (*AUX_LAYERS, SIZES.layers)
 
     def ask(number: int) -> float:
         ticket = messages.Ticket("bench", "bench", 0, number, 0, layer_ids, "float32") if way == "sent" else None
@@ -116,7 +116,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-extraction-") as folder:
         model = write_verifier(Path(folder) / "verifier", SIZES)
         flags = ("--max-model-len", str(SIZES.length), "--max-num-seqs", "8")
-        with vllm_server(model, TAPS, args.vllm_python, *flags) as server:
+        with vllm_server(model, AUX_LAYERS, args.vllm_python, *flags) as server:
             found = measure(server, args)
     print(
         f"{args.rounds} rounds of {args.requests} prompts of {TOKENS} tokens, {args.concurrency} at once, "
@@ -133,7 +133,7 @@ def main() -> None:
     if args.json:
         result = {
             **machine,
-            "verifier": {"hidden": SIZES.hidden, "layers": SIZES.layers, "taps": [*TAPS, SIZES.layers]},
+            "verifier": {"hidden": SIZES.hidden, "layers": SIZES.layers, "layer_ids": [*AUX_LAYERS, SIZES.layers]},
             "prompt_tokens": TOKENS,
             "sample_bytes": found["sample_bytes"],
             "requests": args.requests,

@@ -2,7 +2,7 @@
 
     python benchmarks/bench_train.py [--case NAME] [--peers] [--engine] [--attention NAME] [--loss NAME] [--out FILE]
 
-A GPU trains a drafter of Qwen3-8B (5 layers, 5 taps, blocks of 16, bf16) on rows of 8192 tokens; a CPU a small one, by
+A GPU trains a drafter of Qwen3-8B (5 layers, 5 aux, blocks of 16, bf16) on rows of 8192 tokens; a CPU a small one, by
 the same code. One row is a micro-step: drafter, loss, backward, its gradients added to fp32 ones; once in `--rows` rows
 these are clipped, AdamW steps on fp32 masters and the weights are their copies, as DeepSpeed does it with bf16. Times
 are medians, on a GPU by its own events; a row's is that of its parts and its share of the optimizer step.

@@ -1,6 +1,6 @@
 """The packed rows that bench_train.py trains on, the drafter of each, and the arithmetic that a row cannot do without.
 
-T tokens in a packed row · A anchors in it · S block size · N trained slots · L verifier layers tapped · H hidden size ·
+T tokens in a packed row · A anchors in it · S block size · N trained slots · L aux layers · H hidden size ·
 V vocabulary.
 """
 
@@ -40,7 +40,7 @@ class Case:
     kv_heads: int = 8
     head_dim: int = 128
     layers: int = 5
-    taps: int = 5
+    aux_layers: int = 5
     vocabulary: int = 151936
     block: int = 16
     recompute: bool = False
@@ -61,7 +61,7 @@ GPU_CASES = (
     Case("12 documents, recomputed", documents=12, recompute=True),
     Case("1 document, 1024 anchors", anchors=1024),
 )
-SMALL: dict[str, Any] = {"hidden": 64, "inner": 128, "heads": 4, "kv_heads": 2, "head_dim": 32, "layers": 2, "taps": 2}
+SMALL: dict[str, Any] = dict(hidden=64, inner=128, heads=4, kv_heads=2, head_dim=32, layers=2, aux_layers=2)
 SMALL |= {"vocabulary": 1024, "block": 8}
 CPU_CASES = (
     Case("1 document, float32", 1, 32, 256, dtype="float32", **SMALL),
@@ -109,7 +109,7 @@ def make_row(case: Case, device: str) -> Row:
     options: dict[str, Any] = {"device": device, "generator": numbers}
     shape = (len(anchors), case.block)
     return Row(
-        states=torch.randn(case.tokens, case.taps * case.hidden, dtype=case.torch_dtype, **options),
+        states=torch.randn(case.tokens, case.aux_layers * case.hidden, dtype=case.torch_dtype, **options),
         last=torch.randn(case.tokens, case.hidden, dtype=case.torch_dtype, **options),
         positions=torch.from_numpy((np.arange(case.tokens) - starts[doc_ids]).astype(np.int32)).to(device),
         doc_ids=torch.from_numpy(doc_ids.astype(np.int32)).to(device),
@@ -149,7 +149,7 @@ def drafter_spec(case: Case) -> DrafterSpec:
         layer_types=["full_attention"] * case.layers,
         tie_word_embeddings=False,
     )
-    return DrafterSpec(layers, tuple(range(case.taps)), case.hidden, case.block, MASK_TOKEN)
+    return DrafterSpec(layers, tuple(range(case.aux_layers)), case.hidden, case.block, MASK_TOKEN)
 
 
 def make_drafter(case: Case, backend: str, pointwise: str, device: str) -> Drafter:
@@ -190,7 +190,7 @@ def row_flop(case: Case, row: Row) -> dict[str, float]:
     attention = 4.0 * case.head_dim * case.heads * visible_pairs(plan) * case.layers
     return {
         "products": 3 * 2.0 * products,
-        "fc": 2 * 2.0 * case.tokens * case.taps * case.hidden * case.hidden,
+        "fc": 2 * 2.0 * case.tokens * case.aux_layers * case.hidden * case.hidden,
         "attention": (1 + BACKWARD_FLOP) * attention,
         "head": 2.0 * (2 * kept + verifier_positions(case, row)) * case.hidden * case.vocabulary,
     }

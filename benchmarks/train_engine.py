@@ -23,7 +23,7 @@ def run_config(case: Case, options: Options) -> Config:
     """The configuration of a run on one rank whose rows are the case's."""
     return parse_config(
         {
-            "verifier": {"model": case.name, "layer_ids": list(range(1, case.taps + 1))},
+            "verifier": {"model": case.name, "layer_ids": list(range(1, case.aux_layers + 1))},
             "drafter": {
                 "layers": case.layers,
                 "block_size": case.block,
@@ -52,7 +52,7 @@ def verifier_shape(case: Case) -> VerifierShape:
     return VerifierShape(
         model_type="qwen3",
         hidden_size=case.hidden,
-        layers=case.taps + 1,
+        layers=case.aux_layers + 1,
         heads=case.heads,
         kv_heads=case.kv_heads,
         head_dim=case.head_dim,

@@ -44,7 +44,7 @@ from benchmarks.vllm_server import (  # noqa: E402
     vllm_server,
     write_verifier,
 )
-from dflash_scale.server.transformers_server import TappedVerifier  # noqa: E402
+from dflash_scale.server.transformers_server import TransformersVerifier  # noqa: E402
 from dflash_scale.transport import messages  # noqa: E402
 from dflash_scale.transport.layout import WireError  # noqa: E402
 
@@ -53,7 +53,7 @@ OLDEST: Final = "0.20"
 OURS: Final = ("msgpack", "xxhash", "pyzmq")
 NOT_NEEDED: Final = ("torch", "torchvision", "torchaudio", "torchcodec")  # torch comes first and alone
 SIZES: Final = Sizes()
-TAPS: Final = (0, 2, 3)
+AUX_LAYERS: Final = (0, 2, 3)
 PROMPTS: Final = (1, 33, 200)
 ANSWER: Final = 12
 TOLERANCE: Final = 1e-3
@@ -124,7 +124,7 @@ def _extras(need: Requirement) -> str:
     return f"[{','.join(sorted(need.extras))}]" if need.extras else ""
 
 
-def worst_error(server: VllmServer, verifier: TappedVerifier, length: int, *, answer: bool) -> float:
+def worst_error(server: VllmServer, verifier: TransformersVerifier, length: int, *, answer: bool) -> float:
     """Of the hidden states of one request: the largest error of a token in a layer, relative to its norm."""
     receiver = "compatibility"
     token_ids = prompt(length, length, SIZES.vocabulary)
@@ -159,9 +159,9 @@ def worst_error(server: VllmServer, verifier: TappedVerifier, length: int, *, an
 def check(model: Path, python: str, outcome: Outcome) -> None:
     """Fills in what the release does; what it does not do is in the note."""
     flags = ("--max-model-len", str(SIZES.length), "--max-num-seqs", "8", "--max-num-batched-tokens", "64")
-    verifier = TappedVerifier(str(model), TAPS, "float32")
+    verifier = TransformersVerifier(str(model), AUX_LAYERS, "float32")
     try:
-        with vllm_server(model, TAPS, python, *flags, environment=BINDING) as server:
+        with vllm_server(model, AUX_LAYERS, python, *flags, environment=BINDING) as server:
             outcome.starts = True
             errors = [worst_error(server, verifier, length, answer=False) for length in PROMPTS]
             outcome.prompt = max(errors) < TOLERANCE

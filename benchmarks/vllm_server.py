@@ -117,7 +117,7 @@ class VllmServer:
 
 @contextmanager
 def vllm_server(
-    model: Path, taps: Sequence[int], python: str, *extra: str, environment: Mapping[str, str] | None = None
+    model: Path, aux_layers: Sequence[int], python: str, *extra: str, environment: Mapping[str, str] | None = None
 ) -> Iterator[VllmServer]:
     """A server that answers /health; raises ServerFailed if it does not come up. extra: vLLM's own flags.
 
@@ -127,7 +127,7 @@ def vllm_server(
     log = model.parent / f"{model.name}-{port}.log"
     server = VllmServer(str(model), f"http://127.0.0.1:{port}", f"tcp://127.0.0.1:{port + 1}", log)
     command = [sys.executable, str(SCRIPT), str(model), "--port", str(port), "--zmq", server.zmq]
-    command += ["--layer-ids", ",".join(map(str, taps)), "--python", python, "--", "--dtype", "float32", *extra]
+    command += ["--layer-ids", ",".join(map(str, aux_layers)), "--python", python, "--", "--dtype", "float32", *extra]
     surroundings = {**os.environ, "HF_HUB_OFFLINE": "1", **(environment or {})}
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=surroundings, start_new_session=True)

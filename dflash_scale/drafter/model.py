@@ -5,7 +5,7 @@ come from the verifier: c = hidden_norm(fc(L hidden states)), shared by all laye
 projects c with the same k and v weights as its own block (vLLM, model_executor/models/qwen3_dflash.py). Parameter names
 are the ones vLLM loads. The verifier's embedding and head are not part of this module: they are frozen and kept once.
 
-T tokens in a packed row · A anchors in it · S block size · N slots kept · L verifier layers tapped · H hidden size ·
+T tokens in a packed row · A anchors in it · S block size · N slots kept · L aux layers · H hidden size ·
 Hq/Hkv heads · D head dim.
 """
 

@@ -41,7 +41,7 @@ class RowLayouts:
     validation: Layout
 
     @property
-    def taps(self) -> tuple[int, ...]:
+    def aux_layer_ids(self) -> tuple[int, ...]:
         """The aux layers, which the drafter sees."""
         return self.validation.layer_ids[:-1]
 

@@ -7,7 +7,7 @@ and sends hidden states over the same wire. One model thread takes requests in t
 sample per forward: batching would change the rounding of a sample with the samples it happens to meet, and a run
 could not be repeated bit for bit.
 
-Shape letters: T tokens of the prompt · L verifier layers tapped · H hidden size.
+Shape letters: T tokens of the prompt · L aux layers · H hidden size.
 """
 
 import argparse
@@ -43,7 +43,7 @@ MAX_WAITING: Final = 4096  # requests; more make their HTTP threads wait
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Port 0 (HTTP) and tcp://127.0.0.1:* (ZeroMQ) choose free ports; see EmbeddedServer.http and .zmq."""
+    """Port 0 (HTTP) and tcp://127.0.0.1:* (ZeroMQ) choose free ports; see TransformersServer.http and .zmq."""
 
     model: str
     http: str
@@ -56,7 +56,7 @@ class Options:
     max_unsent_bytes: int = MAX_BYTES
 
 
-class TappedVerifier:
+class TransformersVerifier:
     """A Transformers causal LM whose forward also keeps the residual stream after some layers.
 
     Of a multimodal model, those of its text part. Raises ValueError for families whose layers are not found and for
@@ -130,13 +130,13 @@ class TappedVerifier:
         return answer[-1] in self._eos
 
 
-class EmbeddedServer:
+class TransformersServer:
     """HTTP threads -> one queue -> one model thread -> Sender. Runs from construction until `close`."""
 
     def __init__(self, options: Options) -> None:
         self._check(options)
         keys = server_keys(options.keys) if options.keys is not None else None
-        self._verifier = TappedVerifier(options.model, options.layer_ids, options.dtype)
+        self._verifier = TransformersVerifier(options.model, options.layer_ids, options.dtype)
         self._queue: queue.Queue[tuple[Request, Future[Reply]] | None] = queue.Queue(MAX_WAITING)
         self._sender = Sender(
             options.zmq,
@@ -290,7 +290,7 @@ def main() -> int:
         options, parent_pid = parse(sys.argv[1:])
         if parent_pid is not None:
             threading.Thread(target=_watch, args=(parent_pid, stop), daemon=True).start()
-        server = EmbeddedServer(options)
+        server = TransformersServer(options)
     except (ValueError, OSError) as error:
         print(f"embedded: {error}", file=sys.stderr)
         return 2

@@ -3,7 +3,7 @@
 An estimate by the formulas that stand in the lines of `activation_bytes` and `loss_bytes`; it leaves out what CUDA,
 NCCL and the allocator take.
 
-T tokens in a packed row · A anchors in it · S block size · L verifier layers tapped · H hidden size · Hq/Hkv heads ·
+T tokens in a packed row · A anchors in it · S block size · L aux layers · H hidden size · Hq/Hkv heads ·
 D head dim · I width of the MLP · V drafter vocabulary.
 """
 

@@ -205,7 +205,7 @@ def resolve_run(config: Config, verifier: ResolvedVerifier, tokenizer: Any, trai
     return ResolvedRun(
         config=config,
         verifier=verifier,
-        spec=drafter_spec(section, verifier.shape, verifier.layouts.taps, mask),
+        spec=drafter_spec(section, verifier.shape, verifier.layouts.aux_layer_ids, mask),
         vocabulary=run_vocabulary(train, rows, tokenizer, section.vocab_size) if train is not None else None,
         dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
     )

@@ -208,8 +208,8 @@ class Trainer:
             for array in (plan.doc_ids, plan.positions, plan.anchors, plan.block_tokens, kept_slots(trained))
         )
         dtype = head.embedding.dtype
-        taps = len(spec.layer_ids)
-        context = states[:, :taps].reshape(len(positions), taps * spec.context_size).to(dtype)
+        aux_layers = len(spec.layer_ids)
+        context = states[:, :aux_layers].reshape(len(positions), aux_layers * spec.context_size).to(dtype)
         slots = block_inputs(head.embedding, tokens[:, 0], spec)
         hidden = self.parts.engine(slots, context, positions, anchors, doc_ids, kept)
         wanted = compare or self.loss_spec.needs_verifier

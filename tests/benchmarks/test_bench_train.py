@@ -150,8 +150,8 @@ def test_added_anchors_train_nothing() -> None:
 @pytest.mark.parametrize("case", [*GPU_CASES, *CPU_CASES], ids=lambda case: case.name)
 def test_the_drafter_is_the_one_that_the_configuration_gives(case: Case) -> None:
     config = run_config(case, Options("cpu"))
-    taps = tuple(range(case.taps))
-    spec = model.drafter_spec(config.drafter, verifier_shape(case), taps, MASK_TOKEN)
+    aux_layers = tuple(range(case.aux_layers))
+    spec = model.drafter_spec(config.drafter, verifier_shape(case), aux_layers, MASK_TOKEN)
     mine = drafter_spec(case)
     assert spec.layers.to_dict() == mine.layers.to_dict()
     assert replace(spec, layers=mine.layers) == mine

@@ -26,7 +26,7 @@ from dflash_scale.cache.writer import Keeper, Sample
 from dflash_scale.transport.layout import Layout
 
 WHOLE = Layout((1, 2, 4), 8, "bfloat16")
-TAPS = Layout((1, 2), 8, "bfloat16")
+AUX_LAYERS = Layout((1, 2), 8, "bfloat16")
 ORIGIN = CacheOrigin(WHOLE, "fake", "00aa", "11bb")
 TOKENS = 7
 
@@ -64,7 +64,7 @@ def test_what_is_written_is_read(cache: Cache, dtype: str) -> None:
 def test_some_of_the_stored_layers_are_selected(cache: Cache) -> None:
     states = np.frombuffer(states_of(WHOLE), np.uint16).reshape(TOKENS, 3, 8)
     cache.write(0, ids_of(), WHOLE, states.tobytes())
-    assert read(cache, 0, ids_of(), TAPS) == states[:, :2].tobytes()
+    assert read(cache, 0, ids_of(), AUX_LAYERS) == states[:, :2].tobytes()
     assert read(cache, 0, ids_of(), Layout((2, 4), 8, "bfloat16")) == states[:, 1:].tobytes()
 
 
@@ -84,7 +84,7 @@ def test_files_of_other_programs_are_read(cache: Cache, metadata: dict[str, str]
     ids = torch.arange(5, 5 + TOKENS)
     save_file({"hidden_states": states, "token_ids": ids}, cache.path(0), metadata=metadata)
     assert read(cache, 0, ids_of(), WHOLE) == states.view(torch.uint8).numpy().tobytes()
-    assert read(cache, 0, ids_of(), TAPS) == states[:, :2].contiguous().view(torch.uint8).numpy().tobytes()
+    assert read(cache, 0, ids_of(), AUX_LAYERS) == states[:, :2].contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def foreign(states: torch.Tensor, ids: torch.Tensor, **more: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -129,7 +129,7 @@ def test_token_ids_are_read_alone(cache: Cache) -> None:
 
 
 def test_missing_layers_and_missing_files_are_named(cache: Cache) -> None:
-    cache.write(0, ids_of(), TAPS, states_of(TAPS))
+    cache.write(0, ids_of(), AUX_LAYERS, states_of(AUX_LAYERS))
     with pytest.raises(BadFile, match=r"it has layers \[1, 2\] and lacks \[4\]"):
         read(cache, 0, ids_of(), WHOLE)
     with pytest.raises(BadFile, match="cannot be opened: No such file"):
@@ -264,11 +264,11 @@ def test_the_cache_of_another_run_is_refused(tmp_path: Path, other: CacheOrigin,
 
 def test_a_run_that_wants_fewer_layers_may_use_it(tmp_path: Path) -> None:
     claim(tmp_path, ORIGIN, writable=True)
-    claim(tmp_path, CacheOrigin(TAPS, "fake", "00aa", "11bb"), writable=False)
+    claim(tmp_path, CacheOrigin(AUX_LAYERS, "fake", "00aa", "11bb"), writable=False)
     states = torch.randn(TOKENS, 3, 8).to(torch.bfloat16)
-    path = open_cache(tmp_path, TAPS).path(0)
+    path = open_cache(tmp_path, AUX_LAYERS).path(0)
     save_file({"hidden_states": states, "token_ids": GOOD_IDS}, path)  # it names no layers: the manifest does
-    assert len(read(open_cache(tmp_path, TAPS), 0, ids_of(), TAPS)) == TOKENS * TAPS.bytes_per_token
+    assert len(read(open_cache(tmp_path, AUX_LAYERS), 0, ids_of(), AUX_LAYERS)) == TOKENS * AUX_LAYERS.bytes_per_token
 
 
 def test_a_folder_of_another_program_is_taken_as_it_is(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from dflash_scale.transport.ring import reclaim
 
 REPO = Path(__file__).resolve().parents[2]
 BINARIES = Path(sys.executable).parent
-VOCAB, LAYERS, TAPS = 128, 4, (1, 2)
+VOCAB, LAYERS, AUX_LAYERS = 128, 4, (1, 2)
 TIMES = ("tokens_per_s", "samples_per_s", "wait_data", "seconds", "servers")
 
 
@@ -92,7 +92,7 @@ class Embedded:
         return {"http": f"http://{self.host}:{self.http}", "zmq": f"tcp://{self.host}:{self.zmq}"}
 
     def start(self) -> None:
-        taps = ",".join(map(str, TAPS))
+        layer_ids = ",".join(map(str, AUX_LAYERS))
         command = [
             *self.prefix,
             sys.executable,
@@ -101,7 +101,7 @@ class Embedded:
             "--model",
             str(self.verifier),
         ]
-        command += ["--http", f"{self.host}:{self.http}", "--zmq", self.address["zmq"], "--layer-ids", taps]
+        command += ["--http", f"{self.host}:{self.http}", "--zmq", self.address["zmq"], "--layer-ids", layer_ids]
         command += ["--parent-pid", str(os.getpid()), *self.flags]
         self.process = subprocess.Popen(command, cwd=REPO)
 
@@ -221,9 +221,9 @@ class Run:
 
 
 def run_config(verifier: Path, data: Path, servers: list[Embedded], folder: Path, **train: Any) -> dict[str, Any]:
-    """Two taps, small rows, two ranks, ZeRO-2 on the CPU."""
+    """Two aux layers, small rows, two ranks, ZeRO-2 on the CPU."""
     return {
-        "verifier": {"model": str(verifier), "layer_ids": list(TAPS)},
+        "verifier": {"model": str(verifier), "layer_ids": list(AUX_LAYERS)},
         "drafter": {"layers": 1, "block_size": 4},
         "data": {"path": str(data), "row_tokens": 128, "anchors_per_document": 8},
         "stream": {

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from dflash_scale.data.dataset import Samples, load_prepared
 from dflash_scale.server.process import free_port
-from dflash_scale.server.transformers_server import TappedVerifier
+from dflash_scale.server.transformers_server import TransformersVerifier
 from dflash_scale.transport import messages, sockets
 from dflash_scale.transport.encoding import decode
 from dflash_scale.transport.keys import make_keys, receiver_keys
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.e2e
 
 ROOT = Path(__file__).parents[2]
 VLLM_PYTHON = os.environ.get("DFLASH_SCALE_VLLM_PYTHON", str(ROOT / ".venv-vllm" / "bin" / "python"))
-VOCABULARY, TAPS, LAYERS, MAX_LENGTH = 160, (0, 2, 3), 4, 256
+VOCABULARY, AUX_LAYERS, LAYERS, MAX_LENGTH = 160, (0, 2, 3), 4, 256
 LENGTHS = (1, 2, 31, 32, 33, 63, 64, 65, 100, 130, 200, 255)  # cache blocks have 32 tokens, a prefill chunk 64
 POOL_BYTES = 600_000  # two of the longest samples, where the others wait in 100 cache blocks
 START_S = 420.0  # 30 s on an idle machine, minutes where other servers start beside it
@@ -96,7 +96,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     http, address = free_port(), f"tcp://127.0.0.1:{free_port()}"
     command = [sys.executable, str(ROOT / "launch" / "serve_vllm.py"), str(model), "--port", str(http)]
     make_keys(folder / "keys")
-    command += ["--zmq", address, "--keys", str(folder / "keys"), "--layer-ids", ",".join(map(str, TAPS))]
+    command += ["--zmq", address, "--keys", str(folder / "keys"), "--layer-ids", ",".join(map(str, AUX_LAYERS))]
     command += ["--pool-bytes", str(POOL_BYTES), "--python", VLLM_PYTHON, "--", "--num-gpu-blocks-override", "100"]
     command += ["--dtype", "float32", "--max-model-len", str(MAX_LENGTH), "--max-num-seqs", "8"]
     command += ["--block-size", "32", "--max-num-batched-tokens", "64"]
@@ -148,7 +148,7 @@ def prompt(length: int, seed: int) -> list[int]:
 
 def layers_of(sample: int) -> tuple[int, ...]:
     """All, all but the last, and two that are not side by side, by turns."""
-    return ((*TAPS, LAYERS), TAPS, (TAPS[0], LAYERS))[sample % 3]
+    return ((*AUX_LAYERS, LAYERS), AUX_LAYERS, (AUX_LAYERS[0], LAYERS))[sample % 3]
 
 
 def dtype_of(sample: int) -> str:
@@ -160,7 +160,7 @@ def params(sample: int, receiver: str = "rx-1", attempt: int = 0, *, answer: boo
     return {"dflash": ticket.to_params()}
 
 
-def receive(receiver: "zmq.Socket[bytes]", server: Server, verifier: TappedVerifier) -> tuple[int, list[int]]:
+def receive(receiver: "zmq.Socket[bytes]", server: Server, verifier: TransformersVerifier) -> tuple[int, list[int]]:
     """The next sample's number and token ids, after comparing its hidden states with Transformers'."""
     assert receiver.poll(60_000), f"nothing came:\n{server.log.read_text()[-3000:]}"
     frames = receiver.recv_multipart()
@@ -205,7 +205,7 @@ def test_hello(server: Server, receiver: "zmq.Socket[bytes]") -> None:
     assert receiver.poll(20_000), "no hello reply"
     reply = messages.decode(receiver.recv(), max_tokens=0)
     assert isinstance(reply, messages.HelloReply)
-    assert reply.layout == Layout((*TAPS, LAYERS), 64, "float32")
+    assert reply.layout == Layout((*AUX_LAYERS, LAYERS), 64, "float32")
     assert reply.model == str(server.model)
     assert reply.origin == origin_of(str(server.model))
     assert reply.origin.verifier
@@ -222,7 +222,7 @@ def test_a_receiver_without_keys_is_not_served(server: Server) -> None:
 
 def test_hidden_states_equal_transformers(server: Server, receiver: "zmq.Socket[bytes]") -> None:
     """Concurrent requests, prompts longer than a cache block and than a prefill chunk, each sent twice."""
-    verifier = TappedVerifier(str(server.model), TAPS, "float32")
+    verifier = TransformersVerifier(str(server.model), AUX_LAYERS, "float32")
     prompts = {sample: prompt(LENGTHS[sample % len(LENGTHS)], seed=sample) for sample in range(2 * len(LENGTHS))}
     with ThreadPoolExecutor(8) as pool:
         replies = list(pool.map(lambda item: post(server, item[1], params(item[0])), prompts.items()))
@@ -237,7 +237,7 @@ def test_prompt_and_answer_of_one_request(server: Server, receiver: "zmq.Socket[
 
     One ends at the longest length there is, where vLLM may leave its drafters out, and with them the hidden states.
     """
-    verifier = TappedVerifier(str(server.model), TAPS, "float32")
+    verifier = TransformersVerifier(str(server.model), AUX_LAYERS, "float32")
     asked = {sample: {"max_tokens": (1, 2, 40)[sample % 3], "temperature": sample // 3 % 2} for sample in range(18)}
     asked[17]["max_tokens"] = MAX_LENGTH - (3 + 11 * 17)
 
@@ -260,7 +260,7 @@ def test_the_command_answer(server: Server, tmp_path: Path) -> None:
     prompts = [prompt(1 + 9 * number, number) for number in range(20)]
     source, config = tmp_path / "prompts.jsonl", tmp_path / "run.json"
     source.write_text("\n".join(json.dumps({"prompt_ids": ids}) for ids in prompts))
-    verifier = {"model": str(server.model), "layer_ids": list(TAPS), "dtype": "float32"}
+    verifier = {"model": str(server.model), "layer_ids": list(AUX_LAYERS), "dtype": "float32"}
     stream = {"servers": [{"http": server.http, "zmq": server.zmq}], "keys": str(server.keys)}
     config.write_text(json.dumps({"verifier": verifier, "data": {"path": str(tmp_path / "data")}, "stream": stream}))
     command = [sys.executable, "-m", "dflash_scale.commands.cli", "answer", str(source), "--config", str(config)]
@@ -274,14 +274,14 @@ def test_the_command_answer(server: Server, tmp_path: Path) -> None:
     counts, samples = prepared.manifest["counts"], Samples(prepared.train, prepared.validation)
     assert counts["train"] + counts["validation"] + counts["untrainable"] == len(prompts)
     assert counts["validation"] > 0 and counts["truncated"] > len(prompts) // 2  # ends are rare in a random verifier
-    tapped = TappedVerifier(str(server.model), TAPS, "float32")
+    reference = TransformersVerifier(str(server.model), AUX_LAYERS, "float32")
     for number in range(len(samples.lengths)):
         tokens = samples.tokens(number).tolist()
         file = load_file(tmp_path / "states" / f"hs_{number}.safetensors")
         assert file["token_ids"].tolist() == tokens
         assert any(ids == tokens[: len(ids)] and len(tokens) - len(ids) <= 30 for ids in prompts)
         got = file["hidden_states"]
-        want, _ = tapped.run(tokens[:-1], 1, True, tapped.layout.layer_ids)
+        want, _ = reference.run(tokens[:-1], 1, True, reference.layout.layer_ids)
         assert ((got[:-1] - want).norm(dim=-1) / want.norm(dim=-1)).max() < 1e-3
         assert not got[-1].any()
 
@@ -290,7 +290,7 @@ def test_a_slow_receiver_slows_the_server_down_and_loses_nothing(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It reads nothing until the pool is full, the cache blocks are held and requests wait; then it reads all."""
-    verifier = TappedVerifier(str(server.model), TAPS, "float32")
+    verifier = TransformersVerifier(str(server.model), AUX_LAYERS, "float32")
     samples = {3 * number: prompt(255, number) for number in range(80)}  # all layers: 261 kB each, 21 MB together
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     monkeypatch.setattr(sockets, "HIGH_WATER", 1)  # this end takes little into its own memory

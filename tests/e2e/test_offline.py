@@ -13,7 +13,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import REPO, TAPS, Embedded, Run, embedded_fleet, random_data, run_config, tiny_verifier, train, wait_for
+from harness import (
+    AUX_LAYERS,
+    REPO,
+    Embedded,
+    Run,
+    embedded_fleet,
+    random_data,
+    run_config,
+    tiny_verifier,
+    train,
+    wait_for,
+)
 from safetensors.torch import load_file
 
 from dflash_scale.cache.file import BadFile
@@ -73,7 +84,7 @@ def generate(run: Run, out: Path) -> dict[str, Any]:
 def good(inputs: Inputs, folder: Path) -> set[int]:
     """The samples whose file is there and verifies."""
     origin = read_manifest(folder)
-    assert origin is not None and origin.layout.layer_ids == (*TAPS, 4)
+    assert origin is not None and origin.layout.layer_ids == (*AUX_LAYERS, 4)
     cache: Cache = open_cache(folder, origin.layout)
     found = set()
     for sample in range(len(inputs.samples.lengths)):
@@ -107,7 +118,7 @@ def states(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert good(inputs, folder / "states") == set(range(CONVERSATIONS))
     tensors = load_file(folder / "states" / "hs_0.safetensors")
     assert tensors["token_ids"].tolist() == inputs.samples.tokens(0).tolist()
-    assert tensors["hidden_states"].shape == (inputs.samples.lengths[0], len(TAPS) + 1, 64)
+    assert tensors["hidden_states"].shape == (inputs.samples.lengths[0], len(AUX_LAYERS) + 1, 64)
     return folder / "states"
 
 

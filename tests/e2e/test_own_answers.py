@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import REPO, TAPS, VOCAB, Embedded, Run, embedded_fleet, run_config, tiny_verifier, train, wait_for
+from harness import AUX_LAYERS, REPO, VOCAB, Embedded, Run, embedded_fleet, run_config, tiny_verifier, train, wait_for
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from dflash_scale.commands import answer, cli
 from dflash_scale.data.dataset import Samples, load_prepared
-from dflash_scale.server.transformers_server import TappedVerifier
+from dflash_scale.server.transformers_server import TransformersVerifier
 
 pytestmark = pytest.mark.e2e
 
@@ -109,7 +109,7 @@ def test_answers_are_the_verifiers_and_states_are_of_prompt_and_answer(inputs: I
     assert "the prompt has 39 tokens, wanted 1 to 38" in bad[0] and "not valid JSON" in bad[1]
     assert (prepared.manifest["answer_tokens"], prepared.manifest["temperature"]) == (ANSWER, 0.0)
     model = AutoModelForCausalLM.from_pretrained(inputs.verifier, dtype="float32").eval()
-    tapped = TappedVerifier(str(inputs.verifier), TAPS, "float32")
+    reference = TransformersVerifier(str(inputs.verifier), AUX_LAYERS, "float32")
     prompts = {tuple(json.loads(line)["prompt_ids"]) for line in inputs.source.read_text().split("\n") if "ids" in line}
     samples = Samples(prepared.train, prepared.validation)
     for number, split in enumerate([prepared.train] * counts["train"] + [prepared.validation] * counts["validation"]):
@@ -125,7 +125,7 @@ def test_answers_are_the_verifiers_and_states_are_of_prompt_and_answer(inputs: I
         )
         assert tokens == want[0].tolist()
         states = load_file(answered / "states" / f"hs_{number}.safetensors")["hidden_states"]
-        expected, _ = tapped.run(tokens[:-1], 1, True, tapped.layout.layer_ids)
+        expected, _ = reference.run(tokens[:-1], 1, True, reference.layout.layer_ids)
         torch.testing.assert_close(states[:-1], expected, rtol=1e-4, atol=1e-4)
         assert not states[-1].any()
     assert len(prompts) == 1, "that of 39 tokens alone has no answer"

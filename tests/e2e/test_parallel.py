@@ -23,7 +23,7 @@ from dflash_scale.data.schedule import RowSchedule, schedule_spec
 from dflash_scale.receiver.client import ReceiverSpec, spawn_receiver
 from dflash_scale.receiver.layouts import RowLayouts
 from dflash_scale.receiver.status import read_status
-from dflash_scale.server.transformers_server import TappedVerifier
+from dflash_scale.server.transformers_server import TransformersVerifier
 from dflash_scale.transport.addresses import engine_address
 from dflash_scale.transport.ring import COMMITTED, Ring
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.e2e
 
 ROOT = Path(__file__).parents[2]
 VLLM_PYTHON = os.environ.get("DFLASH_SCALE_VLLM_PYTHON", str(ROOT / ".venv-vllm" / "bin" / "python"))
-SIZES, TAPS = Sizes(), (0, 2, 3)
+SIZES, AUX_LAYERS = Sizes(), (0, 2, 3)
 TOLERANCE = 1e-3
 SMALL = ("--num-gpu-blocks-override", "40", "--max-model-len", str(SIZES.length), "--max-num-seqs", "4")
 SMALL += ("--block-size", "32", "--max-num-batched-tokens", "64")
@@ -45,8 +45,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def verifier(model: Path) -> TappedVerifier:
-    return TappedVerifier(str(model), TAPS, "float32")
+def verifier(model: Path) -> TransformersVerifier:
+    return TransformersVerifier(str(model), AUX_LAYERS, "float32")
 
 
 def assert_blocks_come_back(server: VllmServer, engines: int) -> None:
@@ -60,9 +60,9 @@ def assert_blocks_come_back(server: VllmServer, engines: int) -> None:
         usage = [float(line.split()[-1]) for line in lines if line.startswith("vllm:kv_cache_usage_perc{")]
 
 
-def test_tensor_parallel_workers(model: Path, verifier: TappedVerifier) -> None:
+def test_tensor_parallel_workers(model: Path, verifier: TransformersVerifier) -> None:
     """Two workers, each with half of every layer: the first one has the whole hidden states, and sends them once."""
-    with vllm_server(model, TAPS, VLLM_PYTHON, *SMALL, "--tensor-parallel-size", "2") as server:
+    with vllm_server(model, AUX_LAYERS, VLLM_PYTHON, *SMALL, "--tensor-parallel-size", "2") as server:
         for length in (1, 33, 200):
             assert worst_error(server, verifier, length, answer=False) < TOLERANCE
         assert worst_error(server, verifier, 40, answer=True) < TOLERANCE
@@ -84,7 +84,7 @@ def write_data(folder: Path) -> Path:
 def config_of(model: Path, data: Path, servers: list[dict[str, Any]], folder: Path) -> Config:
     return parse_config(
         {
-            "verifier": {"model": str(model), "layer_ids": list(TAPS)},
+            "verifier": {"model": str(model), "layer_ids": list(AUX_LAYERS)},
             "data": {"path": str(data), "row_tokens": 128},
             "stream": {
                 "servers": servers,
@@ -108,17 +108,17 @@ def engines_of(server: VllmServer, count: int) -> list[dict[str, Any]]:
     ]
 
 
-def test_data_parallel_engines_behind_one_port(model: Path, verifier: TappedVerifier, tmp_path: Path) -> None:
+def test_data_parallel_engines_behind_one_port(model: Path, verifier: TransformersVerifier, tmp_path: Path) -> None:
     """A receiver uses both engines as servers of their own, and all samples come once and right."""
     data = write_data(tmp_path / "data")
-    with vllm_server(model, TAPS, VLLM_PYTHON, *SMALL, "--data-parallel-size", "2") as server:
+    with vllm_server(model, AUX_LAYERS, VLLM_PYTHON, *SMALL, "--data-parallel-size", "2") as server:
         config = config_of(model, data, engines_of(server, 2), tmp_path)
         prepared = load_prepared(data)
         samples = Samples(prepared.train, prepared.validation)
         rows = list(RowSchedule(samples, schedule_spec(config, 1)).rows(0, 1))
         homes = {(row.epoch, place.sample): row for row in rows for place in row.places}
         assert len(rows) < ROWS
-        layouts = RowLayouts(verifier.layout.only(TAPS), verifier.layout)
+        layouts = RowLayouts(verifier.layout.only(AUX_LAYERS), verifier.layout)
         status = tmp_path / "status.json"
         spec = ReceiverSpec(f"engines{os.getpid()}", config, 1, (0,), 1, os.getpid(), layouts, status)
         receiver = spawn_receiver(spec)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import TAPS, VOCAB, Embedded, Run, random_data, run_config, tiny_verifier, wait_for
+from harness import AUX_LAYERS, VOCAB, Embedded, Run, random_data, run_config, tiny_verifier, wait_for
 from safetensors.torch import load_file
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
@@ -70,7 +70,7 @@ def test_gemma_with_a_pruned_vocabulary_and_from_a_drafter(tmp_path: Path) -> No
     assert torch.equal(
         tensors["lm_head.weight"], load_file(verifier / "model.safetensors")["model.embed_tokens.weight"][kept]
     )
-    assert json.loads((first / "config.json").read_text())["aux_hidden_state_layer_ids"] == list(TAPS)
+    assert json.loads((first / "config.json").read_text())["aux_hidden_state_layer_ids"] == list(AUX_LAYERS)
     lines = [json.loads(line) for line in (tmp_path / "first" / "out" / "metrics.jsonl").read_text().splitlines()]
     assert all(0 < line["outside_vocabulary"] < 1 for line in lines)
     status = read_status(next((tmp_path / "second" / "out" / "stream").glob("*-rank0.json")))

@@ -156,7 +156,7 @@ def test_hybrid_with_a_whole_cache_waits_for_no_server(make_run: Callable[..., R
 
 
 def test_layers_are_picked_from_whole_files(make_run: Callable[..., Run], tmp_path: Path) -> None:
-    """As `generate` writes them; a training row wants only its taps."""
+    """As `generate` writes them; a training row wants only its aux layers."""
     run = make_run([], mode="offline", cache=str(tmp_path / "cache"))
     folder = tmp_path / "cache"
     folder.mkdir()

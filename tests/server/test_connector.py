@@ -1,6 +1,6 @@
 """The KV connector's own logic, with stand-ins for the five names that it takes from vLLM.
 
-The real vLLM runs it in tests/e2e/test_extraction.py. L layers tapped · H hidden size · B cache blocks · P block size.
+The real vLLM runs it in tests/e2e/test_extraction.py. L aux layers · H hidden size · B cache blocks · P block size.
 """
 
 import ast

@@ -1,6 +1,6 @@
 """The embedded verifier server: its hidden states are Transformers' own, over HTTP and the wire, whatever runs beside.
 
-T tokens · L verifier layers tapped · H hidden size.
+T tokens · L aux layers · H hidden size.
 """
 
 import json
@@ -21,7 +21,13 @@ import torch
 import zmq
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from dflash_scale.server.transformers_server import EmbeddedServer, Options, TappedVerifier, _next_token, parse
+from dflash_scale.server.transformers_server import (
+    Options,
+    TransformersServer,
+    TransformersVerifier,
+    _next_token,
+    parse,
+)
 from dflash_scale.transport import keys, messages, sockets
 from dflash_scale.transport.encoding import encode
 from dflash_scale.transport.layout import FP8, Layout
@@ -57,8 +63,8 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[EmbeddedServer]:
-    server = EmbeddedServer(Options(str(folder), "127.0.0.1:0", "tcp://127.0.0.1:*", (0, 1, 3)))
+def server(folder: Path) -> Iterator[TransformersServer]:
+    server = TransformersServer(Options(str(folder), "127.0.0.1:0", "tcp://127.0.0.1:*", (0, 1, 3)))
     yield server
     server.close()
 
@@ -98,7 +104,7 @@ def as_tensor(raw: memoryview, tokens: int, layout: Layout) -> torch.Tensor:
 
 
 def test_states_equal_transformers(folder: Path) -> None:
-    verifier = TappedVerifier(str(folder), (0, 1, 3), "float32")
+    verifier = TransformersVerifier(str(folder), (0, 1, 3), "float32")
     assert verifier.layout == Layout((0, 1, 3, 4), 32, "float32")
     for length in (1, 2, 37, 200):
         states, answer = verifier.run(prompt(length), 1, True, verifier.layout.layer_ids)
@@ -111,7 +117,7 @@ def test_states_equal_transformers(folder: Path) -> None:
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_aux_layers_of_every_family_equal_hooks(family: str, tmp_path: Path) -> None:
     want, logits = residuals_and_logits(make_verifier(family, tmp_path, shard="1GB"), list(range(10, 34)))
-    verifier = TappedVerifier(str(tmp_path), default_layer_ids(LAYERS), "float32")
+    verifier = TransformersVerifier(str(tmp_path), default_layer_ids(LAYERS), "float32")
     states, answer = verifier.run(list(range(10, 34)), 1, True, verifier.layout.layer_ids)
     assert verifier.layout == Layout((2, 4), HIDDEN, "float32")
     torch.testing.assert_close(states, want[[2, 4]].transpose(0, 1), rtol=1e-5, atol=1e-5)
@@ -121,7 +127,7 @@ def test_aux_layers_of_every_family_equal_hooks(family: str, tmp_path: Path) -> 
 
 
 def test_greedy_answer_equals_generate(folder: Path) -> None:
-    verifier = TappedVerifier(str(folder), (1,), "float32")
+    verifier = TransformersVerifier(str(folder), (1,), "float32")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
     inputs = torch.tensor([prompt(9)])
     want = model.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=12, do_sample=False)
@@ -133,7 +139,7 @@ def test_greedy_answer_equals_generate(folder: Path) -> None:
 @pytest.mark.parametrize(("max_tokens", "temperature"), [(1, 0.0), (2, 0.0), (40, 0.0), (1, 1.0), (40, 1.3)])
 def test_states_of_prompt_and_answer_equal_one_forward(folder: Path, max_tokens: int, temperature: float) -> None:
     """Of all tokens but the last, which was sampled and never fed: zeros."""
-    verifier = TappedVerifier(str(folder), (0, 1, 3), "float32")
+    verifier = TransformersVerifier(str(folder), (0, 1, 3), "float32")
     layer_ids = verifier.layout.layer_ids
     states, answer = verifier.run(
         prompt(9), max_tokens, True, layer_ids, answer_too=True, temperature=temperature, seed=5
@@ -158,11 +164,11 @@ def test_sampling_follows_the_probabilities() -> None:
 
 
 def test_answers_without_a_seed_differ(folder: Path) -> None:
-    verifier = TappedVerifier(str(folder), (1,), "float32")
+    verifier = TransformersVerifier(str(folder), (1,), "float32")
     assert len({tuple(verifier.run(prompt(9), 12, True, (), temperature=1.0)[1]) for _ in range(4)}) > 1
 
 
-def test_a_ticket_for_the_answer_brings_its_states(folder: Path, server: EmbeddedServer) -> None:
+def test_a_ticket_for_the_answer_brings_its_states(folder: Path, server: TransformersServer) -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     socket = sockets.connect_dealer(context, server.zmq, "rx-2", max_message_bytes=1 << 22)
     try:
@@ -186,7 +192,7 @@ def test_a_ticket_for_the_answer_brings_its_states(folder: Path, server: Embedde
 
 
 def test_eos_ends_the_answer(folder: Path) -> None:
-    verifier = TappedVerifier(str(folder), (1,), "float32")
+    verifier = TransformersVerifier(str(folder), (1,), "float32")
     _, answer = verifier.run(prompt(9), 12, True, verifier.layout.layer_ids)
     verifier._eos = {answer[2]}
     cut = answer[: answer.index(answer[2]) + 1]
@@ -195,12 +201,12 @@ def test_eos_ends_the_answer(folder: Path) -> None:
 
 
 def test_bfloat16_layout(folder: Path) -> None:
-    verifier = TappedVerifier(str(folder), (2,), "bfloat16")
+    verifier = TransformersVerifier(str(folder), (2,), "bfloat16")
     assert verifier.layout.dtype == "bfloat16"
     assert verifier.run(prompt(5), 1, True, verifier.layout.layer_ids)[0].dtype == torch.bfloat16
 
 
-def test_concurrent_requests_arrive_whole_and_equal_to_lone_ones(folder: Path, server: EmbeddedServer) -> None:
+def test_concurrent_requests_arrive_whole_and_equal_to_lone_ones(folder: Path, server: TransformersServer) -> None:
     """Bitwise: what else the server does must not change a sample's hidden states."""
     prompts = {sample: prompt(1 + 13 * sample, seed=sample) for sample in range(12)}
     threads = torch.get_num_threads()
@@ -227,7 +233,7 @@ def test_concurrent_requests_arrive_whole_and_equal_to_lone_ones(folder: Path, s
             replies = list(pool.map(ask, prompts))
         assert [status for status, _ in replies] == [200] * len(prompts)
         torch.set_num_threads(1)  # as the server's model thread: another split of the sums rounds otherwise
-        alone = TappedVerifier(str(folder), (0, 1, 3), "float32")
+        alone = TransformersVerifier(str(folder), (0, 1, 3), "float32")
         seen = set()
         for _ in prompts:
             assert socket.poll(10_000), f"only {len(seen)} of {len(prompts)} samples arrived"
@@ -250,7 +256,7 @@ def test_concurrent_requests_arrive_whole_and_equal_to_lone_ones(folder: Path, s
         context.term()
 
 
-def test_routes(folder: Path, server: EmbeddedServer) -> None:
+def test_routes(folder: Path, server: TransformersServer) -> None:
     with urllib.request.urlopen(server.http + "/health", timeout=10) as reply:
         assert reply.status == 200
     with urllib.request.urlopen(server.http + "/v1/models", timeout=10) as reply:
@@ -284,7 +290,7 @@ def test_routes(folder: Path, server: EmbeddedServer) -> None:
         ({"prompt": [1], "kv_transfer_params": []}, "kv_transfer_params"),
     ],
 )
-def test_what_cannot_be_done_is_refused(server: EmbeddedServer, content: Any, reason: str) -> None:
+def test_what_cannot_be_done_is_refused(server: TransformersServer, content: Any, reason: str) -> None:
     status, reply = post(server.http, content)
     assert status == 400
     assert reason in reply["error"]["message"]
@@ -293,25 +299,25 @@ def test_what_cannot_be_done_is_refused(server: EmbeddedServer, content: Any, re
 @pytest.mark.parametrize("layer_ids", [(), (2, 1), (1, 1), (4,), (-1, 2)])
 def test_layer_ids_that_the_verifier_does_not_have(folder: Path, layer_ids: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"^--layer-ids: got .*from 0 \(embeddings\) to 3; the last layer, id 4"):
-        TappedVerifier(str(folder), layer_ids, "float32")
+        TransformersVerifier(str(folder), layer_ids, "float32")
 
 
 def test_addresses_are_loopback(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"--http: got '0\.0\.0\.0'"):
-        EmbeddedServer(Options(str(folder), "0.0.0.0:0", "tcp://127.0.0.1:*", (1,)))
+        TransformersServer(Options(str(folder), "0.0.0.0:0", "tcp://127.0.0.1:*", (1,)))
     with pytest.raises(ValueError, match=r"--zmq: got 'tcp://\*:0'"):
-        EmbeddedServer(Options(str(folder), "127.0.0.1:0", "tcp://*:0", (1,)))
+        TransformersServer(Options(str(folder), "127.0.0.1:0", "tcp://*:0", (1,)))
     with pytest.raises(ValueError, match="--max-unsent-bytes must be above 0"):
-        EmbeddedServer(Options(str(folder), "127.0.0.1:0", "tcp://127.0.0.1:*", (1,), max_unsent_bytes=0))
+        TransformersServer(Options(str(folder), "127.0.0.1:0", "tcp://127.0.0.1:*", (1,), max_unsent_bytes=0))
     with pytest.raises(ValueError, match=r"^--http: got '192\.0\.2\.1:0', which cannot be bound \(Cannot assign"):
-        EmbeddedServer(Options(str(folder), "192.0.2.1:0", "tcp://127.0.0.1:*", (1,), insecure=True))
+        TransformersServer(Options(str(folder), "192.0.2.1:0", "tcp://127.0.0.1:*", (1,), insecure=True))
 
 
 def test_ipv6_with_keys(folder: Path, tmp_path: Path) -> None:
     keys.make_keys(tmp_path / "keys")
     given = f"--http [::1]:0 --zmq tcp://[::]:* --layer-ids 1 --keys {tmp_path / 'keys'} --max-unsent-bytes 12345678"
     options, _ = parse(["--model", str(folder), *given.split()])
-    server = EmbeddedServer(options)
+    server = TransformersServer(options)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
         assert server._sender.max_bytes == 12345678

@@ -27,7 +27,7 @@ def qwen3_8b(stage: int = 2, **sections: dict[str, Any]) -> Config:
 
 def test_qwen3_8b_on_8_gpus() -> None:
     plan = make_plan(qwen3_8b(), 8)
-    # 5 layers: q, k, v, o, gate, up, down, two norms of H, two of D; fc over 5 taps, hidden_norm, norm.
+    # 5 layers: q, k, v, o, gate, up, down, two norms of H, two of D; fc over 5 aux layers, hidden_norm, norm.
     hidden, inner, queries, keys, depth = 4096, 12288, 32 * 128, 8 * 128, 5
     layer = 2 * hidden * queries + 2 * hidden * keys + 3 * hidden * inner + 2 * hidden + 2 * 128
     assert plan.trainable == depth * layer + 5 * hidden * hidden + 2 * hidden
