@@ -27,7 +27,7 @@ from dflash_scale.data.schedule import Row, RowSchedule, schedule_spec
 from dflash_scale.drafter.blocks import AnchorSpec
 from dflash_scale.drafter.model import Drafter
 from dflash_scale.drafter.pretrained import load_start
-from dflash_scale.training.dry_run import print_plan
+from dflash_scale.training.dry_run import print_dry_run
 from dflash_scale.training.fake import fake_head, run_data
 from dflash_scale.training.run import ResolvedRun, ResolvedVerifier, resolve_run, resolve_verifier
 from dflash_scale.verifier.head import VerifierHead, load_verifier_head
@@ -61,7 +61,7 @@ def main() -> int:
         config = load_config(args.config, args.set)
         if args.plan:
             if rank == 0:
-                print(print_plan(config, args.world))
+                print(print_dry_run(config, args.world))
             return 0
         resolve(config, int(os.environ.get("WORLD_SIZE", "1")))
     except ValueError as error:
@@ -93,7 +93,8 @@ def start_ranks() -> tuple[torch.device, dist.ProcessGroup]:
 
 def run(config: Config, *, resume: bool) -> int:
     """The whole run of one rank. Returns 0 when the schedule is complete, 143 when a signal ended it early, 2 when the
-    configuration, the data set, the verifier and the checkpoint do not fit together, 3 when the books do not balance.
+    configuration, the data set, the verifier and the checkpoint do not fit together, 3 when samples of an epoch
+    are unaccounted for or were trained twice.
     """
     from dflash_scale.training.distributed import leave_ranks
 
@@ -165,7 +166,7 @@ def row_source(
     """Where the hidden states of this rank's rows come from: its ring, filled by the node's receiver, or nowhere."""
     from dflash_scale.receiver.client import RankPlace, Stream
     from dflash_scale.training.copiers import Copier, CudaCopier, HostCopier
-    from dflash_scale.training.loader import AssemblerSpec, RowAssembler
+    from dflash_scale.training.loader import LoaderSpec, RowLoader
     from dflash_scale.training.row_source import FakeSource, RingSource
 
     config, layouts = run.config, run.verifier.layouts
@@ -174,8 +175,8 @@ def row_source(
     place = RankPlace(dist.get_rank(), dist.get_world_size(), *local_place())
     stream = Stream.start(config, layouts, place, first_step=first_step, run_id=run_id)
     copier: Copier = CudaCopier(stream.ring, device) if device.type == "cuda" else HostCopier()
-    spec = AssemblerSpec(layouts, config.data.row_tokens, config.stream.lookahead_rows)
-    return RingSource(RowAssembler(stream.ring, rows, spec, copier), stream)
+    spec = LoaderSpec(layouts, config.data.row_tokens, config.stream.lookahead_rows)
+    return RingSource(RowLoader(stream.ring, rows, spec, copier), stream)
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ def _answer(
             raise ValueError(f"{order.out} exists, wanted a new folder; remove it, or name another")
         filled = fill_cache(config, questions, work, origin)
         if not filled.complete:
-            done, problem = filled.books["present"] + filled.books["written"], filled.problem or "stopped"
+            done, problem = filled.totals["present"] + filled.totals["written"], filled.problem or "stopped"
             print(
                 f"dflash-scale answer: {problem}\n{done:,} of {prompts:,} prompts are answered; start it again to "
                 "go on",
@@ -158,7 +158,7 @@ def _answer(
             return filled.status
         _number(config, order, asked, questions, open_cache(work, origin.layout))
     _place(order, origin)
-    _say(order)
+    print_summary(order)
     return 0
 
 
@@ -268,7 +268,7 @@ def _write(path: Path, text: str) -> None:
     os.replace(aside, path)
 
 
-def _say(order: Order) -> None:
+def print_summary(order: Order) -> None:
     manifest: dict[str, Any] = load_prepared(order.out).manifest
     counts, tokens = manifest["counts"], manifest["tokens"]
     nbytes = Cache(order.states, ()).size()[1]

@@ -4,7 +4,7 @@
 
 Every file holds all aux layers and the last layer, whatever the run's loss needs. It can be stopped, or killed,
 and started again: files that are there and good are left as they are. Samples that no server could deliver stand in
-`quarantined.jsonl` with their reasons and are asked for again by the next start. The books of the last start are in
+`quarantined.jsonl` with their reasons and are asked for again by the next start. The counts of the last start are in
 `totals.json`: samples = present + written + quarantined when it is complete.
 """
 
@@ -81,15 +81,15 @@ def generate(config: Config, folder: Path) -> int:
     check_tokenizer(prepared, config.verifier.model)
     questions = SampleQuestions(Samples(prepared.train, prepared.validation))
     verifier = resolve_verifier(config, allow_network=True)
-    return settle(fill_cache(config, questions, folder, verifier.cache_origin(prepared.fingerprint)), folder)
+    return write_totals(fill_cache(config, questions, folder, verifier.cache_origin(prepared.fingerprint)), folder)
 
 
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """How far it came. `books`: `CacheSink.status`; `problem`: what ended it early other than a signal."""
+    """How far it came. `totals`: `CacheSink.status`; `problem`: what ended it early other than a signal."""
 
     complete: bool
-    books: dict[str, Any]
+    totals: dict[str, Any]
     problem: str
 
     @property
@@ -146,15 +146,15 @@ def fill_cache(config: Config, questions: Questions, folder: Path, cache_origin:
     return Filled(fill.complete, fill.status(), problem)
 
 
-def settle(filled: Filled, folder: Path) -> int:
-    """Writes the books and says them; gives the exit status."""
-    books = {"complete": filled.complete, **filled.books}
+def write_totals(filled: Filled, folder: Path) -> int:
+    """Writes and prints the totals; gives the exit status."""
+    totals = {"complete": filled.complete, **filled.totals}
     aside = folder / f"totals.json.{os.getpid()}"
-    aside.write_text(json.dumps(books, indent=1) + "\n", encoding="utf-8")
+    aside.write_text(json.dumps(totals, indent=1) + "\n", encoding="utf-8")
     os.replace(aside, folder / "totals.json")
     print(
-        f"{folder}: {books['samples']:,} samples, {books['present']:,} present, {books['written']:,} written "
-        f"({books['written_bytes'] / 1e9:.2f} GB), {books['quarantined']:,} quarantined"
+        f"{folder}: {totals['samples']:,} samples, {totals['present']:,} present, {totals['written']:,} written "
+        f"({totals['written_bytes'] / 1e9:.2f} GB), {totals['quarantined']:,} quarantined"
     )
     if filled.problem:
         print(f"dflash-scale generate: {filled.problem}\nstart it again to go on", file=sys.stderr)

@@ -65,7 +65,7 @@ class CacheSink:
         return "cache"  # nothing is asked for: files are read, or the disk has to catch up
 
     def status(self) -> dict[str, int]:
-        """The books: samples = present + written + quarantined, once it is complete."""
+        """Counts: samples = present + written + quarantined, once it is complete."""
         names = ("present", "written", "written_bytes", "quarantined")
         return {"samples": len(self._lengths), **{name: self.counts[name] for name in names}}
 
@@ -75,7 +75,7 @@ class CacheSink:
         Raises:
             CacheUnwritable: a file could not be written.
         """
-        self._book_written()
+        self._count_written()
         taken: list[Want] = []
         self.backlog = False
         while self._next < len(self._lengths) and len(self._in_hand) < MOST_IN_HAND:
@@ -126,9 +126,9 @@ class CacheSink:
         """Writes what is here. Raises CacheUnwritable as `take` does."""
         self._keeper.close()
         self._quarantined.close()
-        self._book_written()
+        self._count_written()
 
-    def _book_written(self) -> None:
+    def _count_written(self) -> None:
         while not self._reports.empty():
             sample, problem = self._reports.get()
             if problem:

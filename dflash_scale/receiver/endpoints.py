@@ -19,7 +19,7 @@ from dflash_scale.config.stream import Server, StreamSection
 
 log = logging.getLogger(__name__)
 
-LOOK_EVERY_S: Final = 1.0
+POLL_EVERY_S: Final = 1.0
 _LIST: Final = TypeAdapter(tuple[Server, ...])
 
 
@@ -30,15 +30,15 @@ class Endpoints:
         self._stream = stream
         asks = stream.mode != "offline"
         self._path = Path(stream.endpoints_file) if asks and stream.endpoints_file is not None else None
-        self._stamp: tuple[int, int, int] | None = (0, 0, 0)  # of the file at the last look; None: there was none
-        self._next_look = -math.inf
+        self._stamp: tuple[int, int, int] | None = (0, 0, 0)  # of the file at the last poll; None: there was none
+        self._next_poll = -math.inf
         self.servers = list(stream.servers) if asks else []
 
-    def look(self, now: float) -> bool:
-        """Whether `servers` is another list than at the last look. Cheap to call often."""
-        if self._path is None or now < self._next_look:
+    def poll(self, now: float) -> bool:
+        """Whether `servers` is another list than at the last poll. Cheap to call often."""
+        if self._path is None or now < self._next_poll:
             return False
-        self._next_look = now + LOOK_EVERY_S
+        self._next_poll = now + POLL_EVERY_S
         try:
             found = os.stat(self._path)
         except OSError as error:

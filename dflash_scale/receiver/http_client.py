@@ -47,7 +47,7 @@ class HealthAnswered:
     problem: str | None
 
 
-Event = Posted | HealthAnswered
+HttpEvent = Posted | HealthAnswered
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class HttpClient:
         report: called from the thread with every event; must be quick and thread-safe.
     """
 
-    def __init__(self, timeout_s: float, report: Callable[[Event], None]) -> None:
+    def __init__(self, timeout_s: float, report: Callable[[HttpEvent], None]) -> None:
         self._timeout_s = timeout_s
         self._report = report
         self._tasks: set[asyncio.Task[None]] = set()

@@ -17,7 +17,7 @@ from dflash_scale.fleet.state import Action, Cut, Fault, Job, Key, Limits, Probe
 from dflash_scale.receiver.connections import Connections, Identity, Outcome, ServerConnection, ServerMismatch
 from dflash_scale.receiver.delivery import Dropped, Sink, Unusable, deliver
 from dflash_scale.receiver.endpoints import Endpoints
-from dflash_scale.receiver.http_client import Event, HealthAnswered, HttpClient
+from dflash_scale.receiver.http_client import HealthAnswered, HttpClient, HttpEvent
 from dflash_scale.receiver.requests import Questions
 from dflash_scale.receiver.status import Status
 from dflash_scale.transport import messages
@@ -61,10 +61,10 @@ class ReceiverLoop:
         self._blocked_s: defaultdict[str, float] = defaultdict(float)
         self._clock = time.monotonic()
         self._max_tokens = int(questions.lengths.max())
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[HttpEvent] = queue.SimpleQueue()
         self._http = HttpClient(limits.request_timeout_s + 1, self._report_event)
         self._servers = Connections(identity, self._max_tokens * identity.layout.bytes_per_token, self._http)
-        endpoints.look(self._clock)
+        endpoints.poll(self._clock)
         self._join_and_leave(self._clock)
 
     def close(self) -> None:
@@ -90,7 +90,7 @@ class ReceiverLoop:
         """
         self._receive(0 if self._sink.backlog else STEP_MS)
         now = time.monotonic()
-        if self._endpoints.look(now):
+        if self._endpoints.poll(now):
             self._join_and_leave(now)
         for want in self._sink.take():
             self.fleet.add(want.key, want.tokens, want.nbytes)
@@ -116,7 +116,7 @@ class ReceiverLoop:
             else:
                 self.fleet.http_done(event.sent, event.fault, event.reason, time.monotonic())
 
-    def _report_event(self, event: Event) -> None:
+    def _report_event(self, event: HttpEvent) -> None:
         """Called from the HTTP thread."""
         self._events.put(event)
         self._servers.wake()

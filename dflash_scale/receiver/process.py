@@ -3,7 +3,7 @@
     python -m dflash_scale.receiver.process --spec FILE
 
 The first rank of a node starts it (`client.Stream.start`) and it ends with that rank: on SIGUSR1, when the rank dies
-(the kernel's parent-death signal, and a look at the parent's pid once a second), or when every sample is delivered.
+(the kernel's parent-death signal, and a check of the parent's pid once a second), or when every sample is delivered.
 When it fails, its traceback is on stderr, its exit status is not 0, and every rank sees a dead writer in its ring;
 when it hangs, every rank sees one that does not beat.
 
@@ -87,13 +87,13 @@ class Stop:
         signal.signal(STOP_SIGNAL, self._signalled)
         for ours in (signal.SIGTERM, signal.SIGINT):
             signal.signal(ours, signal.SIG_IGN)
-        # The kernel signals when the parent's thread ends; the look at the pid is for a parent that was gone already.
+        # The kernel signals when the parent's thread ends; the check of the pid is for a parent that was gone already.
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, STOP_SIGNAL, 0, 0, 0)
 
     def _signalled(self, number: int, frame: object) -> None:
         self.reason = self.reason or signal.Signals(number).name
 
-    def look(self) -> bool:
+    def poll(self) -> bool:
         if not self.reason and os.getppid() != self._parent_pid:
             self.reason = f"the training process {self._parent_pid} is gone"
         return bool(self.reason)
@@ -128,7 +128,7 @@ def serve(spec: ReceiverSpec, rings: Sequence[Ring], stop: Stop) -> Status:
         while status.state == "running":
             loop.step()
             if time.monotonic() >= next_status or sink.complete or sink.deserted or stop.reason:
-                gone = stop.look() or sink.deserted
+                gone = stop.poll() or sink.deserted
                 status.state = "complete" if sink.complete else "stopped" if gone else "running"
                 if status.state != "running":
                     sink.close()  # before the last status: it counts what is still written to the cache

@@ -15,7 +15,7 @@ from dflash_scale.transport.ring import Record, Ring
 log = logging.getLogger(__name__)
 
 
-class Event(Protocol):
+class DeviceEvent(Protocol):
     """A point in the work of a device; a `torch.cuda.Event` is one."""
 
     def query(self) -> bool:
@@ -42,19 +42,19 @@ class Copier(Protocol):
         """To be called once by the thread that copies, before anything else of that thread."""
         ...
 
-    def copy(self, target: Tensor, record: Record) -> Event:
+    def copy(self, target: Tensor, record: Record) -> DeviceEvent:
         """Begins to copy the payload to `target`, (bytes of the payload,) uint8; it is read until the event."""
         ...
 
-    def zero(self, target: Tensor) -> Event:
+    def zero(self, target: Tensor) -> DeviceEvent:
         """Begins to fill `target` with zeros."""
         ...
 
-    def follow(self, event: Event) -> None:
+    def follow(self, event: DeviceEvent) -> None:
         """Lets all further work of the training thread's stream begin behind the event."""
         ...
 
-    def mark(self) -> Event:
+    def mark(self) -> DeviceEvent:
         """The end of all work that the training thread's stream has by now."""
         ...
 
@@ -63,7 +63,7 @@ class Copier(Protocol):
         ...
 
 
-class Ended:
+class CompletedEvent:
     """The event of work that was done when its call returned."""
 
     def query(self) -> bool:
@@ -85,19 +85,19 @@ class HostCopier:
     def enter(self) -> None:
         return
 
-    def copy(self, target: Tensor, record: Record) -> Event:
+    def copy(self, target: Tensor, record: Record) -> DeviceEvent:
         target.numpy()[:] = np.frombuffer(record.payload, np.uint8)
-        return Ended()
+        return CompletedEvent()
 
-    def zero(self, target: Tensor) -> Event:
+    def zero(self, target: Tensor) -> DeviceEvent:
         target.zero_()
-        return Ended()
+        return CompletedEvent()
 
-    def follow(self, event: Event) -> None:
+    def follow(self, event: DeviceEvent) -> None:
         return
 
-    def mark(self) -> Event:
-        return Ended()
+    def mark(self) -> DeviceEvent:
+        return CompletedEvent()
 
     def close(self) -> None:
         return
@@ -115,8 +115,8 @@ class CudaCopier:
         self._device = device
         self._records = torch.frombuffer(ring.records(), dtype=torch.uint8)
         self.stream = torch.cuda.Stream(device)
-        # CUDA keeps a refusal as its thread's last error, and torch would take it for one of the next kernel that this
-        # thread launches: so it is asked in a thread that launches none.
+        # A failed cudaHostRegister stays as the last error of its thread, and torch would report it for the next kernel
+        # launched there: so the pages are locked in a throw-away thread.
         with ThreadPoolExecutor(1) as thread:
             refusal = thread.submit(self._lock).result()
         self.locked = refusal is None
@@ -133,30 +133,31 @@ class CudaCopier:
 
     def empty(self, nbytes: int) -> Tensor:
         memory = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
-        # Work on what was there before, and on what will be there once this is freed, is none of the copies'.
+        # Our copies must not overtake work that still uses this block's previous owner, and the caching allocator must
+        # not give the block away while our stream copies into it.
         self.stream.wait_stream(torch.cuda.current_stream(self._device))
         memory.record_stream(self.stream)
         return memory
 
     def enter(self) -> None:
-        # Asked of an event, a thread without a device would make a context on GPU 0.
+        # A thread that never set a device makes a context on GPU 0 when it queries an event.
         torch.cuda.set_device(self._device)
 
-    def copy(self, target: Tensor, record: Record) -> Event:
+    def copy(self, target: Tensor, record: Record) -> DeviceEvent:
         source = self._records[record.offset : record.offset + len(record.payload)]
         with torch.cuda.stream(self.stream):
             target.copy_(source, non_blocking=self.locked)
         return self._event(self.stream)
 
-    def zero(self, target: Tensor) -> Event:
+    def zero(self, target: Tensor) -> DeviceEvent:
         with torch.cuda.stream(self.stream):
             target.zero_()
         return self._event(self.stream)
 
-    def follow(self, event: Event) -> None:
+    def follow(self, event: DeviceEvent) -> None:
         event.wait(torch.cuda.current_stream(self._device))
 
-    def mark(self) -> Event:
+    def mark(self) -> DeviceEvent:
         return self._event(torch.cuda.current_stream(self._device))
 
     def close(self) -> None:
@@ -175,7 +176,7 @@ class CudaCopier:
                     raise torch.cuda.CudaError(status)
 
     @staticmethod
-    def _event(stream: torch.cuda.Stream) -> Event:
+    def _event(stream: torch.cuda.Stream) -> DeviceEvent:
         event = torch.cuda.Event()
         event.record(stream)
         return event

@@ -1,10 +1,10 @@
-"""Row buffers on the training device, filled from a ring by copies that may end later than they begin.
+"""Row buffers on the training device, filled from a ring by asynchronous copies.
 
 A record stays in the ring until its copy has ended: records are released in their order, and a late copy holds back the
 releases behind it, but no other copy. Training waits, on its stream, for the copies of the row that it takes. A buffer
 is filled again when all work on what it held has ended.
 
-How bytes move is a `Copier`'s: `HostCopier` for training on a CPU, `cuda_copier.CudaCopier` for a GPU.
+How bytes move is a `Copier`'s: `HostCopier` for training on a CPU, `CudaCopier` for a GPU (copiers.py).
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Final
 
 from torch import Tensor
 
-from dflash_scale.training.copiers import Copier, Event
+from dflash_scale.training.copiers import Copier, DeviceEvent
 from dflash_scale.transport.ring import QUARANTINED, Record, Ring
 
-BESIDES_LOOKAHEAD: Final = 2  # buffers of rows: one is ready, one in use
+READY_AND_IN_USE: Final = 2  # buffers of rows: one is ready, one in use
 
 
 @dataclass(slots=True, eq=False)
@@ -26,12 +26,12 @@ class RowBuffer:
     """Memory of one row: `bytes` (row_bytes,) uint8 on the device."""
 
     bytes: Tensor
-    filled: Event | None = None  # the last copy into it
-    used: Event | None = None  # the last use of what it held before
+    filled: DeviceEvent | None = None  # the last copy into it
+    used: DeviceEvent | None = None  # the last use of what it held before
 
 
-class RowMemory:
-    """`rows` buffers of `row_bytes` each, all there is for the hidden states of one rank besides its ring.
+class DeviceRows:
+    """`rows` buffers of `row_bytes` each, which with its ring hold all hidden states of one rank.
 
     One thread reads the ring and fills: `take`, `fill`, `release_copied`. Another one trains: `hand_over`, `give_back`.
     `close` is for when the first has ended.
@@ -40,7 +40,7 @@ class RowMemory:
     def __init__(self, ring: Ring, copier: Copier, *, rows: int, row_bytes: int) -> None:
         self._ring, self._copier = ring, copier
         self._free = deque(RowBuffer(copier.empty(row_bytes)) for _ in range(rows))
-        self._copying: deque[Event] = deque()  # one for each record that was read and is not released
+        self._copying: deque[DeviceEvent] = deque()  # one for each record that was read and is not released
 
     def enter(self) -> None:
         """To be called by the thread that fills, first of all."""

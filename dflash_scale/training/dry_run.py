@@ -27,8 +27,8 @@ ASSUMED_DOCUMENT = 3072  # tokens, where there is no data set yet: the paper's l
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What a dry run knows of a run; `print_plan` writes it out. Bytes, tokens and counts."""
+class DryRun:
+    """What a dry run knows of a run; `print_dry_run` writes it out. Bytes, tokens and counts."""
 
     run: ResolvedRun  # its vocabulary is None before there is a data set, too
     mask: str  # the mask token, in words: its id is only known where the tokenizer is
@@ -43,7 +43,7 @@ class Plan:
     memory: Memory
 
 
-def make_plan(config: Config, world_size: int) -> Plan:
+def make_dry_run(config: Config, world_size: int) -> DryRun:
     """The dry run of a configuration; raises ValueError for what cannot be run on `world_size` ranks."""
     verifier = resolve_verifier(config)
     shape, layouts = verifier.shape, verifier.layouts
@@ -63,7 +63,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
     per_document, tokens = config.data.anchors_per_document, config.data.row_tokens
     anchors = most if schedule is not None else min(most, max(per_document, per_document * tokens // ASSUMED_DOCUMENT))
     sizes = Sizes(world_size, trainable, frozen, pruned or shape.vocab_size, anchors)
-    return Plan(
+    return DryRun(
         run=run,
         mask=mask_in_words(run, tokenizer),
         world_size=world_size,
@@ -125,15 +125,15 @@ def size(count: float) -> str:
     return f"{count:.1f} GB"
 
 
-def print_plan(config: Config, world_size: int) -> str:
+def print_dry_run(config: Config, world_size: int) -> str:
     """The dry run as text; raises ValueError for what cannot be run."""
-    plan = make_plan(config, world_size)
+    dry = make_dry_run(config, world_size)
     sections = {
-        f"Run on {world_size} ranks": _processes(plan),
-        "Verifier and drafter": _models(plan),
-        "Stream": _stream(plan),
-        "Schedule": _schedule(plan),
-        "Memory of one GPU (estimate)": _memory(plan),
+        f"Run on {world_size} ranks": _processes(dry),
+        "Verifier and drafter": _models(dry),
+        "Stream": _stream(dry),
+        "Schedule": _schedule(dry),
+        "Memory of one GPU (estimate)": _memory(dry),
     }
     width = max(len(name) for lines in sections.values() for name, _ in lines)
     return "\n\n".join(
@@ -145,23 +145,23 @@ def print_plan(config: Config, world_size: int) -> str:
 Lines = list[tuple[str, str]]
 
 
-def _processes(plan: Plan) -> Lines:
-    nodes, mode = -(-plan.world_size // GPUS_PER_NODE), plan.run.config.stream.mode
+def _processes(dry: DryRun) -> Lines:
+    nodes, mode = -(-dry.world_size // GPUS_PER_NODE), dry.run.config.stream.mode
     return [
-        ("training ranks", f"{plan.world_size}, one per GPU, up to {GPUS_PER_NODE} per node"),
+        ("training ranks", f"{dry.world_size}, one per GPU, up to {GPUS_PER_NODE} per node"),
         ("receivers", "none" if mode == "fake" else f"{nodes}, one per node"),
         *(
             (f"server {index}", f"{server.name}, hidden states from {server.zmq}")
-            for index, server in enumerate(plan.run.config.stream.servers)
+            for index, server in enumerate(dry.run.config.stream.servers)
             if mode in ("online", "hybrid")
         ),
-        ("ZeRO stage", str(plan.run.config.zero_stage)),
-        ("output", plan.run.config.train.output_dir),
+        ("ZeRO stage", str(dry.run.config.zero_stage)),
+        ("output", dry.run.config.train.output_dir),
     ]
 
 
-def _models(plan: Plan) -> Lines:
-    run, layers, shape = plan.run, plan.run.spec.layers, plan.run.verifier.shape
+def _models(dry: DryRun) -> Lines:
+    run, layers, shape = dry.run, dry.run.spec.layers, dry.run.verifier.shape
     rope = cast(dict[str, object], layers.rope_parameters)
     attention = f"{layers.num_attention_heads} query and {layers.num_key_value_heads} key heads of {layers.head_dim}"
     return [
@@ -172,18 +172,18 @@ def _models(plan: Plan) -> Lines:
         ),
         ("drafter", f"{layers.num_hidden_layers} layers of {layers.hidden_size}, MLP {layers.intermediate_size}"),
         ("attention", f"{attention}; blocks {'causal' if run.spec.causal_block else 'bidirectional'}"),
-        *_layer_kinds(plan),
+        *_layer_kinds(dry),
         ("rotary embedding", ", ".join(f"{name} {value}" for name, value in rope.items())),
-        ("mask token", plan.mask),
-        ("vocabulary", _vocabulary(plan)),
+        ("mask token", dry.mask),
+        ("vocabulary", _vocabulary(dry)),
         ("block size", f"{run.spec.block_size}: the anchor and {run.spec.block_size - 1} drafts"),
-        ("trainable parameters", f"{plan.trainable:,}, from {run.config.drafter.init_from or 'random weights'}"),
-        ("frozen parameters", f"{plan.frozen:,} (the verifier's embedding, final norm and head)"),
+        ("trainable parameters", f"{dry.trainable:,}, from {run.config.drafter.init_from or 'random weights'}"),
+        ("frozen parameters", f"{dry.frozen:,} (the verifier's embedding, final norm and head)"),
     ]
 
 
-def _vocabulary(plan: Plan) -> str:
-    run, rows = plan.run, plan.run.verifier.shape.vocab_size
+def _vocabulary(dry: DryRun) -> str:
+    run, rows = dry.run, dry.run.verifier.shape.vocab_size
     size = run.config.drafter.vocab_size
     if size is None:
         return f"all {rows:,} tokens"
@@ -192,18 +192,18 @@ def _vocabulary(plan: Plan) -> str:
     return f"{size:,} of {rows:,} tokens, {100 * run.vocabulary.coverage:.2f} % of the answers' tokens"
 
 
-def _layer_kinds(plan: Plan) -> Lines:
-    spec = plan.run.spec
+def _layer_kinds(dry: DryRun) -> Lines:
+    spec = dry.run.spec
     windows = [spec.window(layer) for layer in range(spec.layers.num_hidden_layers)]
     if not any(windows):
         return [("layers", "all with full attention")]
     return [("layers", ", ".join(f"window {window}" if window else "full" for window in windows))]
 
 
-def _stream(plan: Plan) -> Lines:
-    config, layouts = plan.run.config, plan.run.verifier.layouts
+def _stream(dry: DryRun) -> Lines:
+    config, layouts = dry.run.config, dry.run.verifier.layouts
     per_token, validation = layouts.train.bytes_per_token, layouts.validation.bytes_per_token
-    ranks = min(plan.world_size, GPUS_PER_NODE)
+    ranks = min(dry.world_size, GPUS_PER_NODE)
     row = config.data.row_tokens * validation
     more = f"; {validation:,} in validation, with the last residual" if validation > per_token else ""
     lines = [
@@ -225,35 +225,35 @@ def _stream(plan: Plan) -> Lines:
     ]
 
 
-def _schedule(plan: Plan) -> Lines:
-    config, rows = plan.run.config, plan.run.config.train.rows_per_step
-    known = "in the data set's rows" if plan.data is not None else "if all documents are short"
+def _schedule(dry: DryRun) -> Lines:
+    config, rows = dry.run.config, dry.run.config.train.rows_per_step
+    known = "in the data set's rows" if dry.data is not None else "if all documents are short"
     lines = [
-        ("optimizer step", f"{rows} rows = {plan.world_size} ranks × {plan.micro_steps} micro-steps"),
+        ("optimizer step", f"{rows} rows = {dry.world_size} ranks × {dry.micro_steps} micro-steps"),
         ("tokens per step", f"{rows * config.data.row_tokens:,} at most"),
-        ("anchors per row", f"{plan.most_anchors:,} at most, {known}; {config.data.anchors_per_document} per document"),
-        ("anchors per step", f"{rows * plan.most_anchors:,} at most"),
+        ("anchors per row", f"{dry.most_anchors:,} at most, {known}; {config.data.anchors_per_document} per document"),
+        ("anchors per step", f"{rows * dry.most_anchors:,} at most"),
     ]
-    if plan.data is None or plan.schedule is None:
+    if dry.data is None or dry.schedule is None:
         return [*lines, ("steps per epoch", f"unknown until prepared ({config.data.path} does not exist)")]
-    schedule = plan.schedule
-    held_out, cached = len(plan.data.validation), config.stream.mode != "fake"
-    tokens = int(plan.data.train.lengths.sum() + plan.data.validation.lengths.sum())
+    schedule = dry.schedule
+    held_out, cached = len(dry.data.validation), config.stream.mode != "fake"
+    tokens = int(dry.data.train.lengths.sum() + dry.data.validation.lengths.sum())
     return [
         *lines,
-        ("samples", f"{len(plan.data.train):,} to train on, {held_out:,} held out"),
-        *([("a whole cache", size(tokens * plan.run.verifier.layouts.validation.bytes_per_token))] if cached else []),
+        ("samples", f"{len(dry.data.train):,} to train on, {held_out:,} held out"),
+        *([("a whole cache", size(tokens * dry.run.verifier.layouts.validation.bytes_per_token))] if cached else []),
         ("steps per epoch", f"{schedule.steps_per_epoch:,}"),
         ("steps", f"{schedule.total_steps:,}"),
     ]
 
 
-def _memory(plan: Plan) -> Lines:
-    memory, config, world = plan.memory, plan.run.config, plan.world_size
+def _memory(dry: DryRun) -> Lines:
+    memory, config, world = dry.memory, dry.run.config, dry.world_size
     stage = config.zero_stage
-    slots = plan.anchors * plan.run.spec.block_size
-    rows = "the fullest row" if plan.data is not None else f"a row of {ASSUMED_DOCUMENT}-token documents"
-    vocabulary = config.drafter.vocab_size or plan.run.verifier.shape.vocab_size
+    slots = dry.anchors * dry.run.spec.block_size
+    rows = "the fullest row" if dry.data is not None else f"a row of {ASSUMED_DOCUMENT}-token documents"
+    vocabulary = config.drafter.vocab_size or dry.run.verifier.shape.vocab_size
     dense = config.drafter.attention_backend == "reference"
     scores = "dense scores (drafter.attention_backend is reference)" if dense else "statistics, no scores"
 
@@ -265,7 +265,7 @@ def _memory(plan: Plan) -> Lines:
         ("gradients, fp32", size(memory.gradients) + share(2)),
         ("optimizer", size(memory.optimizer) + share(1)),
         ("frozen weights", size(memory.frozen)),
-        ("activations", f"{size(memory.activations)} at {slots:,} slots ({plan.anchors:,} anchors, {rows})"),
+        ("activations", f"{size(memory.activations)} at {slots:,} slots ({dry.anchors:,} anchors, {rows})"),
         ("attention", f"{size(memory.attention)} of {scores}"),
         ("loss", f"{size(memory.loss)} for chunks of {chunk_slots(config, vocabulary)} slots"),
         (f"hidden states of {row_buffers(config)} rows", size(memory.rows)),

@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Balance:
-    """Samples of one rank in some steps. The books balance when none is missing and none came too often."""
+class EpochCount:
+    """Samples of one rank in some steps. Every sample is accounted for when none is missing and none is surplus."""
 
     wanted: int
     trained: int
@@ -32,7 +32,7 @@ class Balance:
     surplus: int  # a second time, or in a step that does not want them
 
 
-def balance(schedule: RowSchedule, rank: int, last_step: int, ledger: Path) -> Balance:
+def count_epoch(schedule: RowSchedule, rank: int, last_step: int, ledger: Path) -> EpochCount:
     """Compares a rank's ledger with the schedule, over the epoch of `last_step` and no further than that."""
     steps = range((last_step - 1) // schedule.steps_per_epoch * schedule.steps_per_epoch + 1, last_step + 1)
     wanted: Counter[tuple[int, int]] = Counter()
@@ -45,19 +45,20 @@ def balance(schedule: RowSchedule, rank: int, last_step: int, ledger: Path) -> B
             trained += len(line["samples"])
             quarantined += len(line["quarantined"])
             found.update((line["step"], sample) for sample in [*line["samples"], *line["quarantined"]])
-    return Balance(wanted.total(), trained, quarantined, (wanted - found).total(), (found - wanted).total())
+    return EpochCount(wanted.total(), trained, quarantined, (wanted - found).total(), (found - wanted).total())
 
 
-def report(step: int, books: Balance) -> int:
-    """Logs the books of all ranks after a step; gives how many samples ledger and schedule disagree on."""
+def report_epoch(step: int, count: EpochCount) -> int:
+    """Logs the count of all ranks after a step; gives how many samples ledger and schedule disagree on."""
     text = (
-        f"step {step} ends an epoch: {books.wanted} samples, {books.trained} trained, {books.quarantined} quarantined"
+        f"step {step} ends an epoch: {count.wanted} samples, {count.trained} trained, {count.quarantined} quarantined"
     )
-    if books.missing or books.surplus:
-        log.error("%s; the books do not balance: %d missing, %d too often", text, books.missing, books.surplus)
+    if count.missing or count.surplus:
+        unaccounted = "%s; %d samples of this epoch are unaccounted for, %d were trained twice or in another step"
+        log.error(unaccounted, text, count.missing, count.surplus)
     else:
-        log.info("%s; the books balance", text)
-    return books.missing + books.surplus
+        log.info("%s; every sample is accounted for", text)
+    return count.missing + count.surplus
 
 
 def _lines(ledger: Path) -> Iterator[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 Samples arrive in any order; the row schedule says where each one lies. A row is handed over when all its samples are
 in, so what is trained at a step never depends on the order of arrival. The row buffers lie on the training device
-(`row_memory`): `lookahead` rows being filled, one that is ready and one that is in use.
+(`device_rows`): `lookahead` rows being filled, one that is ready and one that is in use.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from dflash_scale.data.schedule import Row
 from dflash_scale.receiver.layouts import RowLayouts
 from dflash_scale.training.copiers import Copier
-from dflash_scale.training.device_rows import BESIDES_LOOKAHEAD, RowBuffer, RowMemory
+from dflash_scale.training.device_rows import READY_AND_IN_USE, DeviceRows, RowBuffer
 from dflash_scale.training.row_source import RowStates
 from dflash_scale.transport.encoding import decode
 from dflash_scale.transport.ring import QUARANTINED, Record, Ring
@@ -25,7 +25,7 @@ COPY_POLL_S = 0.001  # or whether copies have ended, while there are some
 
 
 @dataclass(frozen=True, slots=True)
-class AssemblerSpec:
+class LoaderSpec:
     """`lookahead` rows are filled at once; `row_tokens` tokens fit in each."""
 
     layouts: RowLayouts
@@ -43,36 +43,36 @@ class OpenRow:
     quarantined: list[int]
 
 
-class RowAssembler:
+class RowLoader:
     """Gives the rows of one rank, in the order of the schedule. `wait` and `next` are for the training thread.
 
     Args:
         ring: the rank's ring, opened for reading.
         rows: the rows of this rank, in the order it trains them.
         spec: sizes.
-        copier: how bytes get from this ring to the training device; closed with the assembler.
+        copier: how bytes get from this ring to the training device; closed with the loader.
     """
 
-    def __init__(self, ring: Ring, rows: Iterator[Row], spec: AssemblerSpec, copier: Copier) -> None:
+    def __init__(self, ring: Ring, rows: Iterator[Row], spec: LoaderSpec, copier: Copier) -> None:
         self._ring = ring
         self._rows = rows
         self._spec = spec
         self._open: deque[OpenRow] = deque()
         self._opened = 0
         row_bytes = spec.row_tokens * spec.layouts.validation.bytes_per_token  # a row of either kind
-        self._memory = RowMemory(ring, copier, rows=spec.lookahead + BESIDES_LOOKAHEAD, row_bytes=row_bytes)
+        self._device_rows = DeviceRows(ring, copier, rows=spec.lookahead + READY_AND_IN_USE, row_bytes=row_bytes)
         self._ready: queue.SimpleQueue[OpenRow | BaseException | None] = queue.SimpleQueue()
         self._next: list[OpenRow | BaseException | None] = []  # what `wait` has taken from it
         self._in_use: RowBuffer | None = None  # of the row that was handed over last
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="row-assembler", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="row-loader", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """Stops the thread; rows not handed over yet are dropped (a resumed run asks for them again)."""
         self._stop.set()
         self._thread.join()
-        self._memory.close()
+        self._device_rows.close()
 
     def wait(self, seconds: float) -> bool:
         """Whether there is a next row, or an end, at most this much later."""
@@ -84,7 +84,7 @@ class RowAssembler:
     def next(self) -> RowStates | None:
         """The next row, None behind the last one. Raises what ended the thread, such as the receiver's death."""
         if self._in_use is not None:
-            self._memory.give_back(self._in_use)
+            self._device_rows.give_back(self._in_use)
             self._in_use = None
         item = self._next.pop() if self._next else self._ready.get()
         if item is None:
@@ -92,16 +92,16 @@ class RowAssembler:
         if isinstance(item, BaseException):
             raise item
         row, per_token = item.row, self._spec.layouts.of(item.row).bytes_per_token
-        raw = self._memory.hand_over(item.buffer, row.tokens * per_token)
+        raw = self._device_rows.hand_over(item.buffer, row.tokens * per_token)
         self._in_use = item.buffer
         states = decode(raw.view(row.tokens, per_token), self._spec.layouts.of(row))
         return RowStates(row, states, tuple(item.quarantined))
 
     def _run(self) -> None:
         try:
-            self._memory.enter()
+            self._device_rows.enter()
             self._fill_all()
-            self._memory.release_copied(wait=True)
+            self._device_rows.release_copied(wait=True)
             self._ready.put(None)
         except BaseException as error:  # noqa: BLE001 - the edge of the thread: raised again in the training one
             self._ready.put(error)
@@ -110,14 +110,14 @@ class RowAssembler:
         more = True
         while not self._stop.is_set():
             self._hand_over_whole()  # first: each of them makes place for another one
-            while more and len(self._open) < self._spec.lookahead and (buffer := self._memory.take()) is not None:
+            while more and len(self._open) < self._spec.lookahead and (buffer := self._device_rows.take()) is not None:
                 more = self._open_row(buffer)
                 self._hand_over_whole()  # a row without samples is whole at once
             if not self._open and not more:
                 return
-            self._memory.release_copied()
+            self._device_rows.release_copied()
             if self._open:
-                record = self._ring.next_record(COPY_POLL_S if self._memory.copying else POLL_S)
+                record = self._ring.next_record(COPY_POLL_S if self._device_rows.copying else POLL_S)
                 if record is not None:
                     self._place(record)
             else:
@@ -152,4 +152,4 @@ class RowAssembler:
         if record.status == QUARANTINED:
             row.quarantined.append(record.sample)
         per_token = self._spec.layouts.of(row.row).bytes_per_token
-        self._memory.fill(row.buffer, start * per_token, (start + length) * per_token, record)
+        self._device_rows.fill(row.buffer, start * per_token, (start + length) * per_token, record)

@@ -16,7 +16,7 @@ from dflash_scale.config.run import Config
 from dflash_scale.drafter.model import DrafterSpec
 from dflash_scale.ops.softmax_loss import SLICE_NUMBERS
 from dflash_scale.receiver.layouts import RowLayouts
-from dflash_scale.training.device_rows import BESIDES_LOOKAHEAD
+from dflash_scale.training.device_rows import READY_AND_IN_USE
 from dflash_scale.training.loss import CHUNK_BYTES, fitting_rows, loss_spec
 from dflash_scale.transport.layout import FP8
 
@@ -73,7 +73,7 @@ def gpu_memory(config: Config, spec: DrafterSpec, layouts: RowLayouts, sizes: Si
 
 def row_buffers(config: Config) -> int:
     """Rows that a rank has memory for on its device; of random states no more than the one in training."""
-    return 1 if config.stream.mode == "fake" else config.stream.lookahead_rows + BESIDES_LOOKAHEAD
+    return 1 if config.stream.mode == "fake" else config.stream.lookahead_rows + READY_AND_IN_USE
 
 
 def rows_bytes(config: Config, layouts: RowLayouts) -> int:

@@ -2,7 +2,7 @@
 
 `RingSource` takes them from the ring that the node's receiver fills, whatever the receiver gets them from: servers, a
 cache, or both. `FakeSource` draws them at random, on the rank itself. A source follows the rank's row schedule and
-knows nothing of tokens, anchors and loss: the trainer plans each row itself (`packer.plan_row`).
+knows nothing of tokens, anchors and loss: the trainer plans each row itself (`blocks.plan_row`).
 
 T tokens in use in a row · L verifier layers in its layout · H the verifier's hidden size.
 """
@@ -21,7 +21,7 @@ from dflash_scale.receiver.layouts import RowLayouts
 
 if TYPE_CHECKING:
     from dflash_scale.receiver.client import Stream
-    from dflash_scale.training.loader import RowAssembler
+    from dflash_scale.training.loader import RowLoader
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,21 +62,21 @@ class RowSource(Protocol):
 class RingSource:
     """Rows from this rank's ring, and the stream behind it."""
 
-    assembler: RowAssembler
+    loader: RowLoader
     stream: Stream
 
     def wait(self, seconds: float) -> bool:
-        return self.assembler.wait(seconds)
+        return self.loader.wait(seconds)
 
     def next(self) -> RowStates | None:
-        return self.assembler.next()
+        return self.loader.next()
 
     def status(self) -> list[dict[str, Any]]:
         return self.stream.servers()
 
     def close(self) -> None:
         try:
-            self.assembler.close()
+            self.loader.close()
         finally:
             self.stream.close()
 

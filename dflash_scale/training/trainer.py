@@ -1,7 +1,7 @@
 """The training loop: DeepSpeed engine, loss normalised over the optimizer step, validation, checkpoints, one line.
 
-All ranks run the same schedule (`packer.RowSchedule`), so they agree on every step, validation and checkpoint without
-talking; what they do exchange are small CPU all-reduces: the loss denominator Z of each step, and whether to stop.
+All ranks run the same `RowSchedule`, so they agree on every step, validation and checkpoint without talking; what they
+do exchange are small CPU all-reduces: the loss denominator Z of each step, and whether to stop.
 """
 
 import json
@@ -23,7 +23,7 @@ from dflash_scale.drafter.blocks import AnchorSpec, RowPlan, plan_row
 from dflash_scale.drafter.heads import OutputHead
 from dflash_scale.drafter.model import block_inputs
 from dflash_scale.training.checkpoint import Checkpoints, Position, write_aside
-from dflash_scale.training.ledger import Balance, JsonLines, balance, report
+from dflash_scale.training.ledger import EpochCount, JsonLines, count_epoch, report_epoch
 from dflash_scale.training.loss import (
     BlockSums,
     VerifierStates,
@@ -40,7 +40,7 @@ from dflash_scale.verifier.head import VerifierHead
 
 log = logging.getLogger(__name__)
 
-LOOK_FOR_STOP_S = 0.2  # how often a rank that waits for data looks whether it was asked to stop
+STOP_POLL_S = 0.2  # how often a rank that waits for data checks whether it was asked to stop
 
 
 def agree(local: list[float], group: dist.ProcessGroup) -> list[float]:
@@ -113,7 +113,7 @@ class Trainer:
             if stop:
                 break
             if self.step % self.parts.schedule.steps_per_epoch == 0 or self.step == self.parts.schedule.total_steps:
-                self._balance()
+                self._check_epoch()
             best = self._validate() if self.parts.schedule.validates_after(self.step) else False
             every = self.parts.run.config.train.checkpoint_every
             if best or self.step % every == 0 or self.step == self.parts.schedule.total_steps:
@@ -126,10 +126,11 @@ class Trainer:
         self._close(complete=not stop)
         return not stop
 
-    def _balance(self) -> None:
+    def _check_epoch(self) -> None:
         """Compares what all ranks trained in the epoch that ends here with what was to be trained."""
-        mine = balance(self.parts.schedule, self.rank, self.step, self.ledger.path)
-        self.unbalanced += report(self.step, Balance(*map(int, agree(list(astuple(mine)), self.parts.control))))
+        mine = count_epoch(self.parts.schedule, self.rank, self.step, self.ledger.path)
+        count = EpochCount(*map(int, agree(list(astuple(mine)), self.parts.control)))
+        self.unbalanced += report_epoch(self.step, count)
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         self.stopping = True
@@ -179,7 +180,7 @@ class Trainer:
     def _lacks_data(self) -> bool:
         """Waits for the next row; True if there is none and this rank was asked to stop."""
         started = time.perf_counter()
-        while not (there := self.parts.rows.wait(LOOK_FOR_STOP_S)) and not self.stopping:
+        while not (there := self.parts.rows.wait(STOP_POLL_S)) and not self.stopping:
             pass
         self.interval.waited += time.perf_counter() - started
         return not there
@@ -291,12 +292,12 @@ class Trainer:
         self.interval.waited = waited
 
     def _close(self, complete: bool) -> None:
-        """Writes totals.json, the books of this process's part of the run: samples on all ranks, by what was done."""
+        """Writes totals.json: what became of the samples of all ranks since this process started."""
         totals = agree([float(count) for count in self.counts.values()], self.parts.control)
-        books = {name: int(total) for name, total in zip(self.counts, totals, strict=True)}
+        counts = {name: int(total) for name, total in zip(self.counts, totals, strict=True)}
         if self.rank == 0:
-            books |= {"complete": complete, "step": self.step, "unbalanced": self.unbalanced}
-            text = json.dumps(books, indent=1)
+            counts |= {"complete": complete, "step": self.step, "unbalanced": self.unbalanced}
+            text = json.dumps(counts, indent=1)
             write_aside(self.parts.output / "totals.json", text)
         self.ledger.close()
         if self.metrics is not None:

@@ -152,7 +152,7 @@ def conversations(demo: Demo, verifier: Path) -> tuple[Path, Path]:
 
 def summary(demo: Demo, result: Evaluation, seconds: dict[str, float]) -> dict[str, object]:
     best = result.vllm or result.speculative
-    books = json.loads((demo.out / "train" / "totals.json").read_text())
+    totals = json.loads((demo.out / "train" / "totals.json").read_text())
     status = read_status(next((demo.out / "train" / "stream").glob("*-rank0.json")))
     assert status is not None, "found a moment ago"
     return {
@@ -165,9 +165,9 @@ def summary(demo: Demo, result: Evaluation, seconds: dict[str, float]) -> dict[s
         "acceptance_length_uniform_anchors": result.uniform.length,
         "outputs_equal": result.equal if result.vllm_equal is None else min(result.equal, result.vllm_equal),
         "samples_issued": status.issued - status.retried,
-        "samples_trained": books["trained"],
-        "samples_validated": books["validated"],
-        "samples_quarantined": books["quarantined"],
+        "samples_trained": totals["trained"],
+        "samples_validated": totals["validated"],
+        "samples_quarantined": totals["quarantined"],
         "seconds": seconds,
     }
 

@@ -71,7 +71,7 @@ def test_a_watched_file_is_enough_of_a_fleet(folder: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("mode", ["online", "offline"])
-def test_no_server_ends_it_with_its_books(folder: Path, tmp_path: Path, mode: str) -> None:
+def test_no_server_ends_it_with_its_totals(folder: Path, tmp_path: Path, mode: str) -> None:
     """In mode offline too, for which the folder is made: the servers are asked, and named."""
     servers = [{"http": f"http://127.0.0.1:{free_port()}", "zmq": f"tcp://127.0.0.1:{free_port()}"}]
     more = {"mode": mode, "cache": str(tmp_path / "states")} if mode == "offline" else {}
@@ -82,8 +82,8 @@ def test_no_server_ends_it_with_its_books(folder: Path, tmp_path: Path, mode: st
     assert f"no server has been healthy for 0.3 s ({servers[0]['http']}" in said.stderr
     assert "start it again to go on" in said.stderr
     assert "20 samples, 0 present, 0 written (0.00 GB), 0 quarantined" in said.stdout
-    books = json.loads((out / "totals.json").read_text())
-    assert books == {
+    totals = json.loads((out / "totals.json").read_text())
+    assert totals == {
         "complete": False,
         "samples": 20,
         "present": 0,

@@ -70,15 +70,15 @@ def start_generate(run: Run, out: Path) -> "subprocess.Popen[str]":
 
 
 def generate(run: Run, out: Path) -> dict[str, Any]:
-    """Runs the command to its end; gives its books."""
+    """Runs the command to its end; gives its totals."""
     process = start_generate(run, out)
     said, _ = process.communicate(timeout=240)
     assert process.returncode == 0, said
-    books: dict[str, Any] = json.loads((out / "totals.json").read_text())
-    assert f"{books['present']:,} present, {books['written']:,} written" in said
-    assert books["complete"] and books["samples"] == CONVERSATIONS
-    assert books["present"] + books["written"] + books["quarantined"] == CONVERSATIONS
-    return books
+    totals: dict[str, Any] = json.loads((out / "totals.json").read_text())
+    assert f"{totals['present']:,} present, {totals['written']:,} written" in said
+    assert totals["complete"] and totals["samples"] == CONVERSATIONS
+    assert totals["present"] + totals["written"] + totals["quarantined"] == CONVERSATIONS
+    return totals
 
 
 def good(inputs: Inputs, folder: Path) -> set[int]:
@@ -161,21 +161,21 @@ def test_a_killed_generate_goes_on_where_it_was(inputs: Inputs, tmp_path: Path) 
     there = good(inputs, out)
     assert 10 <= len(there) < CONVERSATIONS, "it was to be killed in the middle"
     assert len(list(out.glob("hs_*"))) == len(there), "a file that has its name is whole"
-    books = generate(inputs.run(tmp_path), out)
-    assert (books["present"], books["written"]) == (len(there), CONVERSATIONS - len(there))
+    totals = generate(inputs.run(tmp_path), out)
+    assert (totals["present"], totals["written"]) == (len(there), CONVERSATIONS - len(there))
     assert good(inputs, out) == set(range(CONVERSATIONS))
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
 
 
-def test_a_signal_ends_generate_with_its_books(inputs: Inputs, tmp_path: Path) -> None:
+def test_a_signal_ends_generate_with_its_totals(inputs: Inputs, tmp_path: Path) -> None:
     run, out = inputs.run(tmp_path, requests_per_server=1), tmp_path / "states"
     process = start_generate(run, out)
     wait_for(lambda: len(list(out.glob("hs_*"))) >= 10 or process.poll() is not None, 120, "ten files")
     process.terminate()
     process.communicate(timeout=60)
     assert process.returncode == 143
-    books = json.loads((out / "totals.json").read_text())
-    assert not books["complete"] and books["written"] == len(good(inputs, out)) < CONVERSATIONS
+    totals = json.loads((out / "totals.json").read_text())
+    assert not totals["complete"] and totals["written"] == len(good(inputs, out)) < CONVERSATIONS
 
 
 def test_the_cache_of_another_run_is_refused_before_anything_starts(
@@ -189,7 +189,7 @@ def test_the_cache_of_another_run_is_refused_before_anything_starts(
     assert not (tmp_path / "out" / "stream").exists()
 
 
-def test_books_that_do_not_balance_are_the_runs_status(inputs: Inputs, states: Path, tmp_path: Path) -> None:
+def test_samples_unaccounted_for_are_the_runs_status(inputs: Inputs, states: Path, tmp_path: Path) -> None:
     """A line of the ledger is damaged after the run, and its last step is trained again."""
     run = inputs.run(tmp_path, mode="offline", cache=str(states), servers=[])
     run.config["train"] |= {"epochs": 1, "checkpoint_every": 1, "keep_checkpoints": 99}
@@ -201,5 +201,5 @@ def test_books_that_do_not_balance_are_the_runs_status(inputs: Inputs, states: P
     (run.folder / "out" / "checkpoints" / "latest").write_text(f"step-{lines[-1]['step'] - 1:06}")
     run.launch("--resume", ranks=1)
     assert run.wait() == 3, run.log[-3000:]
-    assert "the books do not balance: 1 missing, 0 too often" in run.log
+    assert "1 samples of this epoch are unaccounted for, 0 were trained twice" in run.log
     assert json.loads((run.folder / "out" / "totals.json").read_text())["unbalanced"] == 1

@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("dflash_scale._ring", reason="not built for this Python", exc_type=ImportError)
 
 from dflash_scale.training.copiers import CudaCopier
-from dflash_scale.training.device_rows import RowBuffer, RowMemory
+from dflash_scale.training.device_rows import DeviceRows, RowBuffer
 from dflash_scale.transport.ring import COMMITTED, QUARANTINED, Ring, own_ring_name, record_span
 
 RUN = f"gpurows{os.getpid()}"
@@ -44,13 +44,13 @@ def put(ring: Ring, value: int, status: int = COMMITTED) -> bool:
     return True
 
 
-def fill(memory: RowMemory, reader: Ring, buffer: RowBuffer, piece: int) -> None:
+def fill(memory: DeviceRows, reader: Ring, buffer: RowBuffer, piece: int) -> None:
     record = reader.read()
     assert record is not None
     memory.fill(buffer, piece * PIECE, (piece + 1) * PIECE, record)
 
 
-def taken(memory: RowMemory) -> RowBuffer:
+def taken(memory: DeviceRows) -> RowBuffer:
     while (buffer := memory.take()) is None:
         pass
     return buffer
@@ -67,7 +67,7 @@ def delay(copier: CudaCopier) -> None:
         torch.cuda._sleep(A_WHILE)
 
 
-def check_rows(writer: Ring, memory: RowMemory, reader: Ring, copier: CudaCopier) -> None:
+def check_rows(writer: Ring, memory: DeviceRows, reader: Ring, copier: CudaCopier) -> None:
     """Rows through a ring that is overwritten as soon as it is released, with copies and training that are late."""
     written = iter(range(10_000))
     trained = []
@@ -93,7 +93,7 @@ def test_rows_are_the_bytes_of_a_locked_ring(ends: Ends, caplog: pytest.LogCaptu
     writer, reader = ends
     copier = CudaCopier(reader, DEVICE)
     assert copier.locked, caplog.text
-    memory = RowMemory(reader, copier, rows=3, row_bytes=PIECES * PIECE)
+    memory = DeviceRows(reader, copier, rows=3, row_bytes=PIECES * PIECE)
     check_rows(writer, memory, reader, copier)
     memory.close()
     assert writer.released == 12 * PIECES
@@ -102,7 +102,7 @@ def test_rows_are_the_bytes_of_a_locked_ring(ends: Ends, caplog: pytest.LogCaptu
 def test_a_record_is_not_released_before_its_copy_has_ended(ends: Ends) -> None:
     writer, reader = ends
     copier = CudaCopier(reader, DEVICE)
-    memory = RowMemory(reader, copier, rows=1, row_bytes=PIECES * PIECE)
+    memory = DeviceRows(reader, copier, rows=1, row_bytes=PIECES * PIECE)
     row = taken(memory)
     delay(copier)
     seen = []
@@ -119,7 +119,7 @@ def test_a_record_is_not_released_before_its_copy_has_ended(ends: Ends) -> None:
 
 def test_a_quarantined_sample_is_zeros(ends: Ends) -> None:
     writer, reader = ends
-    memory = RowMemory(reader, CudaCopier(reader, DEVICE), rows=1, row_bytes=2 * PIECE)
+    memory = DeviceRows(reader, CudaCopier(reader, DEVICE), rows=1, row_bytes=2 * PIECE)
     row = taken(memory)
     row.bytes.fill_(255)
     torch.cuda.synchronize()
@@ -140,7 +140,7 @@ def test_a_ring_that_cannot_be_locked_is_copied_all_the_same(ends: Ends, caplog:
     assert "not page-locked, copies from it are slower" in caplog.text and "(712)" in caplog.text
     first.close()
     assert (torch.ones(3, device=DEVICE) * 2).sum().item() == 6, "the refusal is no error of the next kernel"
-    memory = RowMemory(reader, copier, rows=3, row_bytes=PIECES * PIECE)
+    memory = DeviceRows(reader, copier, rows=3, row_bytes=PIECES * PIECE)
     check_rows(writer, memory, reader, copier)
     memory.close()
 
@@ -153,7 +153,7 @@ def test_closing_unlocks_the_pages_also_behind_a_closed_ring(ends: Ends) -> None
         copier.close()
         copier.close()
     copier = CudaCopier(reader, DEVICE)
-    memory = RowMemory(reader, copier, rows=1, row_bytes=PIECE)
+    memory = DeviceRows(reader, copier, rows=1, row_bytes=PIECE)
     assert put(writer, 3)
     fill(memory, reader, row := taken(memory), 0)
     memory.release_copied(wait=True)

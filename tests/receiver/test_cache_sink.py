@@ -75,9 +75,9 @@ def test_a_hostile_wire_leaves_a_whole_cache(make_run: Callable[..., Run], tmp_p
     script = {sample: [word] for sample, word in enumerate((*BAD, "http400", "http500"))}
     run = make_run([FakeServer(script).start() for _ in range(2)])
     filling = Filling(run, tmp_path / "cache")
-    books = filling.to_the_end()
+    totals = filling.to_the_end()
     samples = len(run.samples.lengths)
-    assert books == {
+    assert totals == {
         "samples": samples,
         "present": 0,
         "written": samples,
@@ -86,7 +86,7 @@ def test_a_hostile_wire_leaves_a_whole_cache(make_run: Callable[..., Run], tmp_p
     }
     filling.check_files()
     again = Filling(run, tmp_path / "cache")
-    assert again.to_the_end() == {**books, "present": samples, "written": 0, "written_bytes": 0}
+    assert again.to_the_end() == {**totals, "present": samples, "written": 0, "written_bytes": 0}
     assert again.loop.fleet.issued == 0, "what is there is not asked for"
 
 
@@ -94,9 +94,9 @@ def test_what_fails_everywhere_is_named_and_asked_for_again(make_run: Callable[.
     script = {3: ["http400", "corrupt", "refuse"] * 4}
     run = make_run([FakeServer(script).start(), FakeServer(script).start()])
     filling = Filling(run, tmp_path / "cache")
-    books = filling.to_the_end()
+    totals = filling.to_the_end()
     samples = len(run.samples.lengths)
-    assert (books["written"], books["quarantined"], books["present"]) == (samples - 1, 1, 0)
+    assert (totals["written"], totals["quarantined"], totals["present"]) == (samples - 1, 1, 0)
     filling.check_files(without=frozenset({3}))
     (line,) = (tmp_path / "cache" / "quarantined.jsonl").read_text().splitlines()
     assert json.loads(line)["sample"] == 3 and "HTTP 400" in json.loads(line)["reason"]
@@ -104,8 +104,8 @@ def test_what_fails_everywhere_is_named_and_asked_for_again(make_run: Callable[.
         server.kill()
         server.script = {}
         server.start()
-    books = Filling(run, tmp_path / "cache").to_the_end()
-    assert (books["written"], books["quarantined"], books["present"]) == (1, 0, samples - 1)
+    totals = Filling(run, tmp_path / "cache").to_the_end()
+    assert (totals["written"], totals["quarantined"], totals["present"]) == (1, 0, samples - 1)
     assert (tmp_path / "cache" / "quarantined.jsonl").read_text() == ""
     filling.check_files()
 
@@ -143,8 +143,8 @@ def test_a_stop_in_the_middle_and_damage_cost_only_what_they_hit(make_run: Calla
     assert 20 <= written < samples
     os.truncate(first.cache.path(7), 100)
     second = Filling(run, tmp_path / "cache", most_bytes=1 << 14)
-    books = second.to_the_end()
-    assert books["present"] == written - 1 and books["present"] + books["written"] == samples
+    totals = second.to_the_end()
+    assert totals["present"] == written - 1 and totals["present"] + totals["written"] == samples
     second.check_files()
 
 
@@ -189,11 +189,11 @@ def test_answers_come_through_a_hostile_wire_with_the_states_of_all_their_tokens
     questions = PromptQuestions(prompts, Sampling(answer_tokens=12, max_tokens=30, temperature=0.5))
     folder = tmp_path / "cache"
     filling = Filling(run, folder, prompts=questions)
-    books = filling.to_the_end()
+    totals = filling.to_the_end()
     wanted = [[*p.tolist(), *answer_to(p.tolist(), min(12, 30 - len(p)))] for p in prompts]
     assert {len(tokens) - len(p) for tokens, p in zip(wanted, prompts, strict=True)} >= {1, 5, 12}
     nbytes = sum(map(len, wanted)) * LAYOUT.bytes_per_token
-    assert (books["written"], books["written_bytes"], books["quarantined"]) == (60, nbytes, 0)
+    assert (totals["written"], totals["written_bytes"], totals["quarantined"]) == (60, nbytes, 0)
     status = filling.status()
     assert sum(server.tokens for server in status.servers) == sum(map(len, wanted))
     assert sum(server.bytes for server in status.servers) == nbytes
@@ -207,8 +207,8 @@ def test_answers_come_through_a_hostile_wire_with_the_states_of_all_their_tokens
     os.truncate(filling.cache.path(3), 400)
     filling.cache.path(5).write_bytes(filling.cache.path(6).read_bytes())  # another prompt's answer
     again = Filling(run, folder, prompts=questions)
-    books = again.to_the_end()
-    assert (books["present"], books["written"]) == (58, 2)
+    totals = again.to_the_end()
+    assert (totals["present"], totals["written"]) == (58, 2)
     assert again.cache.token_ids(5, 30) == np.asarray(wanted[5], "<i4").tobytes()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dflash_scale.config.stream import Server, StreamSection
-from dflash_scale.receiver.endpoints import LOOK_EVERY_S, Endpoints
+from dflash_scale.receiver.endpoints import POLL_EVERY_S, Endpoints
 
 
 def server(number: int) -> dict[str, str]:
@@ -33,25 +33,25 @@ class Watch:
         aside.write_text(content if isinstance(content, str) else json.dumps(content))
         os.replace(aside, self.path)
 
-    def look(self) -> bool:
-        self.now += LOOK_EVERY_S
-        return self.endpoints.look(self.now)
+    def poll(self) -> bool:
+        self.now += POLL_EVERY_S
+        return self.endpoints.poll(self.now)
 
 
 def test_servers_come_and_go_with_the_file(tmp_path: Path) -> None:
     watch = Watch(tmp_path / "servers.json")
-    assert not watch.look()
+    assert not watch.poll()
     assert watch.endpoints.servers == [named(0)]
     watch.write([server(1), server(2)])
-    assert not watch.endpoints.look(watch.now + LOOK_EVERY_S / 2), "at most once a second"
-    assert watch.look()
+    assert not watch.endpoints.poll(watch.now + POLL_EVERY_S / 2), "at most once a second"
+    assert watch.poll()
     assert watch.endpoints.servers == [named(0), named(1), named(2)]
-    assert not watch.look(), "unchanged"
+    assert not watch.poll(), "unchanged"
     watch.write([server(2)])
-    assert watch.look()
+    assert watch.poll()
     assert watch.endpoints.servers == [named(0), named(2)]
     watch.write([])
-    assert watch.look()
+    assert watch.poll()
     assert watch.endpoints.servers == [named(0)], "those of the configuration stay"
 
 
@@ -72,24 +72,24 @@ def test_a_bad_file_is_logged_once_and_the_last_list_stays(
 ) -> None:
     watch = Watch(tmp_path / "servers.json")
     watch.write([server(3)])
-    assert watch.look()
+    assert watch.poll()
     watch.write(content)
     for _ in range(3):
-        assert not watch.look()
+        assert not watch.poll()
     (record,) = caplog.records
     assert record.levelname == "ERROR"
     assert re.search(says, record.getMessage())
     assert "the fleet stays at 2 servers" in record.getMessage()
     assert watch.endpoints.servers == [named(0), named(3)]
     watch.write([server(4)])
-    assert watch.look()
+    assert watch.poll()
 
 
 def test_engines_of_one_server_join(tmp_path: Path) -> None:
     watch = Watch(tmp_path / "servers.json")
     engines = [server(rank) | {"http": server(9)["http"], "data_parallel_rank": rank} for rank in (1, 2)]
     watch.write(engines)
-    assert watch.look()
+    assert watch.poll()
     assert watch.endpoints.servers == [named(0), *(Server.model_validate(engine) for engine in engines)]
 
 
@@ -98,14 +98,14 @@ def test_a_file_that_vanishes_is_logged_once_and_may_come_back(
 ) -> None:
     watch = Watch(tmp_path / "servers.json")
     watch.write([server(1)])
-    assert watch.look()
+    assert watch.poll()
     watch.path.unlink()
     for _ in range(3):
-        assert not watch.look()
+        assert not watch.poll()
     assert len(caplog.records) == 1
     assert watch.endpoints.servers == [named(0), named(1)]
     watch.write([server(2)])
-    assert watch.look()
+    assert watch.poll()
     assert watch.endpoints.servers == [named(0), named(2)]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from dflash_scale.fleet.state import Fault, Probe, Send
-from dflash_scale.receiver.http_client import Event, HealthAnswered, Host, HttpClient, Posted, fault_of, judge
+from dflash_scale.receiver.http_client import HealthAnswered, Host, HttpClient, HttpEvent, Posted, fault_of, judge
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 
@@ -44,7 +44,7 @@ class Client:
     """An HTTP client of one server, at `address`."""
 
     def __init__(self, address: str, timeout_s: float, rank: int | None = None) -> None:
-        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.events: queue.SimpleQueue[HttpEvent] = queue.SimpleQueue()
         self.http = HttpClient(timeout_s, self.events.put)
         self.host = Host(address, rank)
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dflash_scale.training.copiers import Event
+from dflash_scale.training.copiers import DeviceEvent
 from dflash_scale.transport.ring import Record
 
 
@@ -63,7 +63,7 @@ class LateCopier:
             self.begun.append((event, work))
         return event
 
-    def follow(self, event: Event) -> None:
+    def follow(self, event: DeviceEvent) -> None:
         event.synchronize()  # the test reads at once what a stream would read later
 
     def mark(self) -> LateEvent:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dflash_scale.training.copiers import HostCopier
-from dflash_scale.training.device_rows import RowBuffer, RowMemory
+from dflash_scale.training.device_rows import DeviceRows, RowBuffer
 from dflash_scale.transport.ring import COMMITTED, QUARANTINED, Ring, own_ring_name
 from tests.support.late_copier import LateCopier
 
@@ -28,8 +28,8 @@ def copier() -> LateCopier:
 
 
 @pytest.fixture
-def memory(pair: tuple[Ring, Ring], copier: LateCopier) -> RowMemory:
-    return RowMemory(pair[1], copier, rows=2, row_bytes=2 * PIECE)
+def memory(pair: tuple[Ring, Ring], copier: LateCopier) -> DeviceRows:
+    return DeviceRows(pair[1], copier, rows=2, row_bytes=2 * PIECE)
 
 
 def put(ring: Ring, sample: int, status: int = COMMITTED) -> bool:
@@ -41,13 +41,13 @@ def put(ring: Ring, sample: int, status: int = COMMITTED) -> bool:
     return True
 
 
-def taken(memory: RowMemory) -> RowBuffer:
+def taken(memory: DeviceRows) -> RowBuffer:
     buffer = memory.take()
     assert buffer is not None
     return buffer
 
 
-def fill(memory: RowMemory, reader: Ring, buffer: RowBuffer, piece: int) -> None:
+def fill(memory: DeviceRows, reader: Ring, buffer: RowBuffer, piece: int) -> None:
     record = reader.read()
     assert record is not None
     memory.fill(buffer, piece * PIECE, (piece + 1) * PIECE, record)
@@ -61,7 +61,7 @@ def pieces(raw: torch.Tensor) -> list[int]:
 
 
 def test_a_record_is_released_when_its_copy_has_ended_and_the_next_is_copied_meanwhile(
-    pair: tuple[Ring, Ring], memory: RowMemory, copier: LateCopier
+    pair: tuple[Ring, Ring], memory: DeviceRows, copier: LateCopier
 ) -> None:
     writer, reader = pair
     assert [put(writer, sample) for sample in range(1, 6)] == [True] * 4 + [False]
@@ -82,7 +82,7 @@ def test_a_record_is_released_when_its_copy_has_ended_and_the_next_is_copied_mea
 
 
 def test_copies_that_end_out_of_their_order_are_released_in_it(
-    pair: tuple[Ring, Ring], memory: RowMemory, copier: LateCopier
+    pair: tuple[Ring, Ring], memory: DeviceRows, copier: LateCopier
 ) -> None:
     writer, reader = pair
     row = taken(memory)
@@ -98,7 +98,7 @@ def test_copies_that_end_out_of_their_order_are_released_in_it(
 
 
 def test_training_waits_for_the_copies_of_its_row_alone(
-    pair: tuple[Ring, Ring], memory: RowMemory, copier: LateCopier
+    pair: tuple[Ring, Ring], memory: DeviceRows, copier: LateCopier
 ) -> None:
     writer, reader = pair
     first, second = taken(memory), taken(memory)
@@ -111,7 +111,7 @@ def test_training_waits_for_the_copies_of_its_row_alone(
 
 
 def test_a_buffer_is_free_when_all_that_used_it_has_ended(
-    pair: tuple[Ring, Ring], memory: RowMemory, copier: LateCopier
+    pair: tuple[Ring, Ring], memory: DeviceRows, copier: LateCopier
 ) -> None:
     writer, reader = pair
     row, other = taken(memory), taken(memory)
@@ -131,7 +131,7 @@ def test_a_buffer_is_free_when_all_that_used_it_has_ended(
 
 
 def test_a_quarantined_sample_is_zeros_and_is_released_in_its_turn(
-    pair: tuple[Ring, Ring], memory: RowMemory, copier: LateCopier
+    pair: tuple[Ring, Ring], memory: DeviceRows, copier: LateCopier
 ) -> None:
     writer, reader = pair
     row = taken(memory)
@@ -147,7 +147,7 @@ def test_a_quarantined_sample_is_zeros_and_is_released_in_its_turn(
 
 
 def test_the_end_waits_for_the_copies_and_then_closes_the_copier(
-    pair: tuple[Ring, Ring], memory: RowMemory, copier: LateCopier
+    pair: tuple[Ring, Ring], memory: DeviceRows, copier: LateCopier
 ) -> None:
     writer, reader = pair
     row = taken(memory)
@@ -160,7 +160,7 @@ def test_the_end_waits_for_the_copies_and_then_closes_the_copier(
     assert writer.released == 2
 
 
-def test_a_payload_of_another_size_is_an_error(pair: tuple[Ring, Ring], memory: RowMemory) -> None:
+def test_a_payload_of_another_size_is_an_error(pair: tuple[Ring, Ring], memory: DeviceRows) -> None:
     writer, reader = pair
     assert put(writer, 9)
     record = reader.read()
@@ -173,7 +173,7 @@ def test_a_payload_of_another_size_is_an_error(pair: tuple[Ring, Ring], memory: 
 
 def test_on_the_host_every_copy_has_ended_when_it_returns(pair: tuple[Ring, Ring]) -> None:
     writer, reader = pair
-    memory = RowMemory(reader, HostCopier(), rows=1, row_bytes=2 * PIECE)
+    memory = DeviceRows(reader, HostCopier(), rows=1, row_bytes=2 * PIECE)
     for lap in range(20):
         row = taken(memory)
         assert put(writer, lap + 1) and put(writer, 0, QUARANTINED)

@@ -13,7 +13,7 @@ from transformers import Qwen3Config
 from dflash_scale.config.run import Config, load_config, parse_config
 from dflash_scale.data.prepare import prepare
 from dflash_scale.drafter.model import Drafter, DrafterSpec
-from dflash_scale.training.dry_run import make_plan, print_plan, size
+from dflash_scale.training.dry_run import make_dry_run, print_dry_run, size
 from dflash_scale.training.memory import activation_bytes
 from tests.support.chats import chat, save_tokenizer
 
@@ -26,22 +26,22 @@ def qwen3_8b(stage: int = 2, **sections: dict[str, Any]) -> Config:
 
 
 def test_qwen3_8b_on_8_gpus() -> None:
-    plan = make_plan(qwen3_8b(), 8)
+    dry = make_dry_run(qwen3_8b(), 8)
     # 5 layers: q, k, v, o, gate, up, down, two norms of H, two of D; fc over 5 aux layers, hidden_norm, norm.
     hidden, inner, queries, keys, depth = 4096, 12288, 32 * 128, 8 * 128, 5
     layer = 2 * hidden * queries + 2 * hidden * keys + 3 * hidden * inner + 2 * hidden + 2 * 128
-    assert plan.trainable == depth * layer + 5 * hidden * hidden + 2 * hidden
-    assert plan.frozen == 2 * 151936 * hidden + hidden
-    assert plan.run.verifier.layouts.train.bytes_per_token == 5 * hidden * 2
-    assert plan.run.verifier.layouts.validation.bytes_per_token == 6 * hidden * 2
-    assert plan.run.verifier.layouts.validation.layer_ids == (2, 10, 18, 26, 34, 36)
-    assert plan.micro_steps == 1
+    assert dry.trainable == depth * layer + 5 * hidden * hidden + 2 * hidden
+    assert dry.frozen == 2 * 151936 * hidden + hidden
+    assert dry.run.verifier.layouts.train.bytes_per_token == 5 * hidden * 2
+    assert dry.run.verifier.layouts.validation.bytes_per_token == 6 * hidden * 2
+    assert dry.run.verifier.layouts.validation.layer_ids == (2, 10, 18, 26, 34, 36)
+    assert dry.micro_steps == 1
 
 
 @pytest.mark.parametrize(("stage", "shares"), [(1, (1, 1, 8)), (2, (1, 8, 8)), (3, (8, 8, 8))])
 def test_zero_divides_what_its_stage_says(stage: int, shares: tuple[int, int, int]) -> None:
-    plan = make_plan(qwen3_8b(stage), 8)
-    memory, number = plan.memory, plan.trainable
+    dry = make_dry_run(qwen3_8b(stage), 8)
+    memory, number = dry.memory, dry.trainable
     whole = (2 * number, 4 * number, 12 * number)  # bf16, fp32 accumulation, fp32 master and two moments
     assert (memory.parameters, memory.gradients, memory.optimizer) == tuple(
         total // share for total, share in zip(whole, shares, strict=True)
@@ -49,12 +49,12 @@ def test_zero_divides_what_its_stage_says(stage: int, shares: tuple[int, int, in
 
 
 def test_fp32_has_no_second_master_copy() -> None:
-    plan = make_plan(qwen3_8b(1, train={"precision": "fp32"}), 8)
-    assert (plan.memory.parameters, plan.memory.optimizer) == (4 * plan.trainable, 8 * plan.trainable // 8)
+    dry = make_dry_run(qwen3_8b(1, train={"precision": "fp32"}), 8)
+    assert (dry.memory.parameters, dry.memory.optimizer) == (4 * dry.trainable, 8 * dry.trainable // 8)
 
 
 def test_what_is_taken_over_and_what_is_set_are_both_printed() -> None:
-    text = print_plan(qwen3_8b(), 8)
+    text = print_dry_run(qwen3_8b(), 8)
     for expected in (
         "32 query and 8 key heads of 128; blocks bidirectional",
         "all with full attention",
@@ -76,9 +76,9 @@ def test_what_is_taken_over_and_what_is_set_are_both_printed() -> None:
         "layer_types": ["full_attention", "sliding_attention"],
         "sliding_window": 512,
     }
-    plan = make_plan(qwen3_8b(drafter=drafter), 8)
-    assert plan.frozen == (2 * 151936 + 32000) * 4096 + 4096
-    text = print_plan(plan.run.config, 8)
+    dry = make_dry_run(qwen3_8b(drafter=drafter), 8)
+    assert dry.frozen == (2 * 151936 + 32000) * 4096 + 4096
+    text = print_dry_run(dry.run.config, 8)
     for expected in (
         "16 query and 4 key heads of 64",
         "full, window 512",
@@ -100,25 +100,27 @@ def test_what_is_taken_over_and_what_is_set_are_both_printed() -> None:
     ],
 )
 def test_the_transport_is_the_layouts_dtype(transport: str, dtype: str, want: str) -> None:
-    plan = make_plan(qwen3_8b(stream={"transport": transport}, verifier={"model": "Qwen/Qwen3-8B", "dtype": dtype}), 8)
-    assert (plan.run.verifier.layouts.train.dtype, plan.run.verifier.layouts.validation.dtype) == (want, want)
+    dry = make_dry_run(
+        qwen3_8b(stream={"transport": transport}, verifier={"model": "Qwen/Qwen3-8B", "dtype": dtype}), 8
+    )
+    assert (dry.run.verifier.layouts.train.dtype, dry.run.verifier.layouts.validation.dtype) == (want, want)
     if want == "float8_e4m3fn":
-        assert plan.run.verifier.layouts.train.bytes_per_token == 5 * (4096 + 4)
+        assert dry.run.verifier.layouts.train.bytes_per_token == 5 * (4096 + 4)
         unpacked = 5 * 2 * 4096
-        assert plan.memory.rows == 8192 * (6 * 6 * (4096 + 4) + unpacked), "as they came, and one in bfloat16"
+        assert dry.memory.rows == 8192 * (6 * 6 * (4096 + 4) + unpacked), "as they came, and one in bfloat16"
 
 
 def test_float16_is_not_sent_as_bf16() -> None:
     config = qwen3_8b(stream={"transport": "bf16"}, verifier={"model": "Qwen/Qwen3-8B", "dtype": "float16"})
     with pytest.raises(ValueError, match=r'stream\.transport: got "bf16" for hidden states in float16'):
-        make_plan(config, 8)
+        make_dry_run(config, 8)
 
 
 def test_the_printout_says_all_of_it() -> None:
-    text = print_plan(qwen3_8b(), 8)
+    text = print_dry_run(qwen3_8b(), 8)
     statistics = 4 * 5 * 32 * (512 * 8192 // 3072) * 16
     assert f"attention                {statistics / 1e6:.1f} MB of statistics, no scores" in text
-    text_of_reference = print_plan(qwen3_8b(drafter={"attention_backend": "reference"}), 8)
+    text_of_reference = print_dry_run(qwen3_8b(drafter={"attention_backend": "reference"}), 8)
     assert f"{2 * statistics * (8192 + 16) / 1e9:.1f} GB of dense scores" in text_of_reference
     for expected in (
         "training ranks           8, one per GPU",
@@ -145,27 +147,27 @@ def test_the_loss_holds_a_chunk_and_the_verifiers_where_it_is_wanted() -> None:
         ({"terms": {"kl": 1.0}}, 512, 2, 12),
         ({"labels": "verifier", "chunk_slots": 100}, 100, 2, 5),
     ):
-        plan = make_plan(qwen3_8b(loss=loss), 8)
+        dry = make_dry_run(qwen3_8b(loss=loss), 8)
         wanted = matrices * chunk * vocabulary * 2 + slices * 4 * min(1 << 23, chunk * vocabulary)
-        wanted += plan.anchors * 16 * hidden * 2 + chunk * hidden * 6
-        assert plan.memory.loss == wanted, loss
-        assert f"for chunks of {chunk} slots" in print_plan(plan.run.config, 8)
+        wanted += dry.anchors * 16 * hidden * 2 + chunk * hidden * 6
+        assert dry.memory.loss == wanted, loss
+        assert f"for chunks of {chunk} slots" in print_dry_run(dry.run.config, 8)
 
 
 def test_two_nodes_have_two_receivers() -> None:
-    text = print_plan(qwen3_8b(train={"rows_per_step": 16}), 16)
+    text = print_dry_run(qwen3_8b(train={"rows_per_step": 16}), 16)
     assert "receivers                2, one per node" in text
     assert "8.6 GB (8 rings, page-locked)" in text
 
 
 def test_a_world_that_does_not_divide_the_rows_is_refused() -> None:
     with pytest.raises(ValueError, match=r"train\.rows_per_step: got 8 with 3 ranks"):
-        print_plan(qwen3_8b(), 3)
+        print_dry_run(qwen3_8b(), 3)
 
 
 def test_a_ring_too_small_for_two_rows_is_refused() -> None:
     with pytest.raises(ValueError, match=r"stream\.ring_bytes: got 800000000, wanted at least 805306368"):
-        print_plan(qwen3_8b(stream={"ring_bytes": 800_000_000}), 8)
+        print_dry_run(qwen3_8b(stream={"ring_bytes": 800_000_000}), 8)
 
 
 def test_a_prepared_data_set_gives_steps_and_anchors(tmp_path: Path) -> None:
@@ -174,32 +176,32 @@ def test_a_prepared_data_set_gives_steps_and_anchors(tmp_path: Path) -> None:
     source.write_text("".join(chat(f"q{i:02}", "x" * 40) + "\n" for i in range(50)))
     prepare([source], model, tmp_path / "data", validation_fraction=0.0)
     data = {"path": str(tmp_path / "data"), "row_tokens": 200, "anchors_per_document": 10}
-    plan = make_plan(qwen3_8b(data=data, train={"rows_per_step": 4, "epochs": 2}), 2)
-    assert plan.data is not None and plan.schedule is not None
-    length = int(plan.data.train.lengths[0])
+    dry = make_dry_run(qwen3_8b(data=data, train={"rows_per_step": 4, "epochs": 2}), 2)
+    assert dry.data is not None and dry.schedule is not None
+    length = int(dry.data.train.lengths[0])
     per_row = 200 // length
-    assert plan.most_anchors == plan.anchors == 10 * per_row
-    assert plan.schedule.steps_per_epoch == math.ceil(math.ceil(50 / per_row) / 4)
+    assert dry.most_anchors == dry.anchors == 10 * per_row
+    assert dry.schedule.steps_per_epoch == math.ceil(math.ceil(50 / per_row) / 4)
     more = data | {"anchors_per_document": 1000}  # more than there are: all but the last token of each
-    assert make_plan(qwen3_8b(data=more), 2).most_anchors == per_row * (length - 1)
-    text = print_plan(plan.run.config, 2)
-    assert f"steps per epoch          {plan.schedule.steps_per_epoch}" in text
+    assert make_dry_run(qwen3_8b(data=more), 2).most_anchors == per_row * (length - 1)
+    text = print_dry_run(dry.run.config, 2)
+    assert f"steps per epoch          {dry.schedule.steps_per_epoch}" in text
     assert "samples                  50 to train on, 0 held out" in text
     assert f"a whole cache            {50 * length * 49_152 / 1e6:.1f} MB" in text
 
 
 def test_an_offline_run_names_its_cache_and_no_server() -> None:
-    text = print_plan(qwen3_8b(stream={"mode": "offline", "cache": "states/x"}), 8)
+    text = print_dry_run(qwen3_8b(stream={"mode": "offline", "cache": "states/x"}), 8)
     assert "mode                     offline, cache states/x" in text and "server 0" not in text
 
 
 def test_a_run_on_random_states_has_no_receiver_ring_or_credit_and_knows_its_steps() -> None:
     config = load_config(ROOT / "configs" / "debug.json")
-    plan = make_plan(config, 1)
-    assert plan.schedule is not None
-    assert plan.memory.rows == 64 * plan.layouts.validation.bytes_per_token, "one row, and none ahead of it"
-    text = " ".join(print_plan(config, 1).split())
-    steps = f"steps {plan.schedule.total_steps} Memory"
+    dry = make_dry_run(config, 1)
+    assert dry.schedule is not None
+    assert dry.memory.rows == 64 * dry.layouts.validation.bytes_per_token, "one row, and none ahead of it"
+    text = " ".join(print_dry_run(config, 1).split())
+    steps = f"steps {dry.schedule.total_steps} Memory"
     for expected in ("mode fake", "receivers none", "64 to train on, 16 held out", steps):
         assert expected in text, text
     for absent in ("server 0", "ring of", "shared memory", "credit", "cache"):
@@ -258,7 +260,7 @@ def test_the_activation_formula_is_what_autograd_keeps(dtype: torch.dtype, numbe
 
 def test_activation_checkpointing_makes_room_on_the_gpu() -> None:
     plain, less = (
-        make_plan(qwen3_8b(train={"activation_checkpointing": chosen}), 8).memory for chosen in (False, True)
+        make_dry_run(qwen3_8b(train={"activation_checkpointing": chosen}), 8).memory for chosen in (False, True)
     )
     assert less.activations < 0.35 * plain.activations
     assert less.attention == plain.attention / 5
@@ -288,4 +290,4 @@ def test_the_launcher_prints_a_plan_once_without_gpu_or_network() -> None:
 def test_shipped_configs_can_be_planned(stage: int) -> None:
     config = load_config(ROOT / "configs" / f"zero{stage}_dflash.json")
     assert json.loads(config.dump())["deepspeed"]["zero_optimization"]["stage"] == stage
-    assert f"ZeRO stage               {stage}" in print_plan(config, 8)
+    assert f"ZeRO stage               {stage}" in print_dry_run(config, 8)

@@ -1,4 +1,4 @@
-"""The balance of an epoch: schedule against ledger."""
+"""The samples of an epoch: schedule against ledger."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from dflash_scale.data.dataset import Samples
 from dflash_scale.data.schedule import RowSchedule, ScheduleSpec
-from dflash_scale.training.ledger import Balance, balance, report
+from dflash_scale.training.ledger import EpochCount, count_epoch, report_epoch
 from tests.support.lengths import Lengths
 
 
@@ -22,16 +22,16 @@ def test_missing_and_doubled_samples_are_found(tmp_path: Path, caplog: pytest.Lo
         trained = [place.sample for row in schedule.train_rows(0, step) for place in row.places]
         lines.append({"step": step, "samples": trained[1:], "quarantined": trained[:1]})
 
-    def books() -> Balance:
+    def count() -> EpochCount:
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return balance(schedule, 0, steps, path)
+        return count_epoch(schedule, 0, steps, path)
 
-    assert books() == Balance(20, 20 - steps, steps, 0, 0), "the lines of the second epoch are not looked at"
+    assert count() == EpochCount(20, 20 - steps, steps, 0, 0), "the lines of the second epoch are not looked at"
     gone = lines[1]["samples"].pop()
-    assert books() == Balance(20, 19 - steps, steps, 1, 0)
+    assert count() == EpochCount(20, 19 - steps, steps, 1, 0)
     lines[2]["samples"].append(gone)
-    assert books() == Balance(20, 20 - steps, steps, 1, 1), "in another step than its own"
+    assert count() == EpochCount(20, 20 - steps, steps, 1, 1), "in another step than its own"
     lines.insert(1, lines[0])
-    assert report(steps, books()) == 2 + len(lines[0]["samples"]) + len(lines[0]["quarantined"])
-    assert "the books do not balance: 1 missing" in caplog.text
+    assert report_epoch(steps, count()) == 2 + len(lines[0]["samples"]) + len(lines[0]["quarantined"])
+    assert "; 1 samples of this epoch are unaccounted for" in caplog.text
     assert [record.levelname for record in caplog.records] == ["ERROR"]

@@ -18,7 +18,7 @@ from dflash_scale.data.dataset import Samples
 from dflash_scale.data.schedule import Row, RowSchedule, ScheduleSpec
 from dflash_scale.receiver.layouts import RowLayouts
 from dflash_scale.training.copiers import Copier, CudaCopier, HostCopier
-from dflash_scale.training.loader import AssemblerSpec, RowAssembler
+from dflash_scale.training.loader import LoaderSpec, RowLoader
 from dflash_scale.transport.layout import Layout
 from dflash_scale.transport.ring import COMMITTED, QUARANTINED, PeerDied, Ring, own_ring_name
 from tests.support.late_copier import AtRandom, LateCopier
@@ -49,7 +49,7 @@ def states_of(sample: int, tokens: int, layout: Layout) -> torch.Tensor:
 @pytest.fixture
 def writer() -> Iterator[Ring]:
     """Four of the longest samples at most, so that what is released too early is soon overwritten."""
-    ring = Ring.create(own_ring_name("assembler", 0), 1 << 13)
+    ring = Ring.create(own_ring_name("loader", 0), 1 << 13)
     yield ring
     ring.unlink()
     ring.close()
@@ -60,7 +60,7 @@ def copier_of(request: pytest.FixtureRequest) -> Callable[[Ring], Copier]:
     return COPIERS[request.param]
 
 
-Made = tuple[Samples, list[Row], RowAssembler]
+Made = tuple[Samples, list[Row], RowLoader]
 
 
 def prepared() -> tuple[Samples, list[Row]]:
@@ -76,8 +76,8 @@ def prepared() -> tuple[Samples, list[Row]]:
 def made(writer: Ring, copier_of: Callable[[Ring], Copier]) -> Made:
     samples, rows = prepared()
     reader = Ring.open(writer.name)
-    room = AssemblerSpec(LAYOUTS, 40, LOOKAHEAD)
-    return samples, rows, RowAssembler(reader, iter(rows), room, copier_of(reader))
+    spec = LoaderSpec(LAYOUTS, 40, LOOKAHEAD)
+    return samples, rows, RowLoader(reader, iter(rows), spec, copier_of(reader))
 
 
 def put(ring: Ring, samples: Samples, row: Row, sample: int, status: int = COMMITTED) -> None:
@@ -90,7 +90,7 @@ def put(ring: Ring, samples: Samples, row: Row, sample: int, status: int = COMMI
 
 
 def test_rows_come_in_order_whatever_the_order_of_arrival(writer: Ring, made: Made) -> None:
-    samples, rows, assembler = made
+    samples, rows, loader = made
     shuffle = random.Random(3)
     for first in range(0, len(rows), LOOKAHEAD):
         group = rows[first : first + LOOKAHEAD]
@@ -101,36 +101,36 @@ def test_rows_come_in_order_whatever_the_order_of_arrival(writer: Ring, made: Ma
         for row, sample in arriving:
             put(writer, samples, row, sample)
         for row in group:
-            got = assembler.next()
+            got = loader.next()
             assert got is not None and got.row == row
             assert got.quarantined == ()
             for place in row.places:
                 here = got.states[place.start : place.start + place.length]
                 assert torch.equal(here.cpu(), states_of(place.sample, place.length, LAYOUTS.of(row)))
-    assert assembler.next() is None
+    assert loader.next() is None
     assert writer.released == sum(len(row.places) for row in rows), "all was released before the end was said"
-    assembler.close()
+    loader.close()
 
 
 def test_a_quarantined_sample_leaves_the_row_and_no_stale_states(writer: Ring, made: Made) -> None:
-    samples, rows, assembler = made
+    samples, rows, loader = made
     lost = rows[0].places[1]
     for place in rows[0].places:
         put(writer, samples, rows[0], place.sample, QUARANTINED if place is lost else COMMITTED)
-    got = assembler.next()
+    got = loader.next()
     assert got is not None and got.quarantined == (lost.sample,)
     assert got.usable == [place.sample for place in rows[0].places if place is not lost]
     assert not got.states[lost.start : lost.start + lost.length].any()
-    assembler.close()
+    loader.close()
 
 
 def test_what_lies_behind_a_late_copy_is_copied_too_and_the_end_waits_for_all(writer: Ring) -> None:
     samples, rows = prepared()
     reader, copier = Ring.open(writer.name), LateCopier()
-    assembler = RowAssembler(reader, iter(rows), AssemblerSpec(LAYOUTS, 40, LOOKAHEAD), copier)
+    loader = RowLoader(reader, iter(rows), LoaderSpec(LAYOUTS, 40, LOOKAHEAD), copier)
     for place in rows[0].places:
         put(writer, samples, rows[0], place.sample)
-    first = assembler.next()  # waits for its copies, as the device would
+    first = loader.next()  # waits for its copies, as the device would
     assert first is not None and not copier.uses, "given back while it is in training"
     for place in rows[1].places:
         put(writer, samples, rows[1], place.sample)
@@ -138,7 +138,7 @@ def test_what_lies_behind_a_late_copy_is_copied_too_and_the_end_waits_for_all(wr
         time.sleep(0.001)
     assert len(rows[1].places) > 1
     assert writer.released <= len(rows[0].places)
-    assembler.close()
+    loader.close()
     assert copier.closed_with == [0], "closed once, with no copy under way"
     assert writer.released == len(rows[0].places) + len(rows[1].places)
     whole = [states_of(place.sample, place.length, LAYOUTS.of(rows[0])) for place in rows[0].places]
@@ -146,11 +146,11 @@ def test_what_lies_behind_a_late_copy_is_copied_too_and_the_end_waits_for_all(wr
 
 
 def test_a_sample_that_no_row_wants_is_an_error_in_the_training_thread(writer: Ring, made: Made) -> None:
-    samples, rows, assembler = made
+    samples, rows, loader = made
     put(writer, samples, rows[-1], rows[-1].places[0].sample)
     with pytest.raises(RuntimeError, match="which no open row wants"):
-        assembler.next()
-    assembler.close()
+        loader.next()
+    loader.close()
 
 
 def test_a_dead_receiver_is_an_error_in_the_training_thread(copier_of: Callable[[Ring], Copier]) -> None:
@@ -165,10 +165,10 @@ def test_a_dead_receiver_is_an_error_in_the_training_thread(copier_of: Callable[
     spec = ScheduleSpec(20, rows_per_step=1, world_size=1, seed=0, epochs=1, max_steps=None, validate_every=0)
     rows = RowSchedule(samples, spec).rows(0)
     reader = Ring.open(name)
-    assembler = RowAssembler(reader, rows, AssemblerSpec(LAYOUTS, 20, 2), copier_of(reader))
+    loader = RowLoader(reader, rows, LoaderSpec(LAYOUTS, 20, 2), copier_of(reader))
     process.kill()
     process.wait()
     with pytest.raises(PeerDied, match=f"pid {process.pid}"):
-        assembler.next()
-    assembler.close()
+        loader.next()
+    loader.close()
     os.unlink(f"/dev/shm{name}")

@@ -183,7 +183,7 @@ def test_a_signal_while_validation_waits_for_data_ends_the_run_with_the_step_bef
     assert [json.loads(line)["kind"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == ["train"]
 
 
-def test_books_that_do_not_balance_are_seen_after_a_resume(tmp_path: Path) -> None:
+def test_samples_unaccounted_for_are_seen_after_a_resume(tmp_path: Path) -> None:
     config = settings(2, 64, epochs=2, checkpoint_every=1, keep_checkpoints=9)
     launch(1, config, tmp_path)
     assert json.loads((tmp_path / "totals.json").read_text())["unbalanced"] == 0
