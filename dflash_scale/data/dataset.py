@@ -114,7 +114,7 @@ def check_tokenizer(prepared: Prepared, model: str) -> Any:
 
 
 class Split(Protocol):
-    """One split of a prepared data set (`prompts.load_prepared`)."""
+    """One split of a prepared data set (`load_prepared`)."""
 
     @property
     def lengths(self) -> Ints: ...

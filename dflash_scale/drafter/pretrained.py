@@ -96,15 +96,7 @@ def read_definition(folder: Path) -> Definition:
         raise ValueError(f"got {folder}, wanted a folder with a {CONFIG}; make one with `dflash-scale export`")
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if content.get("speculators_model_type") == ALGORITHM:
-        layers = _layers(content["transformer_layer_config"])
-        return Definition(
-            layers=layers,
-            layer_ids=tuple(content["aux_hidden_state_layer_ids"]),
-            context_size=content.get("target_hidden_size") or layers.hidden_size,
-            block_size=content.get("block_size"),
-            mask_token_id=content.get("mask_token_id"),
-            causal_block=not content.get("sliding_window_non_causal", True),
-        )
+        return of_content(content, causal_block=not content.get("sliding_window_non_causal", True))
     dflash = content.get("dflash_config") or {}
     if "target_layer_ids" in dflash:
         layers = _layers(content)
@@ -119,6 +111,31 @@ def read_definition(folder: Path) -> Definition:
     raise ValueError(
         f"got {path} without speculators_model_type {ALGORITHM} and without dflash_config.target_layer_ids, wanted the "
         "speculators or the z-lab format of a DFlash drafter"
+    )
+
+
+def definition_content(spec: DrafterSpec, draft_vocab_size: int | None) -> dict[str, Any]:
+    """What the speculators format and a checkpoint's run.json say in the same words: all but `causal_block`."""
+    return {
+        "transformer_layer_config": _own_layers(spec),
+        "aux_hidden_state_layer_ids": list(spec.layer_ids),  # id k = after k layers; vLLM makes its own k-1 of it
+        "target_hidden_size": spec.context_size,
+        "block_size": spec.block_size,
+        "mask_token_id": spec.mask_token_id,
+        "draft_vocab_size": draft_vocab_size or spec.layers.vocab_size,
+    }
+
+
+def of_content(content: Mapping[str, Any], *, causal_block: bool) -> Definition:
+    """The inverse of `definition_content`."""
+    layers = _layers(content["transformer_layer_config"])
+    return Definition(
+        layers=layers,
+        layer_ids=tuple(content["aux_hidden_state_layer_ids"]),
+        context_size=content.get("target_hidden_size") or layers.hidden_size,
+        block_size=content.get("block_size"),
+        mask_token_id=content.get("mask_token_id"),
+        causal_block=causal_block,
     )
 
 
@@ -271,11 +288,6 @@ def exported_config(
     return {
         "architectures": [ARCHITECTURE],
         "speculators_model_type": ALGORITHM,
-        "block_size": spec.block_size,
-        "mask_token_id": spec.mask_token_id,
-        "draft_vocab_size": draft_vocab_size or spec.layers.vocab_size,
-        "target_hidden_size": spec.context_size,
-        "aux_hidden_state_layer_ids": list(spec.layer_ids),  # id k = after k layers; vLLM makes its own k-1 of it
         # vLLM takes `causal` for every layer from the negation of this flag, sliding or not. With false, a
         # bidirectional drafter would be served causally: acceptance falls and nothing fails.
         "sliding_window_non_causal": not spec.causal_block,
@@ -291,7 +303,7 @@ def exported_config(
                 "architectures": list(AutoConfig.from_pretrained(verifier).architectures or []),
             },
         },
-        "transformer_layer_config": _own_layers(spec),
+        **definition_content(spec, draft_vocab_size),
     }
 
 

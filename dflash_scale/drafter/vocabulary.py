@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,12 +22,6 @@ Bools = npt.NDArray[np.bool_]
 Longs = npt.NDArray[np.int64]
 
 D2T = "d2t.npy"  # its file in a checkpoint
-
-
-class Split(Protocol):
-    """One split of a prepared data set (`prompts.load_prepared`)."""
-
-    def token_counts(self, rows: int) -> Longs: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,21 +86,6 @@ def choose_vocabulary(counts: Longs, special: Sequence[int], size: int) -> Draft
     others = order[~np.isin(order, forced)][: size - len(forced)]
     ids = np.sort(np.concatenate([forced, others]))
     return DraftVocabulary(ids, rows, float(counts[ids].sum() / max(counts.sum(), 1)))
-
-
-def run_vocabulary(train: Split, rows: int, tokenizer: Any, size: int | None) -> DraftVocabulary | None:
-    """What `drafter.vocab_size` = `size` gives on a training split; None for the verifier's whole vocabulary.
-
-    Args:
-        train: the split that answers are counted in.
-        rows: V.
-        tokenizer: whose special tokens are kept; None if it is not here.
-        size: N, or None.
-    """
-    if size is None:
-        return None
-    special = tokenizer.all_special_ids if tokenizer is not None else []
-    return choose_vocabulary(train.token_counts(rows), special, size)
 
 
 def cut_at_unknown(tokens: npt.NDArray[np.int32], trained: npt.NDArray[np.int32], inside: Bools) -> Longs:

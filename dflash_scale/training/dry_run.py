@@ -24,6 +24,7 @@ from dflash_scale.verifier.files import load_tokenizer
 
 GPUS_PER_NODE = 8  # what "per node" means in the printout
 ASSUMED_DOCUMENT = 3072  # tokens, where there is no data set yet: the paper's length (arXiv 2602.06036)
+Lines = list[tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,9 +141,6 @@ def print_dry_run(config: Config, world_size: int) -> str:
         "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in lines)])
         for title, lines in sections.items()
     )
-
-
-Lines = list[tuple[str, str]]
 
 
 def _processes(dry: DryRun) -> Lines:

@@ -23,18 +23,19 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from transformers import Qwen3Config
 
 from dflash_scale.cache.folder import CacheOrigin
 from dflash_scale.config.run import Config, parse_config
+from dflash_scale.data.dataset import PreparedSplit
 from dflash_scale.drafter.model import DrafterSpec, drafter_spec
-from dflash_scale.drafter.pretrained import NOT_THE_LAYERS
-from dflash_scale.drafter.vocabulary import D2T, DraftVocabulary, Split, run_vocabulary
+from dflash_scale.drafter.pretrained import definition_content, of_content
+from dflash_scale.drafter.vocabulary import D2T, DraftVocabulary, choose_vocabulary
 from dflash_scale.receiver.layouts import RowLayouts, run_layouts
 from dflash_scale.verifier.identity import origin_of
 from dflash_scale.verifier.shape import VerifierShape, mask_token_id, verifier_shape
 
 CONFIG, RUN = "config.json", "run.json"
+FORMAT: Final = 1  # of run.json
 UNKNOWN_MASK: Final = -1  # of a dry run, where only a tokenizer that is not here could say
 
 
@@ -76,6 +77,7 @@ class ResolvedRun:
     def dump(self) -> str:
         """The text of run.json."""
         content = {
+            "format": FORMAT,
             "config": self.config.model_dump(mode="json"),
             "verifier": asdict(self.verifier),
             "drafter": self._drafter(),
@@ -84,16 +86,8 @@ class ResolvedRun:
         return json.dumps(content, indent=2) + "\n"
 
     def _drafter(self) -> dict[str, Any]:
-        layers = self.spec.layers
-        return {
-            "transformer_layer_config": {k: v for k, v in layers.to_dict().items() if k not in NOT_THE_LAYERS},
-            "aux_hidden_state_layer_ids": list(self.spec.layer_ids),
-            "target_hidden_size": self.spec.context_size,
-            "block_size": self.spec.block_size,
-            "mask_token_id": self.spec.mask_token_id,
-            "causal_block": self.spec.causal_block,
-            "draft_vocab_size": layers.vocab_size if self.vocabulary is None else len(self.vocabulary.ids),
-        }
+        size = None if self.vocabulary is None else len(self.vocabulary.ids)
+        return {**definition_content(self.spec, size), "causal_block": self.spec.causal_block}
 
     def save(self, folder: Path) -> None:
         """Writes the files of the module's docstring into a folder that is made aside."""
@@ -107,7 +101,7 @@ class ResolvedRun:
         """What `save` wrote; nothing is derived again.
 
         Raises:
-            ValueError: the folder is no checkpoint, is incomplete, or comes from a version that wrote no run.json.
+            ValueError: the folder is no checkpoint, is incomplete, or comes from a version that wrote another run.json.
         """
         if not (folder / CONFIG).is_file():
             raise ValueError(f"checkpoint {folder}: got no {CONFIG}, wanted the step folder of a run; check the path")
@@ -117,8 +111,13 @@ class ResolvedRun:
                 "not save; export or resume it with the version that wrote it"
             )
         content = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        if content.get("format") != FORMAT:
+            raise ValueError(
+                f"checkpoint {folder}: got {RUN} of format {content.get('format')}, wanted {FORMAT}; export or resume "
+                "it with the version that wrote it"
+            )
         verifier, drafter = content["verifier"], content["drafter"]
-        spec = _spec(drafter)
+        spec = of_content(drafter, causal_block=drafter["causal_block"]).spec()
         vocabulary = None
         if drafter["draft_vocab_size"] != spec.layers.vocab_size:
             if not (folder / D2T).is_file():
@@ -165,18 +164,6 @@ class ResolvedRun:
         return meaning
 
 
-def _spec(drafter: Mapping[str, Any]) -> DrafterSpec:
-    layers = {name: value for name, value in drafter["transformer_layer_config"].items() if name != "model_type"}
-    return DrafterSpec(
-        layers=Qwen3Config(**layers),
-        layer_ids=tuple(drafter["aux_hidden_state_layer_ids"]),
-        context_size=drafter["target_hidden_size"],
-        block_size=drafter["block_size"],
-        mask_token_id=drafter["mask_token_id"],
-        causal_block=drafter["causal_block"],
-    )
-
-
 def _flat(prefix: str, content: Mapping[str, Any]) -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"prefix.a.b": 1}."""
     flat: dict[str, Any] = {}
@@ -186,7 +173,7 @@ def _flat(prefix: str, content: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def resolve_run(config: Config, verifier: ResolvedVerifier, tokenizer: Any, train: Split | None) -> ResolvedRun:
+def resolve_run(config: Config, verifier: ResolvedVerifier, tokenizer: Any, train: PreparedSplit | None) -> ResolvedRun:
     """Resolves the rest of a run.
 
     Args:
@@ -202,10 +189,14 @@ def resolve_run(config: Config, verifier: ResolvedVerifier, tokenizer: Any, trai
     rows, section = verifier.shape.vocab_size, config.drafter
     known = tokenizer is not None or section.mask_token_id is not None
     mask = mask_token_id(tokenizer, rows, section.mask_token_id) if known else UNKNOWN_MASK
+    vocabulary = None
+    if train is not None and section.vocab_size is not None:
+        special = tokenizer.all_special_ids if tokenizer is not None else []
+        vocabulary = choose_vocabulary(train.token_counts(rows), special, section.vocab_size)
     return ResolvedRun(
         config=config,
         verifier=verifier,
         spec=drafter_spec(section, verifier.shape, verifier.layouts.aux_layer_ids, mask),
-        vocabulary=run_vocabulary(train, rows, tokenizer, section.vocab_size) if train is not None else None,
+        vocabulary=vocabulary,
         dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
     )

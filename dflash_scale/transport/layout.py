@@ -44,9 +44,9 @@ class Layout:
     dtype: str
 
     def __post_init__(self) -> None:
-        _check_layer_ids(self.layer_ids)
+        check_layer_ids(self.layer_ids)
         check_int("hidden_size", self.hidden_size, 1, MAX_HIDDEN_SIZE)
-        _check_dtype(self.dtype)
+        check_dtype(self.dtype)
 
     @property
     def bytes_per_token(self) -> int:
@@ -72,7 +72,7 @@ class Layout:
     @classmethod
     def from_params(cls, params: object) -> "Layout":
         fields = check_fields("layout", params, ("layer_ids", "hidden_size", "dtype"))
-        return cls(_layer_ids(fields["layer_ids"]), fields["hidden_size"], fields["dtype"])
+        return cls(listed_ids(fields["layer_ids"]), fields["hidden_size"], fields["dtype"])
 
 
 def check_fields(what: str, params: object, keys: Sequence[str]) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def check_fields(what: str, params: object, keys: Sequence[str]) -> dict[str, An
     return dict(params)
 
 
-def _layer_ids(value: object) -> tuple[Any, ...]:
+def listed_ids(value: object) -> tuple[Any, ...]:
     """A list of layer ids as it comes from JSON or msgpack, not yet checked any further."""
     if not isinstance(value, list | tuple):
         raise WireError(f"layer_ids must be a list, got {type(value).__name__}")
@@ -100,12 +100,12 @@ def layer_ids_problem(ids: object, last: int = MAX_LAYER_ID) -> str | None:
     return f"got {got!r:.80}, wanted 1 to {MAX_LAYERS} different ids in ascending order from 0 (embeddings) to {last}"
 
 
-def _check_layer_ids(ids: object) -> None:
+def check_layer_ids(ids: object) -> None:
     if problem := layer_ids_problem(ids):
         raise WireError(f"layer_ids: {problem}")
 
 
-def _check_dtype(dtype: object) -> None:
+def check_dtype(dtype: object) -> None:
     if not isinstance(dtype, str) or dtype not in CONVERSIONS:
         raise WireError(f"dtype must be one of {sorted(CONVERSIONS)}, got {dtype!r:.40}")
 

@@ -37,11 +37,11 @@ from dflash_scale.transport.layout import (
     Buffer,
     Layout,
     WireError,
-    _check_dtype,
-    _check_layer_ids,
-    _layer_ids,
+    check_dtype,
     check_fields,
     check_int,
+    check_layer_ids,
+    listed_ids,
 )
 
 VERSION: Final = 3
@@ -72,8 +72,8 @@ class Ticket:
     def __post_init__(self) -> None:
         check_name("run_id", self.run_id)
         check_name("receiver", self.receiver)
-        _check_layer_ids(self.layer_ids)
-        _check_dtype(self.dtype)
+        check_layer_ids(self.layer_ids)
+        check_dtype(self.dtype)
         if type(self.answer) is not bool:
             raise WireError(f"answer must be true or false, got {self.answer!r:.40}")
         for field in ("epoch", "sample", "attempt"):
@@ -89,7 +89,7 @@ class Ticket:
     @classmethod
     def from_params(cls, params: object) -> "Ticket":
         fields = check_fields("ticket", params, tuple(cls.__dataclass_fields__))
-        return cls(**{**fields, "layer_ids": _layer_ids(fields["layer_ids"])})
+        return cls(**{**fields, "layer_ids": listed_ids(fields["layer_ids"])})
 
     @classmethod
     def from_request(cls, kv_transfer_params: object) -> "Ticket | None":

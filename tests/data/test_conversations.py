@@ -12,8 +12,6 @@ MARKED = (
     "{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-
 # As Qwen3's: the last turn shows an (empty) thinking part, earlier turns lose theirs.
 THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -24,8 +22,6 @@ THINKING = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
-
-
 SHOUTING = "{% for m in messages %}[{{ m.role }}|{{ messages | length }}]{{ m.content | upper }}{% endfor %}"
 
 

@@ -343,19 +343,11 @@ def test_the_server_is_well_afterwards(server: Server) -> None:
     wait_for(lambda: metric(server, "vllm:kv_cache_usage_perc") == 0.0, "cache blocks are still held")
 
 
-def test_the_connector_imports_little_of_ours() -> None:
-    program = (
-        "import sys, dflash_scale.server.connector\n"
-        "print(*sorted(name for name in sys.modules if name.startswith('dflash_scale')))\n"
-        "print('deepspeed' in sys.modules)\n"
-    )
+def test_the_connector_is_imported_by_a_vllm_without_deepspeed() -> None:
+    """Where vLLM is, nothing of training's has to be; which modules these are, tests/test_packages.py looks at."""
+    program = "import sys, dflash_scale.server.connector; print('deepspeed' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [VLLM_PYTHON, "-c", program], env=environment, capture_output=True, text=True, check=True, timeout=300
     )
-    modules, deepspeed = done.stdout.splitlines()[-2:]
-    room = ["connector", "copies", "encoding", "host_pool", "keys", "payload", "publisher", "sockets", "wire"]
-    ours = ["dflash_scale", "dflash_scale.transport.addresses", "dflash_scale.stream"]
-    files = ["dflash_scale.verifier", "dflash_scale.verifier.files", "dflash_scale.verifier.identity"]
-    assert modules.split() == [*ours, *(f"dflash_scale.stream.{name}" for name in room), *files]
-    assert deepspeed == "False"
+    assert done.stdout.splitlines()[-1] == "False"

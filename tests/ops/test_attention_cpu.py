@@ -20,8 +20,6 @@ from tests.ops.test_attention import NAMES, Case, assert_close, case
 ROOT = Path(__file__).resolve().parents[2]
 # Scores of the dense definition, over all heads: more would only make the tests slow.
 MOST_SCORES = 2_000_000
-
-
 WIDE = case(density=0.05, group=5, block_size=16, head_dim=128, dtype=torch.bfloat16)
 
 

@@ -28,11 +28,7 @@ from tests.support.emulated import ROOT, Guarded, build
 # Largest norm of a row's error, in parts of the row's norm, the tensor's mean norm and 1. Where a gradient cancels, the
 # rounding of `out`, which the backward gets, is most of it.
 TOLERANCE = {torch.bfloat16: 2.5e-2, torch.float16: 3e-3}
-
-
 PLAN = ("starts", "ends", "order", "tile_ranges", "tile_order")
-
-
 GRADIENTS = ("dq", "dk_ctx", "dv_ctx", "dk_blk", "dv_blk")
 
 

@@ -41,11 +41,7 @@ from tests.support.loss_cases import (
 )
 
 WITHOUT_TV = term_weights({"ce": 1.0, "kl": 0.5, "reverse_kl": 0.3})
-
-
 cpu_cases = st.composite(draw_case)((torch.float32, torch.bfloat16), 300)
-
-
 torch_cases = st.composite(draw_case)((torch.float64, torch.float32, *HALVES), 300, False)
 
 

@@ -11,8 +11,6 @@ from torch import Tensor
 from dflash_scale.ops.attention import Plan, anchor_attention, build_plan
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
-
-
 NAMES = ("out", "dq", "dk_ctx", "dv_ctx", "dk_blk", "dv_blk")
 
 

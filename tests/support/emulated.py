@@ -10,14 +10,8 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
 BUILD = ROOT / "build" / "emulator"
-
-
 FLAGS = ("-std=c++20", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DDFLASH_EMULATE")
-
-
 GUARD = 256  # bytes before and after each buffer that nobody may touch
 
 

@@ -24,20 +24,10 @@ from dflash_scale.training.loss import term_values
 from tests.support.emulated import Guarded, build
 
 HALVES = (torch.bfloat16, torch.float16)
-
-
 ONLY_CE = term_weights({"ce": 1.0})
-
-
 ALL = term_weights({"ce": 0.5, "kl": 0.4, "reverse_kl": 0.3, "tv": 0.2})
-
-
 TV = [term.name for term in TERMS].index("tv")
-
-
 NUMBER = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
 ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 
 

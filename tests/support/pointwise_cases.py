@@ -24,24 +24,12 @@ from dflash_scale.ops.pointwise import (
 from tests.support.emulated import Guarded, build
 
 OPERATORS = ("rms_norm", "norm_rope", "silu_mul")
-
-
 HALVES = (torch.bfloat16, torch.float16)
-
-
 NUMBER = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
 EPS = 1e-6
-
-
 # A result's last rounding, as a share of it, and what the arithmetic before it loses, as a share of the largest term.
 ROUNDING = {torch.float64: 1e-14, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
-
-
 ARITHMETIC = {torch.float64: 1e-13, torch.float32: 4e-6, torch.bfloat16: 4e-6, torch.float16: 4e-6}
-
-
 SUBNORMAL = 2.0**-24  # what float16 has below its normal numbers
 
 

@@ -13,8 +13,6 @@ CLEAN_BYTES = 600  # of a connection: a handshake and a greeting, so that the co
 CUT_AFTER = 5000  # bytes, in the middle of a message
 SLOW_BYTES_PER_S = 600
 CHUNK = 2048
-
-
 Pump = Callable[[socket.socket, socket.socket], None]
 
 

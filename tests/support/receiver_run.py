@@ -26,11 +26,7 @@ from dflash_scale.transport.ring import COMMITTED, Ring
 from tests.support.fake_verifier import LAYOUT, states
 
 SAMPLES, VALIDATION, LONGEST = 60, 6, 40
-
-
 RUN = f"receivertest{os.getpid()}"
-
-
 LAYOUTS = RowLayouts(LAYOUT.only((1, 4)), LAYOUT)
 
 

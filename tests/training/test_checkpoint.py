@@ -58,6 +58,7 @@ def test_a_checkpoint_of_a_version_before_run_json_is_not_resumed(tmp_path: Path
 
 def test_resume_refuses_another_schedule(tmp_path: Path) -> None:
     checkpoints = fill(tmp_path, ["step-000003"], latest="step-000003")
+    checkpoints._run.save(tmp_path / "step-000003")
     (tmp_path / "step-000003" / "position.json").write_text(json.dumps(asdict(POSITION)))
     with pytest.raises(ValueError, match=r"--resume: seed is 9, but .* was trained with 0"):
         checkpoints.load(None, replace(POSITION, seed=9))

@@ -199,7 +199,8 @@ def test_a_run_on_random_states_has_no_receiver_ring_or_credit_and_knows_its_ste
     config = load_config(ROOT / "configs" / "debug.json")
     dry = make_dry_run(config, 1)
     assert dry.schedule is not None
-    assert dry.memory.rows == 64 * dry.layouts.validation.bytes_per_token, "one row, and none ahead of it"
+    per_token = dry.run.verifier.layouts.validation.bytes_per_token
+    assert dry.memory.rows == 64 * per_token, "one row, and none ahead of it"
     text = " ".join(print_dry_run(config, 1).split())
     steps = f"steps {dry.schedule.total_steps} Memory"
     for expected in ("mode fake", "receivers none", "64 to train on, 16 held out", steps):

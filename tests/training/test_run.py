@@ -128,6 +128,14 @@ def test_a_folder_that_lacks_a_file_is_refused_in_a_sentence(
     assert error.startswith(f"error: checkpoint {folder}: got no {removed}") and error.count("\n") == 1
 
 
+def test_a_run_json_of_another_format_is_refused_in_a_sentence(verifier: Path, tmp_path: Path) -> None:
+    folder = saved(resolved(verifier), tmp_path / "step")
+    content = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**content, "format": 2}))
+    with pytest.raises(ValueError, match=f"checkpoint {folder}: got run.json of format 2, wanted 1; export or resume"):
+        ResolvedRun.load(folder)
+
+
 @pytest.mark.parametrize(
     ("drafter", "sections", "key"),
     [

@@ -20,8 +20,6 @@ from dflash_scale.training.optim import engine_config, lr_factor
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("trainer_worker.py")
-
-
 # The loss section of each baseline: both weights, and all terms with the verifier's labels.
 LOSSES = {
     "decay": {"weights": "decay"},
