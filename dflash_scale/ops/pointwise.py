@@ -39,7 +39,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, kernel: str = "auto") -> 
     kernel, here and below: a name of POINTWISE: "cuda", "torch" (any device and floating dtype), or "auto". Both repeat
     bit for bit. Raises ValueError for a kernel that cannot run these tensors: only "auto" ever takes another one.
     """
-    return cast(Tensor, _RmsNorm.apply(x, weight, eps, POINTWISE.choose(kernel, (x, weight), "rms_norm").run))
+    return cast(Tensor, _Norm.apply(x, weight, eps, POINTWISE.choose(kernel, (x, weight), "rms_norm").run))
 
 
 def norm_rope(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, *, kernel: str = "auto") -> Tensor:
@@ -48,7 +48,7 @@ def norm_rope(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, *
     x (N, heads, D), weight (D,), cos and sin (N, D) without gradient -> (N, heads, D) in the dtype of x.
     """
     chosen = POINTWISE.choose(kernel, (x, weight, cos, sin), "norm_rope")
-    return cast(Tensor, _NormRope.apply(x, weight, eps, cos, sin, chosen.run))
+    return cast(Tensor, _Norm.apply(x, weight, eps, chosen.run, cos, sin))
 
 
 def silu_mul(gate: Tensor, up: Tensor, *, kernel: str = "auto") -> Tensor:
@@ -63,7 +63,7 @@ def rms_norm_definition(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def norm_rope_definition(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
     wide = _wide(x)
-    y = F.rms_norm(x.to(wide), x.shape[-1:], weight.to(wide), eps)
+    y = rms_norm_definition(x.to(wide), weight.to(wide), eps)
     return _turned(y, cos[:, None].to(wide), sin[:, None].to(wide)).to(x.dtype)
 
 
@@ -74,43 +74,29 @@ def silu_mul_definition(gate: Tensor, up: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Kernels:
-    """One implementation of the three operators. A norm returns its result and the statistic that its backward takes;
-    a backward takes dout first and returns the gradients."""
+    """One implementation of the operators. A norm takes cos and sin behind its other arguments where it is norm_rope,
+    and returns its result and the statistic that its backward takes; a backward takes dout first and returns the
+    gradients."""
 
-    rms_norm: Callable[..., tuple[Tensor, Tensor]]
-    rms_norm_backward: Callable[..., tuple[Tensor, Tensor]]
-    norm_rope: Callable[..., tuple[Tensor, Tensor]]
-    norm_rope_backward: Callable[..., tuple[Tensor, Tensor]]
+    norm: Callable[..., tuple[Tensor, Tensor]]
+    norm_backward: Callable[..., tuple[Tensor, Tensor]]
     silu_mul: Callable[[Tensor, Tensor], Tensor]
     silu_mul_backward: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-class _RmsNorm(torch.autograd.Function):
+class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, kernels: Kernels) -> Tensor:
-        out, scales = kernels.rms_norm(x, weight, eps)
-        ctx.save_for_backward(x, weight, scales)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, kernels: Kernels, *rope: Tensor) -> Tensor:
+        out, scales = kernels.norm(x, weight, eps, *rope)
+        ctx.save_for_backward(x, weight, scales, *rope)
         ctx.kernels = kernels
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        return (*ctx.kernels.rms_norm_backward(dout, *ctx.saved_tensors), None, None)
-
-
-class _NormRope(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, kernels: Kernels) -> Tensor:
-        out, scales = kernels.norm_rope(x, weight, eps, cos, sin)
-        ctx.save_for_backward(x, weight, scales, cos, sin)
-        ctx.kernels = kernels
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        return (*ctx.kernels.norm_rope_backward(dout, *ctx.saved_tensors), None, None, None, None)
+        gradients = ctx.kernels.norm_backward(dout, *ctx.saved_tensors)
+        return (*gradients, *[None] * (len(ctx.needs_input_grad) - 2))
 
 
 class _SiluMul(torch.autograd.Function):
@@ -167,39 +153,24 @@ def _normed_backward(dout: Tensor, x: Tensor, weight: Tensor, scales: Tensor) ->
     return (dout * weight - unit * mean) * scales[..., None], dweight
 
 
-def _rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    wide = _wide(x)
-    out, scales = _empty(x), x.new_empty(x.shape[:-1], dtype=wide)
-    for rows in _slices(x):
-        out[rows], scales[rows] = _normed(x[rows].to(wide), weight.to(wide), eps)
-    return out, scales
-
-
-def _rms_norm_backward_torch(dout: Tensor, x: Tensor, weight: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    wide = scales.dtype
-    dx, dweight = _empty(x), torch.zeros_like(weight, dtype=wide)
-    for rows in _slices(x):
-        dx[rows], part = _normed_backward(dout[rows].to(wide), x[rows].to(wide), weight.to(wide), scales[rows])
-        dweight += part
-    return dx, dweight.to(weight.dtype)
-
-
-def _norm_rope_torch(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def _norm_torch(x: Tensor, weight: Tensor, eps: float, *rope: Tensor) -> tuple[Tensor, Tensor]:
     wide = _wide(x)
     out, scales = _empty(x), x.new_empty(x.shape[:-1], dtype=wide)
     for rows in _slices(x):
         y, scales[rows] = _normed(x[rows].to(wide), weight.to(wide), eps)
-        out[rows] = _turned(y, cos[rows, None].to(wide), sin[rows, None].to(wide))
+        out[rows] = _turned(y, *(angle[rows, None].to(wide) for angle in rope)) if rope else y
     return out, scales
 
 
-def _norm_rope_backward_torch(
-    dout: Tensor, x: Tensor, weight: Tensor, scales: Tensor, cos: Tensor, sin: Tensor
+def _norm_backward_torch(
+    dout: Tensor, x: Tensor, weight: Tensor, scales: Tensor, *rope: Tensor
 ) -> tuple[Tensor, Tensor]:
     wide = scales.dtype
     dx, dweight = _empty(x), torch.zeros_like(weight, dtype=wide)
     for rows in _slices(x):
-        dy = _turned_back(dout[rows].to(wide), cos[rows, None].to(wide), sin[rows, None].to(wide))
+        dy = dout[rows].to(wide)
+        if rope:
+            dy = _turned_back(dy, *(angle[rows, None].to(wide) for angle in rope))
         dx[rows], part = _normed_backward(dy, x[rows].to(wide), weight.to(wide), scales[rows])
         dweight += part
     return dx, dweight.to(weight.dtype)
@@ -235,23 +206,16 @@ def _aligned(x: Tensor) -> bool:
     return x.data_ptr() % PACKET == 0
 
 
-def _rms_norm_cuda(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return torch.ops.dflash_scale.rms_norm(_rows(x), _dense(weight), eps)
+def _norm_cuda(x: Tensor, weight: Tensor, eps: float, *rope: Tensor) -> tuple[Tensor, Tensor]:
+    operator = torch.ops.dflash_scale.norm_rope if rope else torch.ops.dflash_scale.rms_norm
+    return operator(_rows(x), _dense(weight), *map(_dense, rope), eps)
 
 
-def _rms_norm_backward_cuda(dout: Tensor, x: Tensor, weight: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.ops.dflash_scale.rms_norm_backward(_dense(dout), _rows(x), _dense(weight), scales)
-
-
-def _norm_rope_cuda(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.ops.dflash_scale.norm_rope(_rows(x), _dense(weight), _dense(cos), _dense(sin), eps)
-
-
-def _norm_rope_backward_cuda(
-    dout: Tensor, x: Tensor, weight: Tensor, scales: Tensor, cos: Tensor, sin: Tensor
+def _norm_backward_cuda(
+    dout: Tensor, x: Tensor, weight: Tensor, scales: Tensor, *rope: Tensor
 ) -> tuple[Tensor, Tensor]:
-    rope = (_dense(cos), _dense(sin))
-    return torch.ops.dflash_scale.norm_rope_backward(_dense(dout), _rows(x), _dense(weight), scales, *rope)
+    operator = torch.ops.dflash_scale.norm_rope_backward if rope else torch.ops.dflash_scale.rms_norm_backward
+    return operator(_dense(dout), _rows(x), _dense(weight), scales, *map(_dense, rope))
 
 
 def _silu_mul_cuda(gate: Tensor, up: Tensor) -> Tensor:
@@ -284,10 +248,8 @@ POINTWISE = Operator[Kernels](
         Backend(
             "cuda",
             Kernels(
-                rms_norm=_rms_norm_cuda,
-                rms_norm_backward=_rms_norm_backward_cuda,
-                norm_rope=_norm_rope_cuda,
-                norm_rope_backward=_norm_rope_backward_cuda,
+                norm=_norm_cuda,
+                norm_backward=_norm_backward_cuda,
                 silu_mul=_silu_mul_cuda,
                 silu_mul_backward=_silu_mul_backward_cuda,
             ),
@@ -301,10 +263,8 @@ POINTWISE = Operator[Kernels](
         Backend(
             "torch",
             Kernels(
-                rms_norm=_rms_norm_torch,
-                rms_norm_backward=_rms_norm_backward_torch,
-                norm_rope=_norm_rope_torch,
-                norm_rope_backward=_norm_rope_backward_torch,
+                norm=_norm_torch,
+                norm_backward=_norm_backward_torch,
                 silu_mul=_silu_mul_torch,
                 silu_mul_backward=_silu_mul_backward_torch,
             ),
