@@ -198,7 +198,7 @@ def row_flop(case: Case, row: Row) -> dict[str, float]:
 
 def verifier_positions(case: Case, row: Row) -> int:
     """The different positions whose verifier's logits the loss needs."""
-    if not case.loss("auto").needs_verifier:
+    if not case.loss("auto").soft:
         return 0
     block, slot = np.nonzero(row.trained)
     return len(np.unique(row.anchors.cpu().numpy()[block] + slot))

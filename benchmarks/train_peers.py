@@ -82,7 +82,7 @@ def make_loss(variant: Variant, row: Row, head: Tensor, spec: LossSpec) -> Loss:
 
 
 def _chunked(row: Row, head: Tensor, spec: LossSpec) -> Loss:
-    verifier = row.verifier(head) if spec.needs_verifier else None
+    verifier = row.verifier(head) if spec.soft else None
 
     def loss(hidden: Tensor, scale: Tensor) -> Tensor:
         return drafter_loss(hidden, OutputHead(head), row.labels, row.trained, spec, scale, verifier)[0]
@@ -104,7 +104,7 @@ def _masked(row: Row, head: Tensor, spec: LossSpec) -> Loss:
 
     def loss(hidden: Tensor, scale: Tensor) -> Tensor:
         kept, others = hidden.index_select(0, order).split([len(row.kept), len(rest)])
-        targets = verifier if spec.needs_verifier else None
+        targets = verifier if spec.soft else None
         masked = drafter_loss(others, OutputHead(head), labels, mask, spec, torch.zeros_like(scale), targets)
         return trained(kept, scale) + masked[0]
 

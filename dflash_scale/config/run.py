@@ -29,7 +29,6 @@ from dflash_scale.config.sections import (
     default_gamma,
 )
 from dflash_scale.config.stream import StreamSection
-from dflash_scale.data.quarantine import FILE_NAME
 
 
 class Config(Section):
@@ -79,7 +78,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _exclusion_stands_still(self) -> Config:
-        written = Path(self.train.output_dir) / FILE_NAME
+        written = self.train.quarantine_file
         if self.data.exclude is not None and Path(self.data.exclude).resolve() == written.resolve():
             raise ValueError(
                 f"data.exclude: got {self.data.exclude}, which this run itself appends to, wanted a file that stays as "

@@ -117,6 +117,12 @@ class LossSection(Section):
         description="Loss kernel; auto = the compiled one that is proven on the device, else plain torch.",
     )
 
+    @property
+    def needs_verifier(self) -> bool:
+        """Whether training needs the verifier's logits: all terms but the cross entropy compare with them."""
+        soft = any(weight for name, weight in self.terms.weights.items() if name != "ce")
+        return soft or self.labels == "verifier"
+
 
 class TrainSection(Section):
     output_dir: str = Field(
@@ -157,6 +163,11 @@ class TrainSection(Section):
     validate_every: int = Field(default=500, ge=0, description="Optimizer steps between validations; 0 = never.")
     log_every: Positive = Field(default=10, description="Optimizer steps between log lines.")
     tensorboard: bool = Field(default=False, description="Also write TensorBoard files into output_dir.")
+
+    @property
+    def quarantine_file(self) -> Path:
+        """Where the samples that no server could answer are written to (data/quarantine.py)."""
+        return Path(self.output_dir) / "quarantined.jsonl"
 
     @field_validator("betas")
     @classmethod

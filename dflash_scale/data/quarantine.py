@@ -14,9 +14,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
-
-FILE_NAME: Final = "quarantined.jsonl"
 
 
 class QuarantineFile:
@@ -67,7 +64,7 @@ def read_exclusion(path: str | None) -> Exclusion:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"data.exclude: {path} cannot be read ({error.strerror}); give a {FILE_NAME}") from None
+        raise ValueError(f"data.exclude: {path} cannot be read ({error.strerror}); give a quarantined.jsonl") from None
     for number, line in enumerate(text.splitlines(), 1):
         try:
             entry = json.loads(line)
@@ -76,7 +73,7 @@ def read_exclusion(path: str | None) -> Exclusion:
             sample, fingerprint = None, None
         if type(sample) is not int or sample < 0 or not isinstance(fingerprint, str):
             raise ValueError(
-                f"data.exclude: line {number} of {path} is not an object with data and sample; give a {FILE_NAME}"
+                f"data.exclude: line {number} of {path} is not an object with data and sample; give a quarantined.jsonl"
             )
         samples.add(sample)
         data.add(fingerprint)

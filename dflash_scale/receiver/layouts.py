@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from dflash_scale.config.run import Config
 from dflash_scale.data.schedule import Row
-from dflash_scale.training.loss import loss_spec
 from dflash_scale.transport.layout import FP8, Layout
 from dflash_scale.verifier.layers import aux_layers
 from dflash_scale.verifier.shape import VerifierShape
@@ -17,7 +16,7 @@ def run_layouts(config: Config, shape: VerifierShape) -> RowLayouts:
     verifier's logits. Raises ValueError for layers or a transport that the verifier has not."""
     layer_ids, dtype = aux_layers(config.verifier.layer_ids, shape.layers), transport_dtype(config, shape)
     whole = Layout((*layer_ids, shape.layers), shape.hidden_size, dtype)
-    return RowLayouts(whole if loss_spec(config).needs_verifier else whole.only(layer_ids), whole)
+    return RowLayouts(whole if config.loss.needs_verifier else whole.only(layer_ids), whole)
 
 
 def transport_dtype(config: Config, shape: VerifierShape) -> str:

@@ -25,7 +25,7 @@ from typing import Final
 
 from dflash_scale.config.stream import StreamSection
 from dflash_scale.data.dataset import Samples
-from dflash_scale.data.quarantine import FILE_NAME, QuarantineFile
+from dflash_scale.data.quarantine import QuarantineFile
 from dflash_scale.data.schedule import RowSchedule, schedule_spec
 from dflash_scale.fleet.state import Limits
 from dflash_scale.receiver.cached_sink import CachedSink, make_sink
@@ -168,7 +168,7 @@ def make_loop(spec: ReceiverSpec, rings: Sequence[Ring]) -> tuple[ReceiverLoop, 
         keys=receiver_keys(Path(keys)) if keys is not None else None,
     )
     sink = make_sink(config.stream, windows, samples, layouts.validation)
-    quarantine = QuarantineFile(Path(config.train.output_dir) / FILE_NAME, prepared.fingerprint)
+    quarantine = QuarantineFile(config.train.quarantine_file, prepared.fingerprint)
     questions = SampleQuestions(samples)
     loop = ReceiverLoop(Endpoints(config.stream), limits_of(config.stream), identity, sink, questions, quarantine)
     return loop, sink

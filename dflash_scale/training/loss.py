@@ -16,7 +16,7 @@ vocabulary.
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -26,11 +26,11 @@ from torch import Tensor
 
 from dflash_scale.drafter.heads import OutputHead
 from dflash_scale.ops.softmax_loss import CE, TERMS, Rows, empty_logits, softmax_loss_, term_weights, wants_verifier
+from dflash_scale.training.sums import TOP, BlockSums
 
 if TYPE_CHECKING:
     from dflash_scale.config.run import Config
 
-TOP = (4, 8)  # a label among this many of the drafter's best tokens is a hit; 1 is `correct`
 # Bytes of logits held at once where loss.chunk_slots is null. The products are as fast as they get well below both.
 CHUNK_BYTES = {"cuda": 320 << 20, "cpu": 64 << 20}
 FREE_SHARE = 8  # on a GPU at most this part of the free memory
@@ -60,12 +60,8 @@ class LossSpec:
 
     @property
     def soft(self) -> bool:
+        """Whether a term compares with the verifier's logits."""
         return wants_verifier(self.terms)
-
-    @property
-    def needs_verifier(self) -> bool:
-        """Whether training needs the verifier's logits at all."""
-        return self.soft or self.labels == "verifier"
 
 
 def loss_spec(config: "Config") -> LossSpec:
@@ -96,45 +92,6 @@ def kept_slots(trained: Mask) -> npt.NDArray[np.int64]:
 def normaliser(trained: Mask, spec: LossSpec) -> float:
     """This row's part of Z, known before the forward. trained (A, S-1)."""
     return float(trained.sum(0) @ spec.decay(trained.shape[1] + 1))
-
-
-@dataclass(frozen=True, slots=True)
-class BlockSums:
-    """Sums over blocks that add up over chunks, rows, micro-steps and ranks; fp32 on the loss's device.
-
-    loss () sum of w*l · blocks () how many blocks · terms (len(TERMS),) sums of w times each · top (2,) labels among
-    the drafter's best TOP tokens · compared, agreed () labels, and those that are the verifier's argmax, where the two
-    were compared · trained, correct, accepted (S-1,) per slot 1..S-1: how many were trained, how many predicted their
-    label, how many did with all slots before them right.
-    """
-
-    loss: Tensor
-    blocks: Tensor
-    compared: Tensor
-    agreed: Tensor
-    terms: Tensor
-    top: Tensor
-    trained: Tensor
-    correct: Tensor
-    accepted: Tensor
-
-    def packed(self) -> Tensor:
-        """One flat tensor, for one all-reduce."""
-        return torch.cat([getattr(self, field.name).flatten() for field in fields(self)])
-
-    @classmethod
-    def unpacked(cls, flat: Tensor) -> "BlockSums":
-        """The inverse of `packed`."""
-        slots = (len(flat) - cls.size(1)) // 3
-        counts = {"terms": len(TERMS), "top": len(TOP), "trained": slots, "correct": slots, "accepted": slots}
-        names = [field.name for field in fields(cls)]
-        parts = dict(zip(names, flat.split([counts.get(name, 1) for name in names]), strict=True))
-        return cls(**{name: part if name in counts else part[0] for name, part in parts.items()})
-
-    @staticmethod
-    def size(block_size: int) -> int:
-        """Numbers in `packed`."""
-        return 4 + len(TERMS) + len(TOP) + 3 * (block_size - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,7 +302,8 @@ def drafter_loss(
         trained: (A, S-1) on the CPU: which of slots 1..S-1 are trained.
         spec: terms, weights and chunking.
         scale: () factor of the sum, 1/Z (times what the engine divides by).
-        verifier: wanted where `spec.needs_verifier`; without a gradient to make, it is also compared with the labels.
+        verifier: wanted by soft terms and the verifier's labels; without a gradient to make, it is also compared with
+            the labels.
 
     Returns:
         scale * sum(w l), differentiable in `hidden` alone, and the row's `BlockSums`. Repeats bit for bit for one chunk
@@ -365,7 +323,7 @@ def _check(hidden: Tensor, trained: Mask, spec: LossSpec, verifier: VerifierStat
         raise ValueError(
             f"hidden has {len(hidden)} rows, wanted the {trained.sum()} trained slots; index by kept_slots"
         )
-    if spec.needs_verifier and verifier is None:
+    if verifier is None and (spec.soft or spec.labels == "verifier"):
         raise ValueError("a soft term or the verifier's labels need its states, got none; give `verifier`")
 
 

@@ -124,7 +124,7 @@ def loss_bytes(config: Config, spec: DrafterSpec, slots: int, vocabulary: int) -
     that plain torch holds in fp32; the gradient of the hidden states of all slots, and in fp32 of the chunk."""
     number = 2 if config.train.precision == "bf16" else 4
     chunk = min(chunk_slots(config, vocabulary), slots)
-    matrices = 2 if loss_spec(config).needs_verifier else 1
+    matrices = 2 if config.loss.needs_verifier else 1
     slices = TORCH_SLICES[loss_spec(config).soft] * min(SLICE_NUMBERS, chunk * vocabulary) * 4
     hidden = spec.layers.hidden_size
     return matrices * chunk * vocabulary * number + slices + slots * hidden * number + chunk * hidden * (4 + number)
@@ -133,5 +133,5 @@ def loss_bytes(config: Config, spec: DrafterSpec, slots: int, vocabulary: int) -
 def chunk_slots(config: Config, vocabulary: int) -> int:
     """Slots of a chunk on a GPU with memory to spare."""
     number = 2 if config.train.precision == "bf16" else 4
-    matrices = 2 if loss_spec(config).needs_verifier else 1
+    matrices = 2 if config.loss.needs_verifier else 1
     return config.loss.chunk_slots or fitting_rows(CHUNK_BYTES["cuda"], matrices * vocabulary * number)

@@ -8,17 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from dflash_scale.ops.softmax_loss import TERMS
 from dflash_scale.training.ledger import JsonLines
-from dflash_scale.training.loss import TOP, BlockSums
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 # Above this share of waiting hidden states hold the training up; below it they are ahead of it.
 DATA_BOUND = 0.15
-
-
 # Where they come from, by stream.mode.
 SOURCES = {"online": "servers", "offline": "cache", "hybrid": "servers or cache", "fake": "random states"}
 
@@ -46,33 +42,6 @@ class Metrics:
         self._lines.close()
         if self._board is not None:
             self._board.close()
-
-
-def block_metrics(sums: BlockSums, normaliser: float) -> dict[str, Any]:
-    """Means of reduced sums.
-
-    Returns:
-        loss, and each term that is in it, unweighted: ce, kl, reverse_kl, tv · accuracy (of trained slots) · top_4 and
-        top_8, labels among the drafter's 4 and 8 best tokens · acceptance_length (tokens: mean leading correct run of a
-        block, + 1) · accuracy_by_position and acceptance_by_position, lists over slots 1..S-1 · blocks ·
-        verifier_agreement, the share of labels that are the verifier's argmax, where they were compared.
-    """
-    blocks = max(float(sums.blocks), 1.0)
-    trained = sums.trained.clamp(min=1)
-    slots = float(sums.trained.sum().clamp(min=1))
-    terms = zip([term.name for term in TERMS], sums.terms.tolist(), strict=True)
-    agreement = {"verifier_agreement": float(sums.agreed / sums.compared)} if sums.compared > 0 else {}
-    return {
-        "loss": float(sums.loss) / max(normaliser, 1e-12),
-        **{name: total / max(normaliser, 1e-12) for name, total in terms if total},
-        "accuracy": float(sums.correct.sum()) / slots,
-        **{f"top_{k}": hits / slots for k, hits in zip(TOP, sums.top.tolist(), strict=True)},
-        "acceptance_length": 1.0 + float(sums.accepted.sum()) / blocks,
-        "accuracy_by_position": (sums.correct / trained).tolist(),
-        "acceptance_by_position": (sums.accepted / blocks).tolist(),
-        "blocks": int(sums.blocks),
-        **agreement,
-    }
 
 
 def bottleneck(wait_data: float, source: str) -> str:

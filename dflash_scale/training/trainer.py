@@ -25,7 +25,6 @@ from dflash_scale.drafter.model import block_inputs
 from dflash_scale.training.checkpoint import Checkpoints, Position, write_aside
 from dflash_scale.training.ledger import EpochCount, JsonLines, count_epoch, report_epoch
 from dflash_scale.training.loss import (
-    BlockSums,
     VerifierStates,
     drafter_loss,
     kept_slots,
@@ -33,9 +32,10 @@ from dflash_scale.training.loss import (
     normaliser,
     trained_mask,
 )
-from dflash_scale.training.metrics import SOURCES, Metrics, ProgressLine, block_metrics
+from dflash_scale.training.metrics import SOURCES, Metrics, ProgressLine
 from dflash_scale.training.row_source import RowSource, RowStates
 from dflash_scale.training.run import ResolvedRun
+from dflash_scale.training.sums import BlockSums, block_metrics
 from dflash_scale.verifier.head import VerifierHead
 
 log = logging.getLogger(__name__)
@@ -213,7 +213,7 @@ class Trainer:
         context = states[:, :aux_layers].reshape(len(positions), aux_layers * spec.context_size).to(dtype)
         slots = block_inputs(head.embedding, tokens[:, 0], spec)
         hidden = self.parts.engine(slots, context, positions, anchors, doc_ids, kept)
-        wanted = compare or self.loss_spec.needs_verifier
+        wanted = compare or self.parts.run.config.loss.needs_verifier
         verifier = VerifierStates(states[:, -1], plan.anchors, self._verifier_logits) if wanted else None
         # Labels outside a pruned vocabulary lie in slots that are not trained.
         labels = self.output_head.labels(tokens)

@@ -6,6 +6,7 @@ import pytest
 
 from dflash_scale.config.run import Config, load_config, parse_config, resolve
 from dflash_scale.config.sections import default_gamma
+from dflash_scale.ops.softmax_loss import TERMS
 
 MINIMAL: dict[str, Any] = {"verifier": {"model": "Qwen/Qwen3-8B"}, "data": {"path": "data/qwen3-8b"}}
 
@@ -336,6 +337,12 @@ def test_terms_that_are_not_named_have_no_weight() -> None:
     assert weighted(parse_config(MINIMAL)) == {"ce": 1.0}
     terms = {"kl": 0.5, "tv": 0.1}
     assert weighted(parse_config({**MINIMAL, "loss": {"terms": terms}})) == terms
+
+
+def test_the_verifiers_logits_are_needed_by_soft_terms_and_its_labels() -> None:
+    for term in TERMS:
+        assert parse_config({**MINIMAL, "loss": {"terms": {term.name: 0.5}}}).loss.needs_verifier == term.soft
+    assert parse_config({**MINIMAL, "loss": {"labels": "verifier"}}).loss.needs_verifier
 
 
 @pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("configs/*.json")), ids=lambda p: p.name)

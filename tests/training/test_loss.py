@@ -14,7 +14,6 @@ from dflash_scale.drafter.heads import OutputHead
 from dflash_scale.ops.softmax_loss import term_weights
 from dflash_scale.training.loss import (
     CHUNK_SLOTS,
-    BlockSums,
     LossSpec,
     VerifierStates,
     chunks,
@@ -25,6 +24,7 @@ from dflash_scale.training.loss import (
     normaliser,
     trained_mask,
 )
+from dflash_scale.training.sums import BlockSums
 
 TERMS = [
     term_weights(weights)

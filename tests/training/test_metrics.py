@@ -8,8 +8,8 @@ import torch
 
 from dflash_scale.ops.softmax_loss import term_weights
 from dflash_scale.training.ledger import JsonLines, keep_until
-from dflash_scale.training.loss import BlockSums
-from dflash_scale.training.metrics import Metrics, block_metrics
+from dflash_scale.training.metrics import Metrics
+from dflash_scale.training.sums import BlockSums, block_metrics
 
 
 def steps(path: Path) -> list[int]:
