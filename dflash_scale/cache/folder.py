@@ -23,13 +23,16 @@ from pathlib import Path
 from typing import Any, Final
 
 from dflash_scale.cache.file import BadFile, file_head, read_states, read_token_ids, write_all
+from dflash_scale.files import write_file
 from dflash_scale.transport import messages
 from dflash_scale.transport.layout import Buffer, Layout, WireError
 from dflash_scale.transport.ring import process_start
 
 FORMAT: Final = 1
 MANIFEST: Final = "manifest.json"
-ASIDE: Final = ".aside,"  # HOST,PID,START, and the file's name: no host's name has a comma
+# HOST,PID,START, and the file's name: no host's name has a comma. Not the names of files.py: other processes may be
+# writing to the folder when a start removes what was left, so a name tells whether its process lives.
+ASIDE: Final = ".aside,"
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,9 +153,7 @@ def claim(folder: Path, origin: CacheOrigin, *, writable: bool) -> None:
         if found is not None:
             _compare(folder, found, origin)
         elif writable and next(_files(folder), None) is None:
-            aside = folder / f"{MANIFEST}.{socket.gethostname()}-{os.getpid()}"
-            aside.write_text(json.dumps({"format": FORMAT, **asdict(origin)}, indent=1) + "\n", encoding="utf-8")
-            os.replace(aside, folder / MANIFEST)
+            write_file(folder / MANIFEST, json.dumps({"format": FORMAT, **asdict(origin)}, indent=1) + "\n")
     except OSError as error:
         raise ValueError(
             f"stream.cache: {folder} cannot be used: {error.strerror} ({error.filename}); name a folder that this user "

@@ -36,6 +36,7 @@ from dflash_scale.data.conversations import BadLine, Encoded
 from dflash_scale.data.dataset import load_prepared, tokenizer_hash
 from dflash_scale.data.dataset_writer import PreparedWriter, check_fraction
 from dflash_scale.data.prepare import find_files, lines_of, make_encoder
+from dflash_scale.files import new_folder, write_file
 from dflash_scale.receiver.cache_sink import QUARANTINED_FILE
 from dflash_scale.receiver.process import keep_freed_memory
 from dflash_scale.receiver.requests import PromptQuestions, Sampling
@@ -212,8 +213,8 @@ def _number(config: Config, order: Order, asked: Sequence[Asked], questions: Pro
     )
     first = {"train": 0, "validation": manifest["counts"]["train"]}
     numbers = {prompt: first[split] + place for prompt, (split, place) in places.items()}
-    _write(cache.folder / UNANSWERED, "".join(json.dumps(line) + "\n" for line in unanswered))
-    _write(cache.folder / NUMBERS, json.dumps(numbers))
+    write_file(cache.folder / UNANSWERED, "".join(json.dumps(line) + "\n" for line in unanswered))
+    write_file(cache.folder / NUMBERS, json.dumps(numbers))
 
 
 def _reasons(work: Path) -> dict[int, str]:
@@ -236,21 +237,11 @@ def _place(order: Order, origin: CacheOrigin) -> None:
             os.rename(source.path(int(prompt)), target.path(sample))
     shutil.copyfile(work / UNANSWERED, order.states / UNANSWERED)
     if not order.out.exists():
-        _move(work / DATA, order.out)
+        with new_folder(order.out) as aside:
+            shutil.copytree(work / DATA, aside, copy_function=_link, dirs_exist_ok=True)
     done = order.states / f"{WORK}.done"
     os.rename(work, done)  # at once: half of it would look like the beginning
     shutil.rmtree(done)
-
-
-def _move(data: Path, out: Path) -> None:
-    """A whole folder, or none, at `out`; `data` stays."""
-    aside = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        shutil.copytree(data, aside, copy_function=_link)
-        os.rename(aside, out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _link(source: str, target: str) -> None:
@@ -260,12 +251,6 @@ def _link(source: str, target: str) -> None:
         if error.errno not in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP):
             raise
         shutil.copy2(source, target)  # another file system, or one without hard links
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(f"{path.name}.aside")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
 
 
 def print_summary(order: Order) -> None:

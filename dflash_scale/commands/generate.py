@@ -27,6 +27,7 @@ from typing import Any, Final
 from dflash_scale.cache.folder import CacheOrigin, claim, open_cache
 from dflash_scale.config.run import Config, load_config
 from dflash_scale.data.dataset import Samples, check_tokenizer, load_prepared
+from dflash_scale.files import write_file
 from dflash_scale.fleet.fleet import NoServerError
 from dflash_scale.receiver.cache_sink import CacheSink, CacheUnwritable
 from dflash_scale.receiver.connections import Identity
@@ -149,9 +150,7 @@ def fill_cache(config: Config, questions: Questions, folder: Path, cache_origin:
 def write_totals(filled: Filled, folder: Path) -> int:
     """Writes and prints the totals; gives the exit status."""
     totals = {"complete": filled.complete, **filled.totals}
-    aside = folder / f"totals.json.{os.getpid()}"
-    aside.write_text(json.dumps(totals, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, folder / "totals.json")
+    write_file(folder / "totals.json", json.dumps(totals, indent=1) + "\n")
     print(
         f"{folder}: {totals['samples']:,} samples, {totals['present']:,} present, {totals['written']:,} written "
         f"({totals['written_bytes'] / 1e9:.2f} GB), {totals['quarantined']:,} quarantined"

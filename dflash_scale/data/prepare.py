@@ -4,8 +4,8 @@
             workers=8)
     data = load_prepared("data/qwen3-8b");  data.train.tokens(0)
 
-A prepared folder holds train/ and validation/ (readable by `datasets.load_from_disk`) and manifest.json. It is written
-aside and renamed, so that a folder that exists is complete.
+A prepared folder holds train/ and validation/ (readable by `datasets.load_from_disk`) and manifest.json. A folder
+that exists is complete.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import json
 import logging
 import multiprocessing
 import os
-import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -26,6 +25,7 @@ from tqdm import tqdm
 from dflash_scale.data.conversations import BadLine, Encoder
 from dflash_scale.data.dataset import tokenizer_hash
 from dflash_scale.data.dataset_writer import Outcome, PreparedWriter, check_fraction
+from dflash_scale.files import new_folder
 from dflash_scale.verifier.files import load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -71,9 +71,7 @@ def prepare(
         raise ValueError(f"prepare: got max_tokens {max_tokens} and workers {workers}, wanted at least 2 and 1")
     files = find_files(sources)
     encoder = make_encoder(model, max_tokens)  # before there is a folder, or a process that would fail in its place
-    aside = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    aside.mkdir(parents=True)
-    try:
+    with new_folder(out) as aside:
         writer = PreparedWriter(aside, validation_fraction, seed)
         for outcome in _encode_all(files, encoder, workers):
             writer.add(outcome)
@@ -87,9 +85,6 @@ def prepare(
         }
         writer.check_sources(files)
         manifest = writer.finish(about)
-        os.rename(aside, out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     log.info("prepared %s: %s", out, json.dumps(manifest["counts"]))
     return manifest
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from transformers import AutoConfig, Qwen3Config
 from dflash_scale.drafter.heads import OutputHead
 from dflash_scale.drafter.model import Drafter, DrafterSpec
 from dflash_scale.drafter.vocabulary import DraftVocabulary
+from dflash_scale.files import new_folder
 from dflash_scale.verifier.head import load_verifier_head
 from dflash_scale.verifier.rope import drafter_rope, verifier_rope
 
@@ -358,7 +358,7 @@ def export_drafter(
     vocabulary: DraftVocabulary | None = None,
     form: str = "speculators",
 ) -> Path:
-    """Writes the drafter to `out_dir`, aside first and then renamed; an older export there is replaced.
+    """Writes the drafter to `out_dir`; an older export there is replaced.
 
     Args:
         state: all parameters of a `Drafter`, by their training names.
@@ -377,18 +377,14 @@ def export_drafter(
         raise ValueError(f"export: got {out_dir}, which holds something else, wanted a new folder; name another one")
     if len(set(spec.layers.layer_types or ())) > 1:
         log.warning("full and sliding layers together: serve with VLLM_USE_V2_MODEL_RUNNER=1")
-    aside = out_dir.with_name(f"{out_dir.name}.partial-{os.getpid()}")
-    aside.mkdir(parents=True)
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
     if vocabulary is not None:
         tensors |= vocabulary_tensors(vocabulary, verifier, dtype)
-    save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
     content = FORMATS[form](spec, verifier, dtype, len(vocabulary.ids) if vocabulary is not None else None)
-    (aside / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    shutil.copymode(aside / CONFIG, aside / WEIGHTS)  # safetensors' files are for their owner alone: 0600
-    if out_dir.exists():
-        shutil.rmtree(out_dir)
-    os.replace(aside, out_dir)
+    with new_folder(out_dir, replace=True) as aside:
+        save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
+        (aside / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        shutil.copymode(aside / CONFIG, aside / WEIGHTS)  # safetensors' files are for their owner alone: 0600
     return out_dir
 
 

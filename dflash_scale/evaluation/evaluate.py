@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -36,6 +35,7 @@ from dflash_scale.drafter.pretrained import load_drafter, load_output
 from dflash_scale.evaluation.acceptance import Acceptance
 from dflash_scale.evaluation.speculative import GreedyVerifier, Trace, counted, speculate
 from dflash_scale.evaluation.vllm import ServerSpec, answer_prompts
+from dflash_scale.files import write_file
 from dflash_scale.verifier.layers import causal_model
 
 ROW_TOKENS = 2048  # of a replayed row, or the longest answer if that is longer
@@ -239,7 +239,5 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     print(report_lines(result))
     if out is not None:
-        aside = out.with_name(out.name + ".partial")
-        aside.write_text(result.dump(), encoding="utf-8")
-        os.replace(aside, out)
+        write_file(out, result.dump())
     return 0

@@ -7,11 +7,11 @@ the fields here; a field that is None is left out.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from dflash_scale.files import write_file
 from dflash_scale.fleet.state import ServerStatus
 
 State = Literal["starting", "running", "complete", "stopped"]
@@ -64,9 +64,7 @@ class Status:
 
     def write(self, path: Path) -> None:
         """Replaces the file. Raises OSError."""
-        aside = path.with_name(f"{path.name}.{os.getpid()}")
-        aside.write_text(json.dumps(asdict(self, dict_factory=_without_none)), encoding="utf-8")
-        os.replace(aside, path)
+        write_file(path, json.dumps(asdict(self, dict_factory=_without_none)))
 
 
 def read_status(path: Path) -> Status | None:

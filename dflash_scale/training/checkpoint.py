@@ -5,22 +5,20 @@
     checkpoints/latest           the name of the newest complete checkpoint, plain text
     checkpoints/best             the name of the one with the best validation acceptance length
 
-A kill at any instruction leaves at most a `*.partial` folder, which the next start removes. Weights and optimizer keep
-the precision they train in (fp32 masters). Loading goes through DeepSpeed, which unpickles: load only your own files.
+A kill at any instruction leaves at most a `*.partial*` beside these; the next start removes it. Weights and optimizer
+keep the precision they train in (fp32 masters). Loading goes through DeepSpeed, which unpickles: load only your own
+files.
 """
 
 import json
-import os
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import deepspeed.comm as dist
 from deepspeed import DeepSpeedEngine
 
+from dflash_scale.files import PARTIAL, is_partial, put_folder, remove_folder, remove_partial, write_file
 from dflash_scale.training.run import ResolvedRun
-
-PARTIAL = ".partial"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +32,6 @@ class Position:
     row_tokens: int
     seed: int
     data: str
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Replaces a small file in one step."""
-    aside = path.with_name(path.name + PARTIAL)
-    aside.write_text(text)
-    os.replace(aside, path)
 
 
 class Checkpoints:
@@ -57,33 +48,30 @@ class Checkpoints:
 
     def clean(self) -> None:
         """Removes what an interrupted save left. Rank 0 calls it at the start."""
-        for leftover in self.folder.glob(f"*{PARTIAL}"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        remove_partial(self.folder)
 
     def save(self, engine: DeepSpeedEngine, position: Position, *, best: bool) -> None:
         """Saves on all ranks; returns when the checkpoint is complete on disk."""
         name = f"step-{position.step:06d}"
-        partial = name + PARTIAL
+        partial = name + PARTIAL  # the same on all ranks: each writes its files there
         engine.save_checkpoint(str(self.folder), tag=partial, save_latest=False)
         dist.barrier()
         if dist.get_rank() == 0:
             self._run.save(self.folder / partial)
             (self.folder / partial / "position.json").write_text(json.dumps(asdict(position)))
-            if (self.folder / name).exists():  # the same step again, after a resume
-                shutil.rmtree(self.folder / name)
-            os.replace(self.folder / partial, self.folder / name)
+            put_folder(self.folder / partial, self.folder / name, replace=True)  # again, after a resume
             if best:
-                write_aside(self.folder / "best", name)
-            write_aside(self.folder / "latest", name)
+                write_file(self.folder / "best", name)
+            write_file(self.folder / "latest", name)
             self._remove_old()
         dist.barrier()
 
     def _remove_old(self) -> None:
         kept = {self._named("latest"), self._named("best")}
-        complete = sorted(p for p in self.folder.glob("step-*") if not p.name.endswith(PARTIAL))
+        complete = sorted(p for p in self.folder.glob("step-*") if not is_partial(p))
         for old in complete[: -self._keep]:
-            if old not in kept:  # renamed first: a kill leaves a partial folder, never half a checkpoint
-                shutil.rmtree(old.rename(old.with_name(old.name + PARTIAL)))
+            if old not in kept:
+                remove_folder(old)
 
     def _named(self, pointer: str) -> Path | None:
         file = self.folder / pointer

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dflash_scale.data.schedule import RowSchedule
+from dflash_scale.files import write_file
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def _lines(ledger: Path) -> Iterator[dict[str, Any]]:
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Drops the lines of later steps than `step`, and a last line that a kill cut short; written aside and renamed."""
+    """Drops the lines of later steps than `step`, and a last line that a kill cut short."""
     if not path.exists():
         return
     kept = []
@@ -78,9 +78,7 @@ def keep_until(path: Path, step: int) -> None:
             known = False
         if known:
             kept.append(line + "\n")
-    aside = path.with_suffix(".partial")
-    aside.write_text("".join(kept))
-    os.replace(aside, path)
+    write_file(path, "".join(kept))
 
 
 class JsonLines:

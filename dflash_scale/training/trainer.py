@@ -22,8 +22,13 @@ from dflash_scale.data.schedule import Row, RowSchedule
 from dflash_scale.drafter.blocks import AnchorSpec, RowPlan, plan_row
 from dflash_scale.drafter.heads import OutputHead
 from dflash_scale.drafter.model import block_inputs
-from dflash_scale.training.checkpoint import Checkpoints, Position, write_aside
-from dflash_scale.training.ledger import EpochCount, JsonLines, count_epoch, report_epoch
+from dflash_scale.files import write_file
+from dflash_scale.training.checkpoint import Checkpoints
+from dflash_scale.training.checkpoint import Position
+from dflash_scale.training.ledger import EpochCount
+from dflash_scale.training.ledger import JsonLines
+from dflash_scale.training.ledger import count_epoch
+from dflash_scale.training.ledger import report_epoch
 from dflash_scale.training.loss import (
     VerifierStates,
     drafter_loss,
@@ -298,7 +303,7 @@ class Trainer:
         if self.rank == 0:
             counts |= {"complete": complete, "step": self.step, "unbalanced": self.unbalanced}
             text = json.dumps(counts, indent=1)
-            write_aside(self.parts.output / "totals.json", text)
+            write_file(self.parts.output / "totals.json", text)
         self.ledger.close()
         if self.metrics is not None:
             self.metrics.close()

@@ -17,7 +17,6 @@ import argparse
 import json
 import logging
 import multiprocessing
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 if __package__ in (None, ""):  # started as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from dflash_scale.files import write_file
 from launch.demo.verifier import Turns, encode_files, library_files, line_starts, read_sources
 
 log = logging.getLogger(__name__)
@@ -154,11 +154,9 @@ def make_answers(verifier_dir: Path, train_jsonl: Path, heldout_jsonl: Path, spe
 
 def _write(path: Path, prompts: npt.NDArray[np.int32], answers: list[list[int]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".partial")
-    with aside.open("w", encoding="utf-8") as out:
-        for prompt, answer in zip(prompts.tolist(), answers, strict=True):
-            out.write(json.dumps({"prompt_ids": prompt, "answer_ids": answer}) + "\n")
-    os.replace(aside, path)
+    pairs = zip(prompts.tolist(), answers, strict=True)
+    lines = (json.dumps({"prompt_ids": prompt, "answer_ids": answer}) + "\n" for prompt, answer in pairs)
+    write_file(path, "".join(lines))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -31,6 +31,7 @@ sys.path.insert(0, str(REPO))  # started as a script
 from dflash_scale.config.run import Config, load_config  # noqa: E402
 from dflash_scale.data.prepare import prepare  # noqa: E402
 from dflash_scale.evaluation.evaluate import EvaluateSpec, Evaluation, evaluate, report_lines  # noqa: E402
+from dflash_scale.files import new_folder  # noqa: E402
 from dflash_scale.receiver.status import read_status  # noqa: E402
 from dflash_scale.server.process import end_with_parent, free_port, stop, wait_until_ready  # noqa: E402
 from dflash_scale.training.export import export_checkpoint, named_checkpoint  # noqa: E402
@@ -142,11 +143,8 @@ def conversations(demo: Demo, verifier: Path) -> tuple[Path, Path]:
     folder = verifier.with_name(f"{verifier.name}-answers-{demo.prompts}")
     held_in, held_out = folder / "held-in.jsonl", folder / "held-out.jsonl"
     if not folder.exists():
-        aside = folder.with_suffix(".partial")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        make_answers(verifier, aside / held_in.name, aside / held_out.name, AnswerSpec(prompts=demo.prompts))
-        aside.rename(folder)
+        with new_folder(folder) as aside:
+            make_answers(verifier, aside / held_in.name, aside / held_out.name, AnswerSpec(prompts=demo.prompts))
     return held_in, held_out
 
 

@@ -35,6 +35,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+if __package__ in (None, ""):  # started as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from dflash_scale.files import new_folder
+
 log = logging.getLogger(__name__)
 
 RECIPE_VERSION = 3  # raised whenever the same arguments would make another verifier
@@ -335,16 +340,12 @@ def make_verifier(out_dir: Path, steps: int = STEPS, seed: int = 0, threads: int
 def _save(
     out_dir: Path, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, record: dict[str, object]
 ) -> None:
-    aside = out_dir.with_name(f"{out_dir.name}.partial-{os.getpid()}")
-    aside.mkdir(parents=True)
     model.generation_config.do_sample = False
-    model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    (aside / "recipe.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    shutil.copymode(aside / "recipe.json", aside / "model.safetensors")  # safetensors' are for their owner alone: 0600
-    if out_dir.exists():  # an older recipe's
-        shutil.rmtree(out_dir)
-    os.replace(aside, out_dir)
+    with new_folder(out_dir, replace=True) as aside:  # of an older recipe
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        (aside / "recipe.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        shutil.copymode(aside / "recipe.json", aside / "model.safetensors")  # safetensors' are for their owner: 0600
 
 
 def main(argv: list[str] | None = None) -> int:

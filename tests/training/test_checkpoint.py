@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from dflash_scale.config.run import parse_config
-from dflash_scale.training.checkpoint import Checkpoints, Position, write_aside
+from dflash_scale.files import write_file
+from dflash_scale.training.checkpoint import Checkpoints, Position
 from dflash_scale.training.run import resolve_run, resolve_verifier
 
 POSITION = Position(
@@ -25,7 +26,7 @@ def fill(folder: Path, names: list[str], **pointers: str) -> Checkpoints:
     for name in names:
         (folder / name).mkdir(parents=True)
     for pointer, name in pointers.items():
-        write_aside(folder / pointer, name)
+        write_file(folder / pointer, name)
     return make_checkpoints(folder, keep=2)
 
 
