@@ -154,7 +154,7 @@ def reason(log: Path) -> str:
     """
     text = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(errors="replace"))
     raised = re.findall(r"(?:^|[\])] |\s)([\w.]*(?:Error|Exception): .*|AssertionError)$", text, re.MULTILINE)
-    refused = re.findall(r"^(?:serve_vllm: .*)$", text, re.MULTILINE)
+    refused = re.findall(r"^(?:dflash-scale serve: .*)$", text, re.MULTILINE)
     return (raised[:1] or refused[-1:] or ["its log names no error"])[0][:300]
 
 

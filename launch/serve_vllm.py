@@ -27,6 +27,7 @@ REPO = Path(__file__).resolve().parent.parent
 if str(REPO) not in sys.path:  # started as a script
     sys.path.insert(0, str(REPO))
 
+from dflash_scale.commands import edge  # noqa: E402
 from dflash_scale.transport.addresses import check_bind, check_bind_http, engine_address  # noqa: E402
 from dflash_scale.transport.keys import server_keys  # noqa: E402
 from dflash_scale.verifier.files import model_folder  # noqa: E402
@@ -232,10 +233,12 @@ def parse(arguments: Sequence[str]) -> Serving:
     if "--" in ours:
         cut = ours.index("--")
         ours, extra = ours[:cut], ours[cut + 1 :]
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="dflash-scale serve", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False
+    )
     parser.add_argument("model", help="folder or hub id of the verifier")
     parser.add_argument("--port", type=int, required=True, help="HTTP port")
-    parser.add_argument("--host", default="127.0.0.1", help="HTTP host")
+    parser.add_argument("--host", default="127.0.0.1", help="HTTP host; default %(default)s")
     parser.add_argument("--zmq", help="address to send hidden states from, tcp://127.0.0.1:PORT")
     parser.add_argument("--layer-ids", help="aux layers, comma-separated, id k = after k layers; default: the paper's")
     parser.add_argument("--drafter", type=Path, help="serve this drafter instead of sending hidden states")
@@ -244,7 +247,7 @@ def parse(arguments: Sequence[str]) -> Serving:
     parser.add_argument(
         "--pool-bytes", type=int, help="host memory for hidden states on their way; default 4 GiB, on a CPU 1 GiB"
     )
-    parser.add_argument("--python", default=sys.executable, help="the Python that has vLLM")
+    parser.add_argument("--python", default=sys.executable, help="the Python that has vLLM; default: this one")
     args = parser.parse_args(ours)
     of_extraction = (args.zmq, args.layer_ids, args.keys, args.pool_bytes)
     if args.drafter is not None and any(value is not None for value in of_extraction):
@@ -287,9 +290,8 @@ def main() -> int:
         if not has_vllm(serving.python):
             raise ValueError(f"{serving.python} has no vLLM: give the Python of vLLM's own environment with --python.")
     except (ValueError, ModuleNotFoundError) as error:
-        print(f"serve_vllm: {error}", file=sys.stderr)
-        return 2
-    print("serve_vllm:", shlex.join(command), flush=True)
+        return edge.fail("serve", error)
+    print("dflash-scale serve:", shlex.join(command), flush=True)
     os.execvpe(command[0], command, build_environment(os.environ, gpu=gpu))
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import distributed as dist
 
+from dflash_scale.commands import edge
 from dflash_scale.config.run import Config, load_config, resolve
 from dflash_scale.data.dataset import Prepared, Samples, check_tokenizer
 from dflash_scale.data.quarantine import read_exclusion
@@ -27,6 +28,15 @@ from dflash_scale.data.schedule import Row, RowSchedule, schedule_spec
 from dflash_scale.drafter.blocks import AnchorSpec
 from dflash_scale.drafter.model import Drafter
 from dflash_scale.drafter.pretrained import load_start
+from dflash_scale.receiver.client import RankPlace
+from dflash_scale.training.distributed import (
+    check_alike,
+    check_shared,
+    follow_launcher,
+    join_ranks,
+    launched_place,
+    leave_ranks,
+)
 from dflash_scale.training.dry_run import print_dry_run
 from dflash_scale.training.fake import fake_head, run_data
 from dflash_scale.training.run import ResolvedRun, ResolvedVerifier, resolve_run, resolve_verifier
@@ -41,93 +51,86 @@ log = logging.getLogger("train")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="dflash-scale train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", required=True, type=Path, help="JSON file of the run")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value")
     parser.add_argument("--resume", action="store_true", help="continue from the latest checkpoint in output_dir")
     parser.add_argument("--plan", action="store_true", help="print what the run resolves to and exit")
-    parser.add_argument("--world", type=int, default=8, help="ranks (GPUs) to plan for, with --plan")
+    parser.add_argument("--world", type=int, default=8, help="ranks (GPUs) to plan for; default %(default)s")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
     return parser.parse_args(argv)
 
 
 def main() -> int:
     args = parse()
-    rank = int(os.environ.get("RANK", "0"))
+    place = launched_place()
+    first = place is None or place.rank == 0
     # DeepSpeed calls collectives by names that torch is renaming; nothing that a user could act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(name)s: %(message)s")
+    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(name)s: %(message)s")
     try:
         config = load_config(args.config, args.set)
         if args.plan:
-            if rank == 0:
+            if first:
                 print(print_dry_run(config, args.world))
-            return 0
-        resolve(config, int(os.environ.get("WORLD_SIZE", "1")))
+            return edge.DONE
+        if place is None:
+            raise ValueError("got no RANK in the environment; start it with `dflash-scale train` or `deepspeed`")
+        resolve(config, place.world_size)
     except ValueError as error:
-        return refuse(error)
-    return run(config, resume=args.resume)
+        return refuse(error, place)
+    return run(config, place, resume=args.resume)
 
 
-def local_place() -> tuple[int, int]:
-    """This rank's number on its node, and the ranks there: deepspeed's names, and torchrun's."""
-    environment = os.environ
-    local_size = environment.get("LOCAL_SIZE") or environment.get("LOCAL_WORLD_SIZE") or "1"
-    return int(environment.get("LOCAL_RANK", "0")), int(local_size)
-
-
-def start_ranks() -> tuple[torch.device, dist.ProcessGroup]:
+def start_ranks(place: RankPlace) -> tuple[torch.device, dist.ProcessGroup]:
     """Joins the process group; returns this rank's device and a group for what stays on the CPU."""
-    from dflash_scale.training.distributed import follow_launcher, join_ranks
-
-    local_rank, local_size = local_place()
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", place.local_rank)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_size))
     threading.Thread(target=follow_launcher, name="follow-launcher", daemon=True).start()
     return device, join_ranks(device)
 
 
-def run(config: Config, *, resume: bool) -> int:
+def run(config: Config, place: RankPlace, *, resume: bool) -> int:
     """The whole run of one rank. Returns 0 when the schedule is complete, 143 when a signal ended it early, 2 when the
     configuration, the data set, the verifier and the checkpoint do not fit together, 3 when samples of an epoch
     are unaccounted for or were trained twice.
     """
-    from dflash_scale.training.distributed import leave_ranks
-
-    device, control = start_ranks()
+    device, control = start_ranks(place)
     try:
-        trainer = set_up(config, device, control, resume=resume)
+        trainer = set_up(config, place, device, control, resume=resume)
     except ValueError as error:
-        return refuse(error)
+        return refuse(error, place)
     try:
         complete = trainer.run()
     finally:
         trainer.parts.rows.close()
     leave_ranks()
     if trainer.unbalanced:
-        return 3  # the trainer's log says which epoch
-    return 0 if complete else 143
+        return edge.UNACCOUNTED  # the trainer's log says which epoch
+    return edge.DONE if complete else edge.STOPPED
 
 
-def refuse(error: ValueError) -> int:
-    """One line for the person, the traceback for whoever sets the log level to debug."""
-    log.debug("refused", exc_info=error)
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # once a node: what is missing may be missing on that node alone
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    return 2
+def refuse(error: ValueError, place: RankPlace | None) -> int:
+    """One line for the person, once a node: what is missing may be missing on that node alone."""
+    if place is None or place.local_rank == 0:
+        edge.fail("train", error)
+    return edge.REFUSED
 
 
-def set_up(config: Config, device: torch.device, control: dist.ProcessGroup, *, resume: bool) -> "Trainer":
+def set_up(
+    config: Config, place: RankPlace, device: torch.device, control: dist.ProcessGroup, *, resume: bool
+) -> "Trainer":
     """Makes everything that a run works with, its row source last; whoever calls closes that (`parts.rows`).
 
     Raises:
         ValueError: what was given does not fit together.
     """
-    from dflash_scale.training.distributed import check_shared
     from dflash_scale.training.optim import make_engine
     from dflash_scale.training.trainer import Parts, Trainer
 
@@ -151,7 +154,7 @@ def set_up(config: Config, device: torch.device, control: dist.ProcessGroup, *, 
         schedule=data.schedule,
         anchors=anchor_spec(run),
         engine=engine,
-        rows=row_source(run, rows, device, first_step=first_step, run_id=run_id),
+        rows=row_source(run, rows, device, place, first_step=first_step, run_id=run_id),
         checkpoints=checkpoints,
         control=control,
         position=position,
@@ -161,10 +164,10 @@ def set_up(config: Config, device: torch.device, control: dist.ProcessGroup, *, 
 
 
 def row_source(
-    run: ResolvedRun, rows: Iterator[Row], device: torch.device, *, first_step: int, run_id: str
+    run: ResolvedRun, rows: Iterator[Row], device: torch.device, place: RankPlace, *, first_step: int, run_id: str
 ) -> "RowSource":
     """Where the hidden states of this rank's rows come from: its ring, filled by the node's receiver, or nowhere."""
-    from dflash_scale.receiver.client import RankPlace, Stream
+    from dflash_scale.receiver.client import Stream
     from dflash_scale.training.copiers import Copier, CudaCopier, HostCopier
     from dflash_scale.training.loader import LoaderSpec, RowLoader
     from dflash_scale.training.row_source import FakeSource, RingSource
@@ -172,7 +175,6 @@ def row_source(
     config, layouts = run.config, run.verifier.layouts
     if config.stream.mode == "fake":
         return FakeSource(rows, layouts, device)
-    place = RankPlace(dist.get_rank(), dist.get_world_size(), *local_place())
     stream = Stream.start(config, layouts, place, first_step=first_step, run_id=run_id)
     copier: Copier = CudaCopier(stream.ring, device) if device.type == "cuda" else HostCopier()
     spec = LoaderSpec(layouts, config.data.row_tokens, config.stream.lookahead_rows)
@@ -191,8 +193,6 @@ class Data:
 
 def load_data(config: Config, verifier: ResolvedVerifier, control: dist.ProcessGroup) -> Data:
     """Opens the data set, which has to be the same on all ranks, as the configuration; raises ValueError."""
-    from dflash_scale.training.distributed import check_alike
-
     prepared = run_data(config.data, verifier.shape.vocab_size)
     samples = Samples(prepared.train, prepared.validation)
     exclusion = read_exclusion(config.data.exclude)

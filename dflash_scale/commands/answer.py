@@ -13,14 +13,13 @@ that are other than those of the start that wrote the numbers come too late, and
 
 from __future__ import annotations
 
-import argparse
 import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
-import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dflash_scale.cache.folder import Cache, CacheOrigin, claim, open_cache, read_manifest
+from dflash_scale.commands import edge
 from dflash_scale.commands.generate import check_stream, fill_cache
 from dflash_scale.config.run import Config, load_config
 from dflash_scale.data.conversations import BadLine, Encoded
@@ -71,21 +71,8 @@ class Asked:
     prompt: npt.NDArray[np.int32] | str
 
 
-def main(arguments: Sequence[str]) -> int:
-    """The command `answer`. Returns 0 when data set and cache are there, 143 when a signal ended it early, 1 when
-    servers or disk did."""
-    parser = argparse.ArgumentParser(prog="dflash-scale answer", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("sources", nargs="+", help="JSONL files, or folders of them; answers in them are left out")
-    parser.add_argument("--config", required=True, type=Path, help="JSON file of the run: verifier and servers")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value")
-    parser.add_argument("--out", help="folder of the data set; without it, data.path")
-    parser.add_argument("--states", help="folder of the hidden states; without it, stream.cache")
-    parser.add_argument("--answer-tokens", type=int, default=1024, help="longest answer")
-    parser.add_argument("--max-tokens", type=int, default=3072, help="longest sample, prompt and answer")
-    parser.add_argument("--temperature", type=float, default=0.0, help="of the answers; 0 is greedy")
-    parser.add_argument("--validation-fraction", type=float, default=0.01, help="share of prompts held out")
-    parser.add_argument("--seed", type=int, default=0, help="of the split")
-    args = parser.parse_args(arguments)
+def run(args: Namespace) -> int:
+    """0 when data set and cache are there, 143 when a signal ended it early, 1 when servers or disk did."""
     config = load_config(args.config, args.set)
     states = args.states or config.stream.cache
     if states is None:
@@ -151,16 +138,12 @@ def _answer(
         filled = fill_cache(config, questions, work, origin)
         if not filled.complete:
             done, problem = filled.totals["present"] + filled.totals["written"], filled.problem or "stopped"
-            print(
-                f"dflash-scale answer: {problem}\n{done:,} of {prompts:,} prompts are answered; start it again to "
-                "go on",
-                file=sys.stderr,
-            )
-            return filled.status
+            told = f"{problem}\n{done:,} of {prompts:,} prompts are answered; start it again to go on"
+            return edge.fail("answer", told, filled.status)
         _number(config, order, asked, questions, open_cache(work, origin.layout))
     _place(order, origin)
     print_summary(order)
-    return 0
+    return edge.DONE
 
 
 def _fingerprint(order: Order, prompts: Sequence[npt.NDArray[np.int32]]) -> str:

@@ -1,15 +1,7 @@
-"""`dflash-scale COMMAND`: one name for the programs of the project; each command only finds and starts its program.
+"""`dflash-scale COMMAND`: every option of the commands, which do their work in modules of their own.
 
-prepare    conversations -> a prepared data set
-serve      a vLLM server that sends hidden states (`--embedded`: a small verifier in Transformers, without vLLM)
-keys       the keys of the wire between servers and receivers
-train      `deepspeed launch/train.py ...`; with --plan, print what the run resolves to and exit
-generate   hidden states of a data set -> a cache on disk, for the modes offline and hybrid
-answer     prompts -> the verifier's own answers as a data set, and their hidden states as a cache
-export     a checkpoint -> a folder that `vllm serve` takes
-evaluate   acceptance of an exported drafter; with --vllm-python, also in a real vLLM server
-demo       the whole way on one machine, with a tiny verifier
-doctor     what this machine lacks for which feature, and what to do about it
+A command's module is imported when its options are read, so that `--help` takes no time. What a module's `run` takes is
+the options, what it gives is the exit status (edge.py). Three commands are programs in launch/, which read their own.
 """
 
 from __future__ import annotations
@@ -19,46 +11,55 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-LAUNCH = Path(__file__).parents[1] / "launch"
+from dflash_scale import __version__
+from dflash_scale.commands import edge
+from dflash_scale.transport.layout import DTYPE_BYTES
+
+Add = Callable[..., argparse.Action]  # a parser's `add_argument`
+LAUNCH = Path(__file__).parents[2] / "launch"
 SCRIPTS = {"serve": LAUNCH / "serve_vllm.py", "train": LAUNCH / "train.py", "demo": LAUNCH / "demo" / "main.py"}
-COMMANDS = ("prepare", "serve", "keys", "train", "generate", "answer", "export", "evaluate", "demo", "doctor")
+EMBEDDED = "serve --embedded"
+COMMANDS = {
+    "prepare": "conversations -> a prepared data set",
+    "serve": "a vLLM server that sends hidden states, or that serves a drafter",
+    EMBEDDED: "a small verifier in Transformers, without vLLM",
+    "keys": "the keys of the wire between servers and receivers",
+    "train": "`deepspeed launch/train.py ...`; with --plan, print what the run resolves to and exit",
+    "generate": "hidden states of a data set -> a cache on disk, for the modes offline and hybrid",
+    "answer": "prompts -> the verifier's own answers as a data set, and their hidden states as a cache",
+    "export": "a checkpoint -> a folder that `vllm serve` takes",
+    "evaluate": "acceptance of an exported drafter; with --vllm-python, also in a real vLLM server",
+    "demo": "the whole way on one machine, with a tiny verifier",
+    "doctor": "what this machine lacks for which feature, and what to do about it",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status. Mistakes of the user are one line on stderr and status 2."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
-        prog="dflash-scale", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("command", choices=COMMANDS)
-    command = parser.parse_args(arguments[:1]).command
-    rest = arguments[1:]
+    if arguments[:1] == ["serve"] and "--embedded" in arguments:
+        arguments = [EMBEDDED, *(word for word in arguments[1:] if word != "--embedded")]
+    command = arguments[0] if arguments else ""
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     try:
         if command in SCRIPTS:
-            return start(program(command, rest))
-        if command == "prepare":
-            return prepare(rest)
-        rooms = {"keys": "transport", "evaluate": "evaluation", "export": "training"}
-        room = f"dflash_scale.{rooms.get(command, 'commands')}"
-        return int(importlib.import_module(f"{room}.{command}").main(rest))
+            return start(program(command, arguments[1:]))
+        args = make_parser().parse_args(arguments)
+        return int(importlib.import_module(module(command)).run(args))
     except ValueError as error:
-        print(f"dflash-scale {command}: {error}", file=sys.stderr)
-        return 2
+        return edge.fail(command, error)
+
+
+def module(command: str) -> str:
+    """The name of the module that does a command's work."""
+    return f"dflash_scale.commands.{'serve_embedded' if command == EMBEDDED else command}"
 
 
 def program(command: str, rest: list[str]) -> list[str]:
     """The command line of a program in launch/; raises ValueError where the folder is missing."""
-    if command == "serve" and "--embedded" in rest:
-        return [
-            sys.executable,
-            "-m",
-            "dflash_scale.server.transformers_server",
-            *(word for word in rest if word != "--embedded"),
-        ]
     script = SCRIPTS[command]
     if not script.is_file():
         raise ValueError(
@@ -100,37 +101,104 @@ def start(command: list[str]) -> int:
     os.execv(command[0], command)
 
 
-def prepare(arguments: Sequence[str]) -> int:
-    """The command `prepare`."""
-    parser = argparse.ArgumentParser(
-        prog="dflash-scale prepare", description="Tokenises conversations into a prepared data set."
-    )
-    parser.add_argument("sources", nargs="+", help="JSONL files, or folders of them")
-    parser.add_argument("--model", required=True, help="folder or hub id of the verifier, for its tokenizer")
-    parser.add_argument("--out", required=True, help="folder to write; data.path of the configuration")
-    parser.add_argument("--validation-fraction", type=float, default=0.01, help="share of conversations held out")
-    parser.add_argument("--max-tokens", type=int, default=3072, help="samples are cut to this length, in tokens")
-    parser.add_argument("--seed", type=int, default=0, help="of the split")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that tokenise")
-    args = parser.parse_args(arguments)
-    from dflash_scale.data import prepare
+def make_parser() -> argparse.ArgumentParser:
+    """Of all commands; those of launch/ stand in it for its help."""
+    parser = argparse.ArgumentParser(prog="dflash-scale", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"dflash-scale {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=name != EMBEDDED)
+        if name in OPTIONS:
+            OPTIONS[name](command.add_argument)
+    return parser
 
-    manifest = prepare.prepare(
-        args.sources,
-        args.model,
-        args.out,
-        validation_fraction=args.validation_fraction,
-        max_tokens=args.max_tokens,
-        seed=args.seed,
-        workers=args.workers,
-    )
-    counts, tokens = manifest["counts"], manifest["tokens"]
-    print(
-        f"{args.out}: {counts['train']:,} samples to train on ({tokens['train']:,} tokens), {counts['validation']:,} "
-        f"held out; of {counts['lines']:,} lines {counts['bad']:,} bad, {counts['untrainable']:,} without anything to "
-        f"train on, {counts['truncated']:,} cut"
-    )
-    return 0
+
+def _prepare(add: Add) -> None:
+    add("sources", nargs="+", help="JSONL files, or folders of them")
+    add("--model", required=True, help="folder or hub id of the verifier, for its tokenizer")
+    add("--out", required=True, help="folder to write; data.path of the configuration")
+    _split(add)
+    add("--max-tokens", type=int, default=3072, help="samples are cut to this length; default %(default)s")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes that tokenise; default %(default)s")
+
+
+def _embedded(add: Add) -> None:
+    add("--model", required=True, help="folder of a Transformers causal LM")
+    add("--http", required=True, help="HOST:PORT to answer completions at")
+    add("--zmq", required=True, help="tcp://HOST:PORT to send hidden states from")
+    add("--layer-ids", required=True, help="comma-separated aux layers, id k = after k decoder layers")
+    add("--dtype", default="auto", choices=["auto", *DTYPE_BYTES], help="of the verifier; default %(default)s")
+    add("--threads", type=int, default=1, help="of torch; more make small models slower; default %(default)s")
+    add("--insecure", action="store_true", help="allow addresses that other machines can reach")
+    add("--keys", type=Path, help="folder of `dflash-scale keys`: serve only receivers named there")
+    add("--max-unsent-bytes", type=int, help="hidden states held for receivers, at most; default 8 GiB")
+
+
+def _keys(add: Add) -> None:
+    add("folder", type=Path, help="folder to write; existing keys are never written over")
+
+
+def _generate(add: Add) -> None:
+    _run(add)
+    add("--out", help="folder to write; without it, stream.cache")
+
+
+def _answer(add: Add) -> None:
+    add("sources", nargs="+", help="JSONL files, or folders of them; answers in them are left out")
+    _run(add)
+    add("--out", help="folder of the data set; without it, data.path")
+    add("--states", help="folder of the hidden states; without it, stream.cache")
+    add("--answer-tokens", type=int, default=1024, help="longest answer; default %(default)s")
+    add("--max-tokens", type=int, default=3072, help="longest sample, prompt and answer; default %(default)s")
+    add("--temperature", type=float, default=0.0, help="of the answers; 0 is greedy; default %(default)s")
+    _split(add)
+
+
+def _run(add: Add) -> None:
+    add("--config", required=True, type=Path, help="JSON file of the run: verifier and servers")
+    add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value")
+
+
+def _split(add: Add) -> None:
+    add("--validation-fraction", type=float, default=0.01, help="share that is held out; default %(default)s")
+    add("--seed", type=int, default=0, help="of the split; default %(default)s")
+
+
+def _export(add: Add) -> None:
+    add("checkpoint", type=Path, help="step folder; a run's folder means its best checkpoint")
+    add("out_dir", type=Path, help="folder to make")
+    add("--verifier", help="folder or hub id, if it is not where the run had it")
+    forms = ["speculators", "zlab"]
+    add("--format", choices=forms, default=forms[0], help="of config.json; vLLM reads both; default %(default)s")
+
+
+def _evaluate(add: Add) -> None:
+    add("--verifier", required=True, help="folder or hub id")
+    add("--drafter", required=True, type=Path, help="exported folder")
+    add("--prompts", required=True, type=Path, help="JSONL with prompt_ids, or a prepared folder")
+    add("--count", type=int, default=64, help="prompts, at most; default %(default)s")
+    add("--max-new-tokens", type=int, default=256, help="longest answer; default %(default)s")
+    add("--vllm-python", help="interpreter that has vLLM; without it vLLM is left out")
+    add("--out", type=Path, help="file for the results, JSON")
+    add("--device", default="cpu", help="torch device of the Transformers verifier; default %(default)s")
+    add("vllm_flags", nargs="*", help="flags for vLLM, after --")
+
+
+def _doctor(add: Add) -> None:
+    add("--vllm-python", default=sys.executable, help="the Python that has vLLM; default: this one")
+    add("--shm-bytes", type=int, default=1 << 30, help="wanted: ring_bytes × ranks of this node; default %(default)s")
+
+
+OPTIONS: dict[str, Callable[[Add], None]] = {
+    "prepare": _prepare,
+    EMBEDDED: _embedded,
+    "keys": _keys,
+    "generate": _generate,
+    "answer": _answer,
+    "export": _export,
+    "evaluate": _evaluate,
+    "doctor": _doctor,
+}
 
 
 if __name__ == "__main__":

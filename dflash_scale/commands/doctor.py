@@ -5,16 +5,18 @@ Nothing heavy is imported: versions come from the packages' metadata, vLLM is as
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+
+from dflash_scale.commands import edge
 
 # package -> (least version, what needs it)
 PACKAGES = {
@@ -43,15 +45,11 @@ class Check:
     remedy: str
 
 
-def main(arguments: Sequence[str]) -> int:
-    """The command `doctor`. Returns 1 if something required is missing."""
-    parser = argparse.ArgumentParser(prog="dflash-scale doctor", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--vllm-python", default=sys.executable, help="the Python that has vLLM")
-    parser.add_argument("--shm-bytes", type=int, default=1 << 30, help="wanted: ring_bytes × ranks of this node")
-    args = parser.parse_args(arguments)
+def run(args: Namespace) -> int:
+    """Returns 1 if something required is missing."""
     checks = run_checks(args.vllm_python, args.shm_bytes)
     print(table(checks))
-    return 0 if all(check.ok or not check.required for check in checks) else 1
+    return edge.DONE if all(check.ok or not check.required for check in checks) else edge.FAILED
 
 
 def run_checks(vllm_python: str, shm_bytes: int) -> list[Check]:

@@ -10,7 +10,6 @@ and started again: files that are there and good are left as they are. Samples t
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -18,13 +17,14 @@ import secrets
 import signal
 import sys
 import time
+from argparse import Namespace
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from dflash_scale.cache.folder import CacheOrigin, claim, open_cache
+from dflash_scale.commands import edge
 from dflash_scale.config.run import Config, load_config
 from dflash_scale.data.dataset import Samples, check_tokenizer, load_prepared
 from dflash_scale.files import write_file
@@ -41,23 +41,16 @@ from dflash_scale.verifier.identity import origin_of
 
 log = logging.getLogger(__name__)
 
-STOPPED: Final = 143
 RATE_OVER_S: Final = 10.0
 LINE_EVERY_S: Final = {True: 1.0, False: 10.0}  # on a terminal, in a file
 
 
-def main(arguments: Sequence[str]) -> int:
-    """The command `generate`. Returns 0 when every sample is accounted for, 143 when a signal ended it early, 1 when
-    servers or disk did."""
-    parser = argparse.ArgumentParser(prog="dflash-scale generate", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--config", required=True, type=Path, help="JSON file of the run")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value")
-    parser.add_argument("--out", help="folder to write; without it, stream.cache")
-    args = parser.parse_args(arguments)
+def run(args: Namespace) -> int:
+    """0 when every sample is accounted for, 143 when a signal ended it early, 1 when servers or disk did."""
     config = load_config(args.config, args.set)
     folder = args.out or config.stream.cache
     if folder is None:
-        raise ValueError("generate: got no folder to write to; give --out DIR, or stream.cache in the configuration")
+        raise ValueError("got no folder to write to; give --out DIR, or stream.cache in the configuration")
     check_stream(config)
     keep_freed_memory()
     return generate(config, Path(folder))
@@ -97,8 +90,8 @@ class Filled:
     def status(self) -> int:
         """Of the process."""
         if self.problem:
-            return 1
-        return 0 if self.complete else STOPPED
+            return edge.FAILED
+        return edge.DONE if self.complete else edge.STOPPED
 
 
 def fill_cache(config: Config, questions: Questions, folder: Path, cache_origin: CacheOrigin) -> Filled:
@@ -156,7 +149,7 @@ def write_totals(filled: Filled, folder: Path) -> int:
         f"({totals['written_bytes'] / 1e9:.2f} GB), {totals['quarantined']:,} quarantined"
     )
     if filled.problem:
-        print(f"dflash-scale generate: {filled.problem}\nstart it again to go on", file=sys.stderr)
+        return edge.fail("generate", f"{filled.problem}\nstart it again to go on", filled.status)
     return filled.status
 
 

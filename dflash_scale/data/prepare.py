@@ -65,10 +65,10 @@ def prepare(
     """
     out = Path(out_dir)
     if out.exists():
-        raise ValueError(f"prepare: {out} exists, wanted a new folder; remove it or name another")
+        raise ValueError(f"{out} exists, wanted a new folder; remove it or name another")
     check_fraction(validation_fraction)
     if max_tokens < 2 or workers < 1:
-        raise ValueError(f"prepare: got max_tokens {max_tokens} and workers {workers}, wanted at least 2 and 1")
+        raise ValueError(f"got max_tokens {max_tokens} and workers {workers}, wanted at least 2 and 1")
     files = find_files(sources)
     encoder = make_encoder(model, max_tokens)  # before there is a folder, or a process that would fail in its place
     with new_folder(out) as aside:

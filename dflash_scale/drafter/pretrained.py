@@ -344,7 +344,7 @@ def vocabulary_tensors(vocabulary: DraftVocabulary, verifier: str, dtype: torch.
     head = load_verifier_head(verifier, dtype, "cpu").weight
     if len(head) != vocabulary.rows:
         raise ValueError(
-            f"export: got a verifier of {len(head)} tokens, wanted {vocabulary.rows}, those of the run; give --verifier"
+            f"got a verifier of {len(head)} tokens, wanted {vocabulary.rows}, those of the run; give --verifier"
         )
     return OutputHead.pruned(head, vocabulary).state()
 
@@ -374,7 +374,7 @@ def export_drafter(
     """
     check_state(state, spec)
     if out_dir.exists() and not _is_export(out_dir):
-        raise ValueError(f"export: got {out_dir}, which holds something else, wanted a new folder; name another one")
+        raise ValueError(f"got {out_dir}, which holds something else, wanted a new folder; name another one")
     if len(set(spec.layers.layer_types or ())) > 1:
         log.warning("full and sliding layers together: serve with VLLM_USE_V2_MODEL_RUNNER=1")
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}

@@ -15,9 +15,7 @@ S block size.
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,7 +33,6 @@ from dflash_scale.drafter.pretrained import load_drafter, load_output
 from dflash_scale.evaluation.acceptance import Acceptance
 from dflash_scale.evaluation.speculative import GreedyVerifier, Trace, counted, speculate
 from dflash_scale.evaluation.vllm import ServerSpec, answer_prompts
-from dflash_scale.files import write_file
 from dflash_scale.verifier.layers import causal_model
 
 ROW_TOKENS = 2048  # of a replayed row, or the longest answer if that is longer
@@ -217,27 +214,3 @@ def report_lines(result: Evaluation) -> str:
     if result.vllm_equal is not None:
         equal += f", vLLM {result.vllm_equal:.0%}"
     return "\n".join([f"{'':32} length   % accepted at each position", *lines, equal])
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="dflash-scale evaluate", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--verifier", required=True, help="folder or hub id")
-    parser.add_argument("--drafter", required=True, type=Path, help="exported folder")
-    parser.add_argument("--prompts", required=True, type=Path, help="JSONL with prompt_ids, or a prepared folder")
-    parser.add_argument("--count", type=int, default=64, help="prompts, at most")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--vllm-python", help="interpreter that has vLLM; without it vLLM is left out")
-    parser.add_argument("--out", type=Path, help="file for the results, JSON")
-    parser.add_argument("--device", default="cpu", help="torch device of the Transformers verifier")
-    parser.add_argument("vllm_flags", nargs="*", help="flags for vLLM, after --")
-    args = vars(parser.parse_args(argv))
-    out, flags = args.pop("out"), tuple(args.pop("vllm_flags"))
-    try:
-        result = evaluate(EvaluateSpec(**args, vllm_flags=flags))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(report_lines(result))
-    if out is not None:
-        write_file(out, result.dump())
-    return 0

@@ -108,7 +108,7 @@ def spawn_receiver(spec: ReceiverSpec) -> Receiver:
     spec.status.parent.mkdir(parents=True, exist_ok=True)
     path = spec.status.with_suffix(".spec.json")
     path.write_text(spec.dump(), encoding="utf-8")
-    process = subprocess.Popen([sys.executable, "-m", "dflash_scale.receiver.process", "--spec", str(path)])
+    process = subprocess.Popen([sys.executable, "-m", "dflash_scale.receiver.process", str(path)])
     names = tuple(ring_name(spec.run_id, process.pid, local) for local in range(len(spec.ranks)))
     return Receiver(process, names, spec.run_id)
 

@@ -1,6 +1,6 @@
 """The receiver's process, which fills the rings of a node's ranks.
 
-    python -m dflash_scale.receiver.process --spec FILE
+    python -m dflash_scale.receiver.process SPEC
 
 The first rank of a node starts it (`client.Stream.start`) and it ends with that rank: on SIGUSR1, when the rank dies
 (the kernel's parent-death signal, and a check of the parent's pid once a second), or when every sample is delivered.
@@ -12,7 +12,6 @@ Once a second it writes its status file (`status.py`) for progress and reports.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import logging
 import os
@@ -79,7 +78,10 @@ def limits_of(stream: StreamSection) -> Limits:
 
 
 class Stop:
-    """Whether it is time to go: a signal came, or the parent is gone."""
+    """Whether it is time to go: a signal came, or the parent is gone.
+
+    Not by server/process.py, which a receiver may not import, and whose signal would be SIGTERM (see `STOP_SIGNAL`).
+    """
 
     def __init__(self, parent_pid: int) -> None:
         self.reason = ""
@@ -175,9 +177,8 @@ def make_loop(spec: ReceiverSpec, rings: Sequence[Ring]) -> tuple[ReceiverLoop, 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Fills the rings of one node; started by the training process.")
-    parser.add_argument("--spec", required=True, type=Path, help="JSON of a ReceiverSpec")
-    spec = ReceiverSpec.parse(parser.parse_args().spec.read_text(encoding="utf-8"))
+    """Started by `client.spawn_receiver`, with the file of its spec."""
+    spec = ReceiverSpec.parse(Path(sys.argv[1]).read_text(encoding="utf-8"))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s receiver %(levelname)s %(message)s", stream=sys.stderr)
     keep_freed_memory()
     stop = Stop(spec.parent_pid)

@@ -10,13 +10,8 @@ could not be repeated bit for bit.
 Shape letters: T tokens of the prompt · L aux layers · H hidden size.
 """
 
-import argparse
 import logging
-import os
 import queue
-import select
-import signal
-import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -31,7 +26,7 @@ from dflash_scale.server.sender import MAX_BYTES, Offer, Sender
 from dflash_scale.transport.addresses import check_bind, check_bind_http, split_address
 from dflash_scale.transport.encoding import encode
 from dflash_scale.transport.keys import server_keys
-from dflash_scale.transport.layout import DTYPE_BYTES, Layout
+from dflash_scale.transport.layout import Layout
 from dflash_scale.verifier.identity import origin_of
 from dflash_scale.verifier.layers import aux_layers, causal_model, decoder_layers
 
@@ -228,77 +223,3 @@ def _next_token(logits: torch.Tensor, temperature: float, generator: torch.Gener
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     """The tensor's memory as bytes; the view keeps the tensor alive."""
     return tensor.contiguous().view(torch.uint8).numpy().reshape(-1).data
-
-
-def _watch(pid: int, stop: threading.Event) -> None:
-    """Sets `stop` when the process `pid` ends.
-
-    A pidfd, not PR_SET_PDEATHSIG: that one fires when the *thread* that forked us ends.
-    """
-    try:
-        poller = select.poll()
-        poller.register(os.pidfd_open(pid), select.POLLIN)
-        poller.poll()
-    except ProcessLookupError:  # it ended while this process was starting
-        pass
-    log.info("The parent process %d has ended: stopping", pid)
-    stop.set()
-
-
-def parse(arguments: Sequence[str]) -> tuple[Options, int | None]:
-    parser = argparse.ArgumentParser(prog="python -m dflash_scale.server.transformers_server", allow_abbrev=False)
-    parser.add_argument("--model", required=True, help="folder of a Transformers causal LM")
-    parser.add_argument("--http", required=True, help="HOST:PORT to answer completions at")
-    parser.add_argument("--zmq", required=True, help="tcp://HOST:PORT to send hidden states from")
-    parser.add_argument("--layer-ids", required=True, help="comma-separated aux layers, id k = after k decoder layers")
-    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPE_BYTES])
-    parser.add_argument("--threads", type=int, default=1, help="of torch; more make small models slower")
-    parser.add_argument("--parent-pid", type=int, help="stop when this process ends")
-    parser.add_argument("--insecure", action="store_true", help="allow addresses that other machines can reach")
-    parser.add_argument("--keys", type=Path, help="folder of `dflash-scale keys`: serve only receivers named there")
-    parser.add_argument(
-        "--max-unsent-bytes",
-        type=int,
-        default=MAX_BYTES,
-        help="hidden states held for receivers, at most; default 8 GiB",
-    )
-    args = parser.parse_args(arguments)
-    try:
-        layer_ids = tuple(int(part) for part in args.layer_ids.split(","))
-    except ValueError:
-        raise ValueError(f"--layer-ids must look like 2,4,6, got {args.layer_ids!r}") from None
-    options = Options(
-        model=args.model,
-        http=args.http,
-        zmq=args.zmq,
-        layer_ids=layer_ids,
-        dtype=args.dtype,
-        threads=args.threads,
-        insecure=args.insecure,
-        keys=args.keys,
-        max_unsent_bytes=args.max_unsent_bytes,
-    )
-    return options, args.parent_pid
-
-
-def main() -> int:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    try:
-        options, parent_pid = parse(sys.argv[1:])
-        if parent_pid is not None:
-            threading.Thread(target=_watch, args=(parent_pid, stop), daemon=True).start()
-        server = TransformersServer(options)
-    except (ValueError, OSError) as error:
-        print(f"embedded: {error}", file=sys.stderr)
-        return 2
-    log.info("Serving %s at %s, layers %s at %s", options.model, server.http, server.layout.layer_ids, server.zmq)
-    stop.wait()
-    server.close()
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

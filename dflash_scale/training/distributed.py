@@ -9,10 +9,11 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import deepspeed
 import psutil
 import torch
 from torch import distributed as dist
+
+from dflash_scale.receiver.client import RankPlace
 
 log = logging.getLogger(__name__)
 
@@ -20,8 +21,24 @@ SHARED_WITHIN_S = 30.0  # a network file system may show another node's new file
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"  # of torch: where gloo listens; else at what the host's own name resolves to
 
 
+def launched_place() -> RankPlace | None:
+    """Where this rank runs, from the launcher's environment (deepspeed's names, and torchrun's); None without one."""
+    environment = os.environ
+    if "RANK" not in environment:
+        return None
+    local_size = environment.get("LOCAL_SIZE") or environment.get("LOCAL_WORLD_SIZE") or "1"
+    return RankPlace(
+        rank=int(environment["RANK"]),
+        world_size=int(environment.get("WORLD_SIZE", "1")),
+        local_rank=int(environment.get("LOCAL_RANK", "0")),
+        local_size=int(local_size),
+    )
+
+
 def join_ranks(device: torch.device) -> dist.ProcessGroup:
     """Joins the process group that the launcher's environment describes; returns a group for what stays on the CPU."""
+    import deepspeed  # takes seconds, and a dry run does without
+
     if device.type == "cpu":
         # DeepSpeed's all-reduce for CPU inference: training never calls it, its build takes half a minute, and the
         # shared memory that it makes at once outlives a killed rank.

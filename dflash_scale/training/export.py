@@ -6,13 +6,11 @@ vllm serve VERIFIER --speculative-config '{"method": "dflash", "model": "runs/de
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 
 from torch import Tensor
 
-from dflash_scale.drafter.pretrained import FORMATS, export_drafter
+from dflash_scale.drafter.pretrained import export_drafter
 from dflash_scale.training.run import ResolvedRun
 
 
@@ -53,18 +51,3 @@ def named_checkpoint(path: Path) -> Path:
         if (folder / pointer).is_file():
             return folder / (folder / pointer).read_text(encoding="utf-8").strip()
     return path
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="dflash-scale export", description="Exports a checkpoint for vLLM.")
-    parser.add_argument("checkpoint", type=Path, help="step folder; a run's folder means its best checkpoint")
-    parser.add_argument("out_dir", type=Path, help="folder to make")
-    parser.add_argument("--verifier", help="folder or hub id, if it is not where the run had it")
-    parser.add_argument("--format", choices=FORMATS, default="speculators", help="of config.json; vLLM reads both")
-    args = parser.parse_args(argv)
-    try:
-        print(export_checkpoint(named_checkpoint(args.checkpoint), args.out_dir, args.verifier, args.format))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0

@@ -23,12 +23,8 @@ from dflash_scale.drafter.blocks import AnchorSpec, RowPlan, plan_row
 from dflash_scale.drafter.heads import OutputHead
 from dflash_scale.drafter.model import block_inputs
 from dflash_scale.files import write_file
-from dflash_scale.training.checkpoint import Checkpoints
-from dflash_scale.training.checkpoint import Position
-from dflash_scale.training.ledger import EpochCount
-from dflash_scale.training.ledger import JsonLines
-from dflash_scale.training.ledger import count_epoch
-from dflash_scale.training.ledger import report_epoch
+from dflash_scale.training.checkpoint import Checkpoints, Position
+from dflash_scale.training.ledger import EpochCount, JsonLines, count_epoch, report_epoch
 from dflash_scale.training.loss import (
     VerifierStates,
     drafter_loss,

@@ -11,11 +11,9 @@ receiver needs `receiver.secret` and `server.public`. A file holds one key, 40 c
 over. Imported inside the vLLM server: standard library and zmq only.
 """
 
-import argparse
 import os
 import re
 import stat
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -101,16 +99,3 @@ def _read(path: Path) -> bytes:
             f"{path} holds no key, wanted {KEY_CHARS} characters of Z85: copy it again, or make new keys"
         ) from None
     return key
-
-
-def main(arguments: Sequence[str]) -> int:
-    """The command `keys`."""
-    parser = argparse.ArgumentParser(prog="dflash-scale keys", description="Makes the keys of the wire.")
-    parser.add_argument("folder", type=Path, help="folder to write; existing keys are never written over")
-    folder = parser.parse_args(arguments).folder
-    make_keys(folder)
-    print(
-        f"{folder}: server.secret and receiver.public for the servers (--keys), receiver.secret and server.public for "
-        "the runs (stream.keys)"
-    )
-    return 0

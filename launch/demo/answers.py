@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 if __package__ in (None, ""):  # started as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from dflash_scale.commands import edge
 from dflash_scale.files import write_file
 from launch.demo.verifier import Turns, encode_files, library_files, line_starts, read_sources
 
@@ -175,9 +176,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         make_answers(args.verifier_dir, args.train_jsonl, args.heldout_jsonl, spec)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return edge.fail("demo", error)
+    return edge.DONE
 
 
 if __name__ == "__main__":

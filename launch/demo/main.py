@@ -28,6 +28,7 @@ import torch
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO))  # started as a script
 
+from dflash_scale.commands import edge  # noqa: E402
 from dflash_scale.config.run import Config, load_config  # noqa: E402
 from dflash_scale.data.prepare import prepare  # noqa: E402
 from dflash_scale.evaluation.evaluate import EvaluateSpec, Evaluation, evaluate, report_lines  # noqa: E402
@@ -98,8 +99,8 @@ def start_server(demo: Demo, config: Config, number: int) -> Server:
         command = [sys.executable, str(REPO / "launch" / "serve_vllm.py"), model, "--port", str(http), "--zmq", zmq]
         command += ["--layer-ids", layer_ids, "--python", demo.vllm_python, "--", *VLLM_FLAGS]
     else:
-        command = [sys.executable, "-m", "dflash_scale.server.transformers_server", "--model", model, "--zmq", zmq]
-        command += ["--http", f"127.0.0.1:{http}", "--layer-ids", layer_ids, "--parent-pid", str(os.getpid())]
+        command = [sys.executable, "-m", "dflash_scale.commands.cli", "serve", "--embedded", "--model", model]
+        command += ["--zmq", zmq, "--http", f"127.0.0.1:{http}", "--layer-ids", layer_ids]
     log = demo.out / "logs" / f"server-{number}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as out:
@@ -232,28 +233,32 @@ def run(demo: Demo) -> dict[str, object]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="dflash-scale demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--vllm", action="store_true", help="real vLLM servers ($DFLASH_SCALE_VLLM_PYTHON)")
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the run; replaced")
-    parser.add_argument("--cache", type=Path, default=Path(".cache/demo"), help="folder of what is made once")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), help="folder of the run; replaced; default %(default)s"
+    )
+    parser.add_argument(
+        "--cache", type=Path, default=Path(".cache/demo"), help="folder of what is made once; default %(default)s"
+    )
     parser.add_argument("--config", type=Path, default=REPO / "configs" / "demo.json")
-    parser.add_argument("--verifier-steps", type=int, default=STEPS, help="how long the verifier is trained")
-    parser.add_argument("--prompts", type=int, default=1920, help="conversations to train on")
+    parser.add_argument("--verifier-steps", type=int, default=STEPS, help="of its training; default %(default)s")
+    parser.add_argument("--prompts", type=int, default=1920, help="conversations to train on; default %(default)s")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value")
     args = parser.parse_args()
     python = os.environ.get("DFLASH_SCALE_VLLM_PYTHON", str(REPO / ".venv-vllm" / "bin" / "python"))
     if args.vllm and not Path(python).is_file():
-        print(f"demo: no vLLM at {python}: run `make setup`, or set DFLASH_SCALE_VLLM_PYTHON", file=sys.stderr)
-        return 2
+        return edge.fail("demo", f"no vLLM at {python}: run `make setup`, or set DFLASH_SCALE_VLLM_PYTHON")
     vllm = python if args.vllm else None
     sizes = (args.verifier_steps, args.prompts)
     demo = Demo(args.out, args.cache, args.config, vllm, *sizes, overrides=tuple(args.set))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(edge.STOPPED))  # so that what was started is ended
     try:
         content = run(demo)
     except ValueError as error:
-        print(f"demo: {error}", file=sys.stderr)
-        return 2
+        return edge.fail("demo", error)
     minutes = sum(content["seconds"].values()) / 60  # type: ignore[attr-defined]
     print(
         f"\n{content['samples_issued']:,} samples issued: {content['samples_trained']:,} trained, "
@@ -262,7 +267,7 @@ def main() -> int:
         f"drafter  {demo.out / 'drafter'}\nmetrics  {demo.out / 'train' / 'metrics.jsonl'}\n"
         f"plots    {demo.out / 'training.png'}  {demo.out / 'acceptance.png'}\nsummary  {demo.out / 'summary.json'}"
     )
-    return 0
+    return edge.DONE
 
 
 if __name__ == "__main__":

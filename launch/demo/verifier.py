@@ -38,6 +38,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 if __package__ in (None, ""):  # started as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from dflash_scale.commands import edge
 from dflash_scale.files import new_folder
 
 log = logging.getLogger(__name__)
@@ -359,9 +360,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         make_verifier(args.out_dir, args.steps, args.seed, args.threads)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return edge.fail("demo", error)
+    return edge.DONE
 
 
 if __name__ == "__main__":

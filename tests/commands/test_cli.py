@@ -1,13 +1,16 @@
 import importlib
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from dflash_scale import __version__
 from dflash_scale.commands import cli, doctor
 from dflash_scale.data.dataset import load_prepared
+from dflash_scale.drafter.pretrained import FORMATS
 from tests.support.chats import chat, save_tokenizer
 from tests.support.command import ROOT, run_cli
 
@@ -54,8 +57,9 @@ def test_a_plan_needs_no_launcher() -> None:
 def test_serve_starts_vllm_or_the_embedded_server() -> None:
     script = str(ROOT / "launch" / "serve_vllm.py")
     assert cli.program("serve", ["m", "--port", "1"]) == [sys.executable, script, "m", "--port", "1"]
-    embedded = [sys.executable, "-m", "dflash_scale.server.transformers_server", "--model", "m"]
-    assert cli.program("serve", ["--embedded", "--model", "m"]) == embedded
+    done = run_cli("serve", "--http", "127.0.0.1:0", "--embedded", "--zmq", "z", "--layer-ids", "1", "--model", "/no")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert done.stderr.startswith("dflash-scale serve --embedded: --model must be a folder")
 
 
 def test_a_missing_launch_folder_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -83,6 +87,30 @@ def test_commands_of_other_modules_get_their_arguments(command: str) -> None:
     assert "--verifier" in done.stdout
 
 
+def test_reading_options_imports_nothing_heavy() -> None:
+    look = "from dflash_scale.commands import cli; import sys; cli.make_parser(); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True, check=True)
+    heavy = {"torch", "transformers", "datasets", "deepspeed", "numpy", "zmq", "msgpack"}
+    assert not heavy & set(done.stdout.split())
+
+
+def test_every_command_has_its_module() -> None:
+    for command in cli.COMMANDS.keys() - cli.SCRIPTS.keys():
+        assert callable(importlib.import_module(cli.module(command)).run)
+
+
+def test_options_of_export_and_evaluate() -> None:
+    parse = cli.make_parser().parse_args
+    for form in FORMATS:
+        assert parse(["export", "step", "out", "--format", form]).format == form
+    args = parse(["evaluate", "--verifier", "v", "--drafter", "d", "--prompts", "p", "--", "--dtype", "float32"])
+    assert args.vllm_flags == ["--dtype", "float32"]
+
+
+def test_the_version() -> None:
+    assert run_cli("--version").stdout == f"dflash-scale {__version__}\n"
+
+
 def test_a_users_mistake_is_one_line_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status = cli.main(["prepare", str(tmp_path / "absent.jsonl"), "--model", "x", "--out", str(tmp_path / "out")])
     error = capsys.readouterr().err
@@ -98,7 +126,7 @@ def test_an_unknown_command_names_the_known() -> None:
 
 
 def test_doctor_is_content_here(capsys: pytest.CaptureFixture[str]) -> None:
-    status = doctor.main(["--shm-bytes", "1"])
+    status = cli.main(["doctor", "--shm-bytes", "1"])
     text = capsys.readouterr().out
     assert status == 0, text
     assert "This machine can train." in text
@@ -111,7 +139,7 @@ def test_doctor_gives_status_1_and_a_remedy_for_what_is_required(
 ) -> None:
     monkeypatch.setitem(doctor.PACKAGES, "torch", ((99, 0), "everything"))
     monkeypatch.setitem(doctor.PACKAGES, "no-such-package", ((1, 2), "a test"))
-    assert doctor.main(["--shm-bytes", str(1 << 60)]) == 1
+    assert cli.main(["doctor", "--shm-bytes", str(1 << 60)]) == 1
     text = capsys.readouterr().out
     assert "-> pip install -U 'torch>=99.0'" in text
     assert "MISSING  no-such-package" in text and "-> pip install 'no-such-package>=1.2'" in text

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from dflash_scale.data.dataset import load_prepared
 from dflash_scale.data.prepare import prepare
 from dflash_scale.receiver.status import read_status
-from dflash_scale.server.process import free_port
+from dflash_scale.server.process import end_with_parent, free_port
 from dflash_scale.transport.ring import reclaim
 
 REPO = Path(__file__).resolve().parents[2]
@@ -97,13 +97,14 @@ class Embedded:
             *self.prefix,
             sys.executable,
             "-m",
-            "dflash_scale.server.transformers_server",
+            "dflash_scale.commands.cli",
+            "serve",
+            "--embedded",
             "--model",
             str(self.verifier),
         ]
         command += ["--http", f"{self.host}:{self.http}", "--zmq", self.address["zmq"], "--layer-ids", layer_ids]
-        command += ["--parent-pid", str(os.getpid()), *self.flags]
-        self.process = subprocess.Popen(command, cwd=REPO)
+        self.process = subprocess.Popen([*command, *self.flags], cwd=REPO, preexec_fn=end_with_parent)
 
     def healthy(self) -> bool:
         assert self.process is None or self.process.poll() is None, "an embedded server ended at its start"

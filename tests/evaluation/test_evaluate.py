@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from dflash_scale.commands import cli
 from dflash_scale.config.run import DrafterSection
 from dflash_scale.drafter.model import Drafter, DrafterSpec, block_inputs, drafter_spec
 from dflash_scale.drafter.pretrained import export_drafter
@@ -181,7 +182,7 @@ def test_evaluation_of_a_folder(tmp_path: Path) -> None:
         "--max-new-tokens": NEW,
         "--out": out,
     }
-    assert evaluate.main([str(part) for pair in arguments.items() for part in pair]) == 0
+    assert cli.main(["evaluate", *(str(part) for pair in arguments.items() for part in pair)]) == 0
     content = json.loads(out.read_text())
     assert (content["prompts"], content["equal"], content["replay_gap"]) == (3, 1.0, 0.0)
     assert content["speculative"] == content["untrained"], "an untrained drafter was evaluated"

@@ -250,7 +250,7 @@ def test_the_script_refuses_with_one_line(model: Path) -> None:
     line = [sys.executable, str(SCRIPT), str(model), "--port", "8001", "--zmq", "tcp://*:1"]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith("serve_vllm: --zmq: got 'tcp://*:1', wanted a loopback address")
+    assert done.stderr.startswith("dflash-scale serve: --zmq: got 'tcp://*:1', wanted a loopback address")
     assert done.stderr.count("\n") == 1
 
 
@@ -270,10 +270,8 @@ def test_an_interpreter_without_vllm_is_refused(model: Path) -> None:
     line = [sys.executable, str(SCRIPT), str(model), "--port", "8001", "--zmq", ZMQ]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert (
-        done.stderr
-        == f"serve_vllm: {sys.executable} has no vLLM: give the Python of vLLM's own environment with --python.\n"
-    )
+    missing = f"{sys.executable} has no vLLM: give the Python of vLLM's own environment with --python."
+    assert done.stderr == f"dflash-scale serve: {missing}\n"
 
 
 def test_one_process_on_a_cpu_unless_told_otherwise(model: Path) -> None:

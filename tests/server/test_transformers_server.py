@@ -5,6 +5,7 @@ T tokens · L aux layers · H hidden size.
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -21,13 +22,9 @@ import torch
 import zmq
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from dflash_scale.server.transformers_server import (
-    Options,
-    TransformersServer,
-    TransformersVerifier,
-    _next_token,
-    parse,
-)
+from dflash_scale.commands import cli
+from dflash_scale.commands.serve_embedded import options
+from dflash_scale.server.transformers_server import Options, TransformersServer, TransformersVerifier, _next_token
 from dflash_scale.transport import keys, messages, sockets
 from dflash_scale.transport.encoding import encode
 from dflash_scale.transport.layout import FP8, Layout
@@ -316,8 +313,8 @@ def test_addresses_are_loopback(folder: Path) -> None:
 def test_ipv6_with_keys(folder: Path, tmp_path: Path) -> None:
     keys.make_keys(tmp_path / "keys")
     given = f"--http [::1]:0 --zmq tcp://[::]:* --layer-ids 1 --keys {tmp_path / 'keys'} --max-unsent-bytes 12345678"
-    options, _ = parse(["--model", str(folder), *given.split()])
-    server = TransformersServer(options)
+    args = cli.make_parser().parse_args(["serve --embedded", "--model", str(folder), *given.split()])
+    server = TransformersServer(options(args))
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
         assert server._sender.max_bytes == 12345678
@@ -336,17 +333,12 @@ def test_ipv6_with_keys(folder: Path, tmp_path: Path) -> None:
         server.close()
 
 
-def start(folder: Path, log: Path, *extra: str) -> "subprocess.Popen[bytes]":
-    command = [
-        sys.executable,
-        "-m",
-        "dflash_scale.server.transformers_server",
-        "--model",
-        str(folder),
-        "--http",
-        "127.0.0.1:0",
-    ]
-    command += ["--zmq", "tcp://127.0.0.1:*", "--layer-ids", "1", *extra]
+def command(folder: Path) -> list[str]:
+    words = "serve --embedded --http 127.0.0.1:0 --zmq tcp://127.0.0.1:* --layer-ids 1 --model"
+    return [sys.executable, "-m", "dflash_scale.commands.cli", *words.split(), str(folder)]
+
+
+def start(command: list[str], log: Path) -> "subprocess.Popen[bytes]":
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, cwd=Path(__file__).parents[2])
     deadline = time.monotonic() + 90
@@ -359,17 +351,28 @@ def start(folder: Path, log: Path, *extra: str) -> "subprocess.Popen[bytes]":
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_ends_cleanly_on_a_signal(folder: Path, tmp_path: Path, number: signal.Signals) -> None:
-    process = start(folder, tmp_path / "log")
+    process = start(command(folder), tmp_path / "log")
     process.send_signal(number)
     assert process.wait(20) == 0, (tmp_path / "log").read_text()
 
 
 def test_ends_with_its_parent(folder: Path, tmp_path: Path) -> None:
-    parent = subprocess.Popen(["sleep", "300"])
+    parent = """
+import subprocess, sys
+from dflash_scale.server.process import end_with_parent
+process = subprocess.Popen(sys.argv[1:], preexec_fn=end_with_parent)
+print("pid", process.pid, flush=True)
+process.wait()
+"""
+    log = tmp_path / "log"
+    process = start([sys.executable, "-c", parent, *command(folder)], log)
     try:
-        process = start(folder, tmp_path / "log", "--parent-pid", str(parent.pid))
-        assert process.poll() is None
+        pid = next(line for line in log.read_text().splitlines() if line.startswith("pid ")).split()[1]
+        server = os.pidfd_open(int(pid))
     finally:
-        os.kill(parent.pid, signal.SIGKILL)
-        parent.wait()
-    assert process.wait(20) == 0
+        process.kill()
+        process.wait()
+    ended = select.poll()
+    ended.register(server, select.POLLIN)
+    assert ended.poll(20_000), log.read_text()
+    os.close(server)

@@ -6,6 +6,7 @@ import os
 import stat
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +15,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dflash_scale.commands.cli import main
 from dflash_scale.drafter.model import DrafterSpec, block_inputs
 from dflash_scale.drafter.pretrained import FORMATS, export_drafter, load_drafter, load_spec
-from dflash_scale.training.export import main
 from tests.support.drafters import (
     EPS,
     HEAD_DIM,
@@ -180,14 +181,15 @@ def test_zlab_config_is_as_published(tmp_path: Path, verifier: Path) -> None:
 
 def test_the_command_takes_the_format(tmp_path: Path, verifier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec, step = make_spec(), tmp_path / "step-000001"
-    step.mkdir()
-    (step / "config.json").write_text(json.dumps({"verifier": {"model": str(verifier)}, "data": {"path": "data"}}))
-    monkeypatch.setattr("dflash_scale.training.export.resolved_spec", lambda config: spec)
+    run = SimpleNamespace(
+        spec=spec, verifier=SimpleNamespace(model=str(verifier)), dtype=torch.float32, vocabulary=None
+    )
+    monkeypatch.setattr("dflash_scale.training.export.ResolvedRun.load", lambda checkpoint: run)
     monkeypatch.setattr(
         "dflash_scale.training.export.checkpoint_state", lambda checkpoint: make_drafter(spec).state_dict()
     )
     for flags, key in (([], "speculators_model_type"), (["--format", "zlab"], "dflash_config")):
-        assert main([str(step), str(tmp_path / "drafter"), *flags]) == 0
+        assert main(["export", str(step), str(tmp_path / "drafter"), *flags]) == 0
         assert key in json.loads((tmp_path / "drafter" / "config.json").read_text())
 
 
@@ -202,5 +204,5 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, verifier: Path, capsys: py
         export_drafter(state, spec, str(verifier), verifier)
     with pytest.raises(ValueError, match="wanted the speculators or the z-lab format"):
         load_drafter(verifier)
-    assert main([str(tmp_path / "nowhere"), str(tmp_path / "drafter")]) == 2
+    assert main(["export", str(tmp_path / "nowhere"), str(tmp_path / "drafter")]) == 2
     assert "step folder" in capsys.readouterr().err

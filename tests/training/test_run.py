@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from dflash_scale.commands.cli import main
 from dflash_scale.config.run import parse_config
 from dflash_scale.drafter.model import Drafter
-from dflash_scale.training.export import export_checkpoint, main
+from dflash_scale.training.export import export_checkpoint
 from dflash_scale.training.run import ResolvedRun, resolve_run, resolve_verifier
 from tests.support.chats import save_tokenizer
 
@@ -123,9 +124,9 @@ def test_a_folder_that_lacks_a_file_is_refused_in_a_sentence(
     (folder / removed).unlink()
     with pytest.raises(ValueError, match=said):
         ResolvedRun.load(folder)
-    assert main([str(folder), str(tmp_path / "out")]) == 2
+    assert main(["export", str(folder), str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: checkpoint {folder}: got no {removed}") and error.count("\n") == 1
+    assert error.startswith(f"dflash-scale export: checkpoint {folder}: got no {removed}") and error.count("\n") == 1
 
 
 def test_a_run_json_of_another_format_is_refused_in_a_sentence(verifier: Path, tmp_path: Path) -> None:

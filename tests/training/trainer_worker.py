@@ -23,7 +23,7 @@ from torch import distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from dflash_scale.config.run import load_config
-from dflash_scale.training.distributed import join_ranks, leave_ranks
+from dflash_scale.training.distributed import join_ranks, launched_place, leave_ranks
 from dflash_scale.training.row_source import RowSource, RowStates
 from launch.train import set_up
 
@@ -80,7 +80,9 @@ def main() -> None:
     torch.set_num_threads(1)
     device = torch.device("cpu")
     control = join_ranks(device)
-    trainer = set_up(config, device, control, resume=args.resume)
+    place = launched_place()
+    assert place is not None
+    trainer = set_up(config, place, device, control, resume=args.resume)
     parts = trainer.parts
     stall = args.stall if dist.get_rank() == dist.get_world_size() - 1 else None
     state = record_gradients(parts.engine)
