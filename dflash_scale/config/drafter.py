@@ -60,12 +60,12 @@ class DrafterSection(Section):
     )
     attention_backend: Literal["auto", "sm90", "sm80", "cpu", "flex", "reference"] = Field(
         default="auto",
-        description="Attention kernel; auto = the fastest that is proven on the device, any other name = that or an "
-        "error.",
+        description="Attention kernel; auto = the fastest that is verified on the device; any other name = that "
+        "kernel, or an error where it cannot run.",
     )
     pointwise: Literal["auto", "cuda", "torch"] = Field(
         default="auto",
-        description="Kernels of norms, rotary embedding and SiLU; auto = cuda on a GPU once it is proven there, else "
+        description="Kernels of norms, rotary embedding and SiLU; auto = cuda on a GPU once it is verified there, else "
         "plain torch.",
     )
 

@@ -57,7 +57,7 @@ class DataSection(Section):
         min_length=1,
         description="A quarantined.jsonl of an earlier run on the same data set, whose samples are left out.",
     )
-    row_tokens: Positive = Field(default=8192, description="Tokens of one packed row, the unit of a micro-step.")
+    row_tokens: Positive = Field(default=8192, description="Tokens of one row (packed sequence), a micro-step.")
     anchors_per_document: Positive = Field(default=512, description="Anchors drawn per document and epoch, at most.")
 
     @property
@@ -114,7 +114,7 @@ class LossSection(Section):
     )
     kernel: Literal["auto", "cuda", "cpu", "torch"] = Field(
         default="auto",
-        description="Loss kernel; auto = the compiled one that is proven on the device, else plain torch.",
+        description="Loss kernel; auto = the compiled one that is verified on the device, else plain torch.",
     )
 
     @property
@@ -133,7 +133,7 @@ class TrainSection(Section):
         default=None, description="Optimizer steps after which the run ends; null = no limit."
     )
     rows_per_step: Positive = Field(
-        default=8, description="Rows of one optimizer step, over all ranks and micro-steps."
+        default=8, description="Rows (packed sequences) of one optimizer step, over all ranks and micro-steps."
     )
     lr: float = Field(default=6e-4, gt=0, description="Peak learning rate of AdamW.")
     weight_decay: float = Field(
@@ -159,7 +159,7 @@ class TrainSection(Section):
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of initialisation, shuffling and anchors.")
     checkpoint_every: Positive = Field(default=500, description="Optimizer steps between checkpoints.")
-    keep_checkpoints: Positive = Field(default=3, description="Newest checkpoints kept; the best one is kept besides.")
+    keep_checkpoints: Positive = Field(default=3, description="Newest checkpoints kept; the best one is kept too.")
     validate_every: int = Field(default=500, ge=0, description="Optimizer steps between validations; 0 = never.")
     log_every: Positive = Field(default=10, description="Optimizer steps between log lines.")
     tensorboard: bool = Field(default=False, description="Also write TensorBoard files into output_dir.")

@@ -21,8 +21,8 @@ class Server(Section):
     data_parallel_rank: int | None = Field(
         default=None,
         ge=0,
-        description="Which engine of a vLLM server with --data-parallel-size it is: requests say so, and zmq is the "
-        "address of that engine. null = the server has one engine.",
+        description="Engine of a vLLM server with --data-parallel-size, from 0: its requests name this number, and zmq "
+        "is that engine's own address. null = the server has one engine.",
     )
 
     @property
@@ -43,13 +43,13 @@ class StreamSection(Section):
     keep: bool = Field(default=True, description="In mode hybrid: write to the cache what the servers sent.")
     cache_bytes: Positive | None = Field(
         default=None,
-        description="In mode hybrid: bytes that the files of the cache may reach together; what comes then is not "
-        "kept. null = no bound.",
+        description="In mode hybrid: total size of the cache in bytes, at most; samples beyond it are not written. "
+        "null = no bound.",
     )
     transport: Literal["exact", "bf16", "fp8"] = Field(
         default="exact",
-        description="How hidden states travel and wait: in verifier.dtype; rounded to bfloat16; or in fp8 (e4m3) with "
-        "a scale for each token and layer.",
+        description="How hidden states are sent and buffered: in verifier.dtype; rounded to bfloat16; or in fp8 (e4m3) "
+        "with a scale for each token and layer.",
     )
     servers: tuple[Server, ...] = Field(
         default=(Server(http="http://127.0.0.1:8001", zmq="tcp://127.0.0.1:5601"),),
@@ -59,8 +59,8 @@ class StreamSection(Section):
     keys: str | None = Field(
         default=None,
         min_length=1,
-        description="Folder that `dflash-scale keys` wrote: hidden states come encrypted, and from servers with that "
-        "key alone; null = no keys. HTTP stays as it is.",
+        description="Folder that `dflash-scale keys` wrote: hidden states are encrypted, and only servers with that "
+        "key are trusted; null = no keys. HTTP is not encrypted.",
     )
     endpoints_file: str | None = Field(
         default=None,
@@ -86,8 +86,8 @@ class StreamSection(Section):
     )
     attempts: Positive = Field(
         default=3,
-        description="Failed tries per sample, on different servers where there are, before it is quarantined; "
-        "a server that died is no try.",
+        description="Failed attempts per sample, on different servers where there are several, before it is "
+        "quarantined; the death of a server does not count as one.",
     )
     probe_s: float = Field(default=5.0, gt=0, description="Seconds between health probes of a server that failed.")
     no_server_timeout_s: float = Field(
