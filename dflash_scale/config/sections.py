@@ -33,7 +33,7 @@ class VerifierSection(Section):
     layer_ids: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
         default=None,
         strict=False,
-        description="Aux layers, ascending; id k = residual after k decoder layers (0 = embedding output). "
+        description="Aux layers, ascending; id k = hidden states after k decoder layers (0 = embeddings). "
         "null = 5 of them, uniformly from the 2nd to the 3rd last layer.",
     )
 
