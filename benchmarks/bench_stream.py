@@ -51,7 +51,7 @@ if str(REPO) not in sys.path:  # started as a script
     sys.path.insert(0, str(REPO))
 
 from benchmarks.machine import stamp  # noqa: E402
-from dflash_scale.config.stream import Server, StreamSection  # noqa: E402
+from dflash_scale.config.stream import ServerAddress, StreamSection  # noqa: E402
 from dflash_scale.data.dataset import Samples  # noqa: E402
 from dflash_scale.data.quarantine import QuarantineFile  # noqa: E402
 from dflash_scale.data.schedule import Place, Row  # noqa: E402
@@ -60,9 +60,9 @@ from dflash_scale.receiver.connections import Identity  # noqa: E402
 from dflash_scale.receiver.endpoints import Endpoints  # noqa: E402
 from dflash_scale.receiver.layouts import RowLayouts  # noqa: E402
 from dflash_scale.receiver.loop import ReceiverLoop  # noqa: E402
-from dflash_scale.receiver.prefetch import Window  # noqa: E402
+from dflash_scale.receiver.prefetch import Prefetch  # noqa: E402
 from dflash_scale.receiver.process import keep_freed_memory  # noqa: E402
-from dflash_scale.receiver.requests import SampleQuestions  # noqa: E402
+from dflash_scale.receiver.requests import SampleRequests  # noqa: E402
 from dflash_scale.receiver.ring_sink import RingSink  # noqa: E402
 from dflash_scale.receiver.status import Status  # noqa: E402
 from dflash_scale.server.completions import CompletionServer, Reply, Request  # noqa: E402
@@ -124,7 +124,7 @@ class OneLength:
         return np.ones(self._size.tokens, bool)
 
 
-class Asked(SampleQuestions):
+class BenchRequests(SampleRequests):
     """When the receiver asked for each sample, in seconds of the clock that all processes share."""
 
     def __init__(self, size: Size) -> None:
@@ -178,23 +178,23 @@ def receive(size: Size, servers: list[tuple[str, str]], keys: Path | None, pipe:
     keep_freed_memory()
     ring = Ring.create(own_ring_name(RUN, 0), (1 + size.in_flight) * record_span(size.sent_bytes))
     pipe.send(ring.name)
-    questions = Asked(size)
+    requests = BenchRequests(size)
     rows = iter([Row("train", 0, 1 + i, 0, (Place(i, 0, size.tokens),)) for i in range(size.samples)])
-    window = Window(ring, rows, questions.lengths, RowLayouts(size.layout, size.layout), lookahead=size.in_flight)
+    prefetch = Prefetch(ring, rows, requests.lengths, RowLayouts(size.layout, size.layout), lookahead=size.in_flight)
     credit = size.in_flight * size.sent_bytes
     limits = Limits(credit, credit, 16, 30.0, 3, 1.0, 30.0)
     pair = receiver_keys(keys) if keys is not None else None
     identity = Identity(RUN, f"{RUN}:0", LAYOUT, Origin(), pair)
-    fleet = Endpoints(StreamSection(servers=tuple(Server(http=http, zmq=address) for http, address in servers)))
+    fleet = Endpoints(StreamSection(servers=tuple(ServerAddress(http=http, zmq=address) for http, address in servers)))
     quarantine = QuarantineFile(Path(RUN) / "absent", "")  # a sample that is quarantined fails the benchmark
-    sink = RingSink([window])
-    loop = ReceiverLoop(fleet, limits, identity, sink, questions, quarantine)
+    sink = RingSink([prefetch])
+    loop = ReceiverLoop(fleet, limits, identity, sink, requests, quarantine)
     while not sink.complete:
         loop.step()
     status = Status("complete", os.getpid(), [ring.name])
     loop.report(status)
     sink.report(status)
-    pipe.send((status, questions.at))
+    pipe.send((status, requests.at))
     pipe.recv()
     ring.close()
     loop.close()

@@ -32,7 +32,7 @@ class Sample:
     states: Buffer
 
 
-class Keeper:
+class CacheWriter:
     """The writing thread of a cache.
 
     Args:
@@ -59,7 +59,7 @@ class Keeper:
         self._thread = threading.Thread(target=self._work, name="cache-writer", daemon=True)
         self._thread.start()
 
-    def room(self, nbytes: int) -> bool:
+    def fits(self, nbytes: int) -> bool:
         """Whether a sample of this size would be taken now; counts it as not kept if not."""
         with self._lock:
             full = self._most_bytes is not None and self._folder_bytes + self._waiting_bytes + nbytes > self._most_bytes
@@ -69,7 +69,7 @@ class Keeper:
         return taken
 
     def put(self, sample: Sample) -> None:
-        """Queues a sample that there is room for."""
+        """Queues a sample that `fits`."""
         with self._lock:
             self._waiting_bytes += len(sample.states)
         self._queue.put(sample)

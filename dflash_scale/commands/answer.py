@@ -39,7 +39,7 @@ from dflash_scale.data.prepare import find_files, lines_of, make_encoder
 from dflash_scale.files import new_folder, write_file
 from dflash_scale.receiver.cache_sink import QUARANTINED_FILE
 from dflash_scale.receiver.process import keep_freed_memory
-from dflash_scale.receiver.requests import PromptQuestions, Sampling
+from dflash_scale.receiver.requests import PromptRequests, Sampling
 from dflash_scale.training.run import resolve_verifier
 from dflash_scale.verifier.files import load_tokenizer
 
@@ -125,22 +125,20 @@ def answer(config: Config, order: Order) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another start of this command works in {work}; wait for its end") from None
-        return _answer(config, order, asked, PromptQuestions(prompts, order.sampling), origin)
+        return _answer(config, order, asked, PromptRequests(prompts, order.sampling), origin)
 
 
-def _answer(
-    config: Config, order: Order, asked: Sequence[Asked], questions: PromptQuestions, origin: CacheOrigin
-) -> int:
-    work, prompts = order.states / WORK, len(questions.lengths)
+def _answer(config: Config, order: Order, asked: Sequence[Asked], requests: PromptRequests, origin: CacheOrigin) -> int:
+    work, prompts = order.states / WORK, len(requests.lengths)
     if not (work / NUMBERS).exists():
         if order.out.exists():
             raise ValueError(f"{order.out} exists, wanted a new folder; remove it, or name another")
-        filled = fill_cache(config, questions, work, origin)
+        filled = fill_cache(config, requests, work, origin)
         if not filled.complete:
             done, problem = filled.totals["present"] + filled.totals["written"], filled.problem or "stopped"
             told = f"{problem}\n{done:,} of {prompts:,} prompts are answered; start it again to go on"
             return edge.fail("answer", told, filled.status)
-        _number(config, order, asked, questions, open_cache(work, origin.layout))
+        _number(config, order, asked, requests, open_cache(work, origin.layout))
     _place(order, origin)
     print_summary(order)
     return edge.DONE
@@ -154,7 +152,7 @@ def _fingerprint(order: Order, prompts: Sequence[npt.NDArray[np.int32]]) -> str:
     return digest.hexdigest()
 
 
-def _number(config: Config, order: Order, asked: Sequence[Asked], questions: PromptQuestions, cache: Cache) -> None:
+def _number(config: Config, order: Order, asked: Sequence[Asked], requests: PromptRequests, cache: Cache) -> None:
     """Writes the data set, and which sample each file becomes."""
     data, reasons = cache.folder / DATA, _reasons(cache.folder)
     shutil.rmtree(data, ignore_errors=True)  # of a start that ended here
@@ -172,9 +170,9 @@ def _number(config: Config, order: Order, asked: Sequence[Asked], questions: Pro
             unanswered.append({"file": each.file, "line": each.line, "reason": reasons[number]})
             writer.add((each.file, each.line, f"no server answered: {reasons[number]}"))
             continue
-        tokens = np.frombuffer(cache.token_ids(number, int(questions.lengths[number])), "<i4").astype(np.int32)
+        tokens = np.frombuffer(cache.token_ids(number, int(requests.lengths[number])), "<i4").astype(np.int32)
         mask = np.arange(len(tokens)) >= len(each.prompt)
-        sample = Encoded(tokens, mask, truncated=len(tokens) == int(questions.lengths[number]))
+        sample = Encoded(tokens, mask, truncated=len(tokens) == int(requests.lengths[number]))
         if (place := writer.add((each.file, each.line, sample), by=each.prompt)) is not None:
             places[number] = place
     if not places:

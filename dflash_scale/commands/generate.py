@@ -34,7 +34,7 @@ from dflash_scale.receiver.connections import Identity
 from dflash_scale.receiver.endpoints import Endpoints
 from dflash_scale.receiver.loop import ReceiverLoop
 from dflash_scale.receiver.process import keep_freed_memory, limits_of
-from dflash_scale.receiver.requests import Questions, SampleQuestions
+from dflash_scale.receiver.requests import Requests, SampleRequests
 from dflash_scale.training.run import resolve_verifier
 from dflash_scale.transport.keys import receiver_keys
 from dflash_scale.verifier.identity import origin_of
@@ -73,9 +73,9 @@ def generate(config: Config, folder: Path) -> int:
     """Fills the folder. Raises ValueError for what does not fit together."""
     prepared = load_prepared(config.data.folder)
     check_tokenizer(prepared, config.verifier.model)
-    questions = SampleQuestions(Samples(prepared.train, prepared.validation))
+    requests = SampleRequests(Samples(prepared.train, prepared.validation))
     verifier = resolve_verifier(config, allow_network=True)
-    return write_totals(fill_cache(config, questions, folder, verifier.cache_origin(prepared.fingerprint)), folder)
+    return write_totals(fill_cache(config, requests, folder, verifier.cache_origin(prepared.fingerprint)), folder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,33 +94,33 @@ class Filled:
         return edge.DONE if self.complete else edge.STOPPED
 
 
-def fill_cache(config: Config, questions: Questions, folder: Path, cache_origin: CacheOrigin) -> Filled:
+def fill_cache(config: Config, requests: Requests, folder: Path, cache_origin: CacheOrigin) -> Filled:
     """Asks the servers for every sample that is not in the folder, until all are there, or a signal comes.
 
     Raises:
         ValueError: the folder is not of this origin, or a sample is larger than the credit.
     """
     limits, layout = limits_of(config.stream), cache_origin.layout
-    longest = int(questions.lengths.max()) * layout.bytes_per_token
+    longest = int(requests.lengths.max()) * layout.bytes_per_token
     if limits.server_credit_bytes < longest:
         raise ValueError(
             f"stream.server_credit_bytes: got {limits.server_credit_bytes}, wanted at least {longest} bytes as the "
-            f"longest sample has {questions.lengths.max()} tokens of {layout.bytes_per_token} bytes; use --set "
+            f"longest sample has {requests.lengths.max()} tokens of {layout.bytes_per_token} bytes; use --set "
             f"stream.server_credit_bytes={longest}, or shorter samples"
         )
     claim(folder, cache_origin, writable=True)
     run_id = secrets.token_hex(6)
     keys = None if config.stream.keys is None else receiver_keys(Path(config.stream.keys))
     identity = Identity(run_id, f"{run_id}:generate:{os.getpid()}", layout, origin_of(config.verifier.model), keys)
-    fill = CacheSink(questions, open_cache(folder, layout), layout, limits.credit_bytes)
+    fill = CacheSink(requests, open_cache(folder, layout), layout, limits.credit_bytes)
     asking = config.stream.model_copy(update={"mode": "online"})  # whatever the run does with the folder
-    loop = ReceiverLoop(Endpoints(asking), limits, identity, fill, questions, None)
+    loop = ReceiverLoop(Endpoints(asking), limits, identity, fill, requests, None)
     signals: list[int] = []
     before = {
         number: signal.signal(number, lambda number, frame: signals.append(number))
         for number in (signal.SIGTERM, signal.SIGINT)
     }
-    progress = Progress(len(questions.lengths))
+    progress = Progress(len(requests.lengths))
     problem = ""
     try:
         while not fill.complete and not signals:

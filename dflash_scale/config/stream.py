@@ -13,7 +13,7 @@ from dflash_scale.transport.addresses import check_server
 GIB = 1 << 30
 
 
-class Server(Section):
+class ServerAddress(Section):
     http: str = Field(description="Address of the server's OpenAI API, http://HOST:PORT.")
     zmq: str = Field(
         description="Address that the server's connector binds, tcp://HOST:PORT or, on one machine, ipc://PATH."
@@ -51,8 +51,8 @@ class StreamSection(Section):
         description="How hidden states are sent and buffered: in verifier.dtype; rounded to bfloat16; or in fp8 (e4m3) "
         "with a scale for each token and layer.",
     )
-    servers: tuple[Server, ...] = Field(
-        default=(Server(http="http://127.0.0.1:8001", zmq="tcp://127.0.0.1:5601"),),
+    servers: tuple[ServerAddress, ...] = Field(
+        default=(ServerAddress(http="http://127.0.0.1:8001", zmq="tcp://127.0.0.1:5601"),),
         strict=False,
         description="The fleet of vLLM servers, all with the same verifier.",
     )
@@ -137,7 +137,7 @@ class StreamSection(Section):
             )
         return self
 
-    def check_servers(self, name: str, servers: Sequence[Server]) -> None:
+    def check_servers(self, name: str, servers: Sequence[ServerAddress]) -> None:
         """Raises ValueError, starting with `name`, unless the run may use these servers, all of them together."""
         for i, server in enumerate(servers):
             check_server(f"{name}[{i}].http", server.http, "http", open_to_others=self.insecure)

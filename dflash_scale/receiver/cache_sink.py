@@ -15,10 +15,10 @@ import numpy as np
 
 from dflash_scale.cache.file import BadFile
 from dflash_scale.cache.folder import Cache
-from dflash_scale.cache.writer import Keeper, Sample
+from dflash_scale.cache.writer import CacheWriter, Sample
 from dflash_scale.fleet.state import Key
 from dflash_scale.receiver.prefetch import Want
-from dflash_scale.receiver.requests import Questions
+from dflash_scale.receiver.requests import Requests
 from dflash_scale.transport.layout import Layout
 from dflash_scale.transport.messages import TOKEN_ID_BYTES
 
@@ -34,15 +34,15 @@ class CacheSink:
     """A `Sink` into files, and when there is an end to it.
 
     Args:
-        questions: the samples.
+        requests: the samples.
         cache: the folder.
         layout: what every file holds.
         most_bytes: of states that are asked for, or here and not yet written.
     """
 
-    def __init__(self, questions: Questions, cache: Cache, layout: Layout, most_bytes: int) -> None:
-        self._questions, self._cache, self._layout, self._most_bytes = questions, cache, layout, most_bytes
-        self._lengths = questions.lengths
+    def __init__(self, requests: Requests, cache: Cache, layout: Layout, most_bytes: int) -> None:
+        self._requests, self._cache, self._layout, self._most_bytes = requests, cache, layout, most_bytes
+        self._lengths = requests.lengths
         self.attached = True
         self.backlog = False
         self.counts: Counter[str] = Counter()  # present, written, written_bytes, quarantined
@@ -52,7 +52,7 @@ class CacheSink:
         self._being_written: dict[int, int] = {}  # sample -> bytes of states
         self._scratch = memoryview(bytearray(int(self._lengths.max()) * layout.bytes_per_token))
         self._reports: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
-        self._keeper = Keeper(cache, most_bytes, report=lambda *report: self._reports.put(report))
+        self._writer = CacheWriter(cache, most_bytes, report=lambda *report: self._reports.put(report))
         # Those of an earlier run are asked for again.
         self._quarantined = (cache.folder / QUARANTINED_FILE).open("w", encoding="utf-8", buffering=1)
 
@@ -103,7 +103,7 @@ class CacheSink:
             self._cache.read(sample, token_ids, self._layout, self._scratch[:nbytes])
         except BadFile:
             return False
-        return not self._questions.problem(sample, token_ids)
+        return not self._requests.problem(sample, token_ids)
 
     def want(self, key: Key) -> Want:
         return self._in_hand[key.sample]
@@ -116,7 +116,7 @@ class CacheSink:
 
     def commit(self, key: Key, token_ids: bytes, states: memoryview) -> None:
         self._being_written[key.sample] = len(states)
-        self._keeper.put(Sample(key.sample, token_ids, self._layout, states))
+        self._writer.put(Sample(key.sample, token_ids, self._layout, states))
 
     def quarantine(self, key: Key, reason: str) -> None:
         self._done(key.sample, "quarantined")
@@ -124,7 +124,7 @@ class CacheSink:
 
     def close(self) -> None:
         """Writes what is here. Raises CacheUnwritable as `take` does."""
-        self._keeper.close()
+        self._writer.close()
         self._quarantined.close()
         self._count_written()
 

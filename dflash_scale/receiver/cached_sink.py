@@ -14,11 +14,11 @@ from typing import Final
 
 from dflash_scale.cache.file import BadFile
 from dflash_scale.cache.folder import Cache, open_cache
-from dflash_scale.cache.writer import Keeper, Sample
+from dflash_scale.cache.writer import CacheWriter, Sample
 from dflash_scale.config.stream import StreamSection
 from dflash_scale.data.dataset import Samples
 from dflash_scale.fleet.state import Key
-from dflash_scale.receiver.prefetch import Want, Window
+from dflash_scale.receiver.prefetch import Prefetch, Want
 from dflash_scale.receiver.ring_sink import RingSink
 from dflash_scale.receiver.status import CacheStatus, Status
 from dflash_scale.transport.layout import Layout
@@ -26,22 +26,22 @@ from dflash_scale.transport.layout import Layout
 log = logging.getLogger(__name__)
 
 FAILURES_IN_A_ROW: Final = 64  # samples that an offline run cannot find; more of them are no accident
-KEEPER_BYTES: Final = 256 << 20  # that may wait to be written
+WRITE_QUEUE_BYTES: Final = 256 << 20  # that may wait to be written
 
 
 def make_sink(
-    stream: StreamSection, windows: Sequence[Window], samples: Samples, layout: Layout
+    stream: StreamSection, prefetches: Sequence[Prefetch], samples: Samples, layout: Layout
 ) -> RingSink | CachedSink:
     """The way into the rings, past the cache if the run has one. `layout`: all that the run's rows may want."""
-    rings = RingSink(windows)
+    rings = RingSink(prefetches)
     if stream.cache is None:
         return rings
     cache = open_cache(Path(stream.cache), layout)
     files, nbytes = cache.size()
     log.info("cache %s: %d files for %d samples, %.1f GB", cache.folder, files, len(samples.lengths), nbytes / 1e9)
     keeps = stream.mode == "hybrid" and stream.keep
-    keeper = Keeper(cache, KEEPER_BYTES, stream.cache_bytes) if keeps else None
-    return CachedSink(rings, samples, cache, offline=stream.mode == "offline", keeper=keeper)
+    writer = CacheWriter(cache, WRITE_QUEUE_BYTES, stream.cache_bytes) if keeps else None
+    return CachedSink(rings, samples, cache, offline=stream.mode == "offline", writer=writer)
 
 
 class CacheLacking(RuntimeError):
@@ -56,17 +56,17 @@ class CachedSink:
         samples: the data set, for the token ids.
         cache: where to look.
         offline: whether a sample that the cache lacks is quarantined, because there is no server to ask.
-        keeper: writes what servers sent; None: nothing is written.
+        writer: writes what servers sent; None: nothing is written.
     """
 
     def __init__(
-        self, rings: RingSink, samples: Samples, cache: Cache, *, offline: bool, keeper: Keeper | None
+        self, rings: RingSink, samples: Samples, cache: Cache, *, offline: bool, writer: CacheWriter | None
     ) -> None:
         self._rings = rings
         self._samples = samples
         self._cache = cache
         self._offline = offline
-        self._keeper = keeper
+        self._writer = writer
         self._due: deque[Want] = deque()  # to be read
         self._lacking_in_a_row = 0
         self._cache_counts: Counter[str] = Counter()  # hits, misses, corrupt
@@ -93,12 +93,12 @@ class CachedSink:
 
     def report(self, status: Status) -> None:
         self._rings.report(status)
-        counts, written = self._cache_counts, self._keeper.status() if self._keeper is not None else {}
+        counts, written = self._cache_counts, self._writer.status() if self._writer is not None else {}
         status.cache = CacheStatus(counts["hits"], counts["misses"], counts["corrupt"], **written)
 
     def close(self) -> None:
-        if self._keeper is not None:
-            self._keeper.close()
+        if self._writer is not None:
+            self._writer.close()
 
     def take(self) -> list[Want]:
         """The samples that are due and not in the cache; puts one that is into its ring.
@@ -164,9 +164,9 @@ class CachedSink:
         self._rings.abandon(key)
 
     def commit(self, key: Key, token_ids: bytes, states: memoryview) -> None:
-        if self._keeper is not None and self._keeper.room(len(states)):
+        if self._writer is not None and self._writer.fits(len(states)):
             # A copy: the rank frees the slot when it has trained, and the disk may be slower.
-            self._keeper.put(Sample(key.sample, token_ids, self.want(key).layout, bytes(states)))
+            self._writer.put(Sample(key.sample, token_ids, self.want(key).layout, bytes(states)))
         self._rings.commit(key, token_ids, states)
 
     def quarantine(self, key: Key, reason: str) -> None:

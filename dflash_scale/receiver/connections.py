@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from dflash_scale.config.stream import Server
+from dflash_scale.config.stream import ServerAddress
 from dflash_scale.fleet.state import Lost, Probe
 from dflash_scale.receiver.http_client import HealthAnswered, Host, HttpClient
 from dflash_scale.transport import messages
@@ -69,7 +69,7 @@ class ServerConnection:
     """One server: where it is, the way to it, and who answered there the last time."""
 
     index: int  # in the fleet
-    entry: Server  # of the configuration, or of the watched file
+    entry: ServerAddress  # of the configuration, or of the watched file
     host: Host
     dealer: Dealer | None = None  # the data connection; None before the first, and when it broke or was cut
     broken: bool = False  # whether a data connection broke since the last handshake
@@ -120,7 +120,7 @@ class Connections:
     def __iter__(self) -> Iterator[ServerConnection]:
         return iter(self._servers)
 
-    def join(self, index: int, entry: Server) -> None:
+    def join(self, index: int, entry: ServerAddress) -> None:
         """A server that is new, at the next index, or one that was removed and comes back at its old one."""
         server = ServerConnection(index, entry, Host(entry.http, entry.data_parallel_rank))
         self._servers[index : index + 1] = [server]
@@ -200,7 +200,7 @@ class Connections:
         server.model = reply.model
         return Outcome(handshake.probe, problem, lost, mismatch=problem is not None)
 
-    def _mismatch(self, entry: Server, reply: Reply) -> str | None:
+    def _mismatch(self, entry: ServerAddress, reply: Reply) -> str | None:
         """Why a server cannot serve this run. What cannot be compared is logged once."""
         if isinstance(reply, messages.Incompatible):
             return f"server {entry.name}: {reply}"

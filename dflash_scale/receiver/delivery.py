@@ -13,7 +13,7 @@ from typing import Final, Protocol
 
 from dflash_scale.fleet.state import Key
 from dflash_scale.receiver.prefetch import Want
-from dflash_scale.receiver.requests import Questions
+from dflash_scale.receiver.requests import Requests
 from dflash_scale.transport.layout import WireError
 from dflash_scale.transport.messages import Header, check_payload
 from dflash_scale.transport.sockets import Incoming
@@ -94,7 +94,7 @@ class Dropped:
             )
 
 
-def deliver(incoming: Incoming, header: Header, key: Key, sink: Sink, questions: Questions) -> None:
+def deliver(incoming: Incoming, header: Header, key: Key, sink: Sink, requests: Requests) -> None:
     """Moves the payload of a message into the sink, which wants the sample.
 
     Raises:
@@ -106,7 +106,7 @@ def deliver(incoming: Incoming, header: Header, key: Key, sink: Sink, questions:
     if not incoming.more:
         raise Unusable("malformed", "the token ids are missing")
     token_ids = incoming.read()
-    if problem := questions.problem(key.sample, token_ids):
+    if problem := requests.problem(key.sample, token_ids):
         raise Unusable("wrong tokens", problem)
     if len(token_ids) != header.token_bytes:
         raise Unusable("malformed", f"{header.token_bytes} bytes of token ids were announced, {len(token_ids)} came")

@@ -15,12 +15,12 @@ from typing import Final
 
 from pydantic import TypeAdapter, ValidationError
 
-from dflash_scale.config.stream import Server, StreamSection
+from dflash_scale.config.stream import ServerAddress, StreamSection
 
 log = logging.getLogger(__name__)
 
 POLL_EVERY_S: Final = 1.0
-_LIST: Final = TypeAdapter(tuple[Server, ...])
+_LIST: Final = TypeAdapter(tuple[ServerAddress, ...])
 
 
 class Endpoints:
@@ -56,7 +56,7 @@ class Endpoints:
             log.error("%s: %s; %s", self._path, error, self._kept())
         return self.servers != before
 
-    def _read(self, path: Path) -> list[Server]:
+    def _read(self, path: Path) -> list[ServerAddress]:
         try:
             named = _LIST.validate_json(path.read_bytes())
         except ValidationError as error:

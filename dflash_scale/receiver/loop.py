@@ -18,7 +18,7 @@ from dflash_scale.receiver.connections import Connections, Identity, Outcome, Se
 from dflash_scale.receiver.delivery import Dropped, Sink, Unusable, deliver
 from dflash_scale.receiver.endpoints import Endpoints
 from dflash_scale.receiver.http_client import HealthAnswered, HttpClient, HttpEvent
-from dflash_scale.receiver.requests import Questions
+from dflash_scale.receiver.requests import Requests
 from dflash_scale.receiver.status import Status
 from dflash_scale.transport import messages
 from dflash_scale.transport.layout import WireError
@@ -37,7 +37,7 @@ class ReceiverLoop:
         limits: bounds of the fleet.
         identity: who receives, and what.
         sink: where the samples go.
-        questions: what is sent for a sample, and what may come back.
+        requests: what is sent for a sample, and what may come back.
         quarantine: where samples are named that no server could answer; None: the sink does that itself.
     """
 
@@ -47,7 +47,7 @@ class ReceiverLoop:
         limits: Limits,
         identity: Identity,
         sink: Sink,
-        questions: Questions,
+        requests: Requests,
         quarantine: QuarantineFile | None,
     ) -> None:
         self.fleet = Fleet(limits, time.monotonic())
@@ -55,12 +55,12 @@ class ReceiverLoop:
         self._endpoints = endpoints
         self._identity = identity
         self._sink = sink
-        self._questions = questions
+        self._requests = requests
         self._quarantine = quarantine
         self._dropped = Dropped()
         self._blocked_s: defaultdict[str, float] = defaultdict(float)
         self._clock = time.monotonic()
-        self._max_tokens = int(questions.lengths.max())
+        self._max_tokens = int(requests.lengths.max())
         self._events: queue.SimpleQueue[HttpEvent] = queue.SimpleQueue()
         self._http = HttpClient(limits.request_timeout_s + 1, self._report_event)
         self._servers = Connections(identity, self._max_tokens * identity.layout.bytes_per_token, self._http)
@@ -153,7 +153,7 @@ class ReceiverLoop:
                 if job is None:
                     raise Unusable("not outstanding", f"{_key(ticket)} attempt {ticket.attempt}")
                 try:
-                    deliver(incoming, message, job.key, self._sink, self._questions)
+                    deliver(incoming, message, job.key, self._sink, self._requests)
                 except Unusable as error:
                     why = f"{error.reason}: {error}"
                     self.fleet.rejected(server.index, job.key, ticket.attempt, Fault.DOUBT, why, time.monotonic())
@@ -212,10 +212,10 @@ class ReceiverLoop:
             attempt=send.attempt,
             layer_ids=layout.layer_ids,
             dtype=layout.dtype,
-            answer=self._questions.answers,
+            answer=self._requests.answers,
         )
         params = {"dflash": ticket.to_params()}
-        body = {"model": server.model, **self._questions.body(sample), "kv_transfer_params": params}
+        body = {"model": server.model, **self._requests.body(sample), "kv_transfer_params": params}
         self._http.post(server.host, send, body)
 
     def _account(self, now: float) -> None:

@@ -30,7 +30,7 @@ class Want:
         return self.tokens * self.layout.bytes_per_token
 
 
-class Window:
+class Prefetch:
     """The rows of one rank from the reader's mark on, cut down to what the ring is sure to take.
 
     The spans of all samples that were let through and that the reader has not released are at most the capacity less

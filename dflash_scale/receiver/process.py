@@ -32,8 +32,8 @@ from dflash_scale.receiver.client import STOP_SIGNAL, ReceiverSpec
 from dflash_scale.receiver.connections import Identity
 from dflash_scale.receiver.endpoints import Endpoints
 from dflash_scale.receiver.loop import ReceiverLoop
-from dflash_scale.receiver.prefetch import Window
-from dflash_scale.receiver.requests import SampleQuestions
+from dflash_scale.receiver.prefetch import Prefetch
+from dflash_scale.receiver.requests import SampleRequests
 from dflash_scale.receiver.ring_sink import RingSink
 from dflash_scale.receiver.status import Status
 from dflash_scale.transport.keys import receiver_keys
@@ -151,8 +151,8 @@ def make_loop(spec: ReceiverSpec, rings: Sequence[Ring]) -> tuple[ReceiverLoop, 
     prepared = load_prepared(config.data.folder)
     samples = Samples(prepared.train, prepared.validation)
     schedule = RowSchedule(samples, schedule_spec(config, spec.world_size))
-    windows = [
-        Window(
+    prefetches = [
+        Prefetch(
             ring,
             schedule.rows(rank, spec.first_step),
             samples.lengths,
@@ -169,10 +169,10 @@ def make_loop(spec: ReceiverSpec, rings: Sequence[Ring]) -> tuple[ReceiverLoop, 
         origin=origin_of(config.verifier.model),
         keys=receiver_keys(Path(keys)) if keys is not None else None,
     )
-    sink = make_sink(config.stream, windows, samples, layouts.validation)
+    sink = make_sink(config.stream, prefetches, samples, layouts.validation)
     quarantine = QuarantineFile(config.train.quarantine_file, prepared.fingerprint)
-    questions = SampleQuestions(samples)
-    loop = ReceiverLoop(Endpoints(config.stream), limits_of(config.stream), identity, sink, questions, quarantine)
+    requests = SampleRequests(samples)
+    loop = ReceiverLoop(Endpoints(config.stream), limits_of(config.stream), identity, sink, requests, quarantine)
     return loop, sink
 
 

@@ -13,7 +13,7 @@ from dflash_scale.data.dataset import Samples
 from dflash_scale.transport.messages import TOKEN_ID_BYTES
 
 
-class Questions(Protocol):
+class Requests(Protocol):
     """Samples 0, 1, ... and what to ask for each. Token ids as bytes are int32, little-endian.
 
     answers: whether a server generates, so that a sample's tokens are known only when it has come.
@@ -32,7 +32,7 @@ class Questions(Protocol):
         ...
 
 
-class SampleQuestions:
+class SampleRequests:
     """The samples of a data set: all of their tokens are sent, and have to come back."""
 
     answers = False
@@ -60,7 +60,7 @@ class Sampling:
     temperature: float
 
 
-class PromptQuestions:
+class PromptRequests:
     """Prompts, each (n,) int32 with n below `sampling.max_tokens`; what comes back goes on where the prompt ends."""
 
     answers = True

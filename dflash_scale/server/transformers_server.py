@@ -74,12 +74,12 @@ class TransformersVerifier:
             layers[0].register_forward_pre_hook(self._keep_input, with_kwargs=True)
         for k in self.layout.layer_ids:
             if k > 0:
-                layers[k - 1].register_forward_hook(self._keeper(k))
+                layers[k - 1].register_forward_hook(self._record(k))
 
     def _keep_input(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._kept[0].append((args[0] if args else kwargs["hidden_states"])[0])
 
-    def _keeper(self, k: int) -> Any:
+    def _record(self, k: int) -> Any:
         def keep(module: torch.nn.Module, args: Any, output: Any) -> None:
             self._kept[k].append((output[0] if isinstance(output, tuple) else output)[0])
 

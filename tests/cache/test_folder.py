@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from dflash_scale.cache import folder as cache_module
 from dflash_scale.cache.file import MAX_HEADER_BYTES, BadFile
 from dflash_scale.cache.folder import ASIDE, Cache, CacheOrigin, claim, open_cache, read_manifest
-from dflash_scale.cache.writer import Keeper, Sample
+from dflash_scale.cache.writer import CacheWriter, Sample
 from dflash_scale.transport.layout import Layout
 
 WHOLE = Layout((1, 2, 4), 8, "bfloat16")
@@ -338,14 +338,14 @@ def sample(number: int, tokens: int = TOKENS) -> Sample:
 
 def test_kept_samples_are_written_and_counted(cache: Cache) -> None:
     reports: list[tuple[int, str]] = []
-    keeper = Keeper(cache, 1 << 20, report=lambda *report: reports.append(report))
+    writer = CacheWriter(cache, 1 << 20, report=lambda *report: reports.append(report))
     for number in range(20):
-        assert keeper.room(len(sample(number).states))
-        keeper.put(sample(number))
-    keeper.close()
+        assert writer.fits(len(sample(number).states))
+        writer.put(sample(number))
+    writer.close()
     assert reports == [(number, "") for number in range(20)]
-    assert keeper.status() == {"written": 20, "written_bytes": cache.size()[1], "not_kept": 0, "stopped": ""}
-    assert keeper.room(1 << 20), "something still waits"
+    assert writer.status() == {"written": 20, "written_bytes": cache.size()[1], "not_kept": 0, "stopped": ""}
+    assert writer.fits(1 << 20), "something still waits"
     for number in range(20):
         assert read(cache, number, ids_of(), WHOLE) == sample(number).states
 
@@ -358,49 +358,49 @@ def test_an_error_that_is_not_the_disks_ends_the_writing_and_is_reported_too(
 
     monkeypatch.setattr(cache, "write", no_memory)
     reports: list[tuple[int, str]] = []
-    keeper = Keeper(cache, 1 << 20, report=lambda *report: reports.append(report))
+    writer = CacheWriter(cache, 1 << 20, report=lambda *report: reports.append(report))
     for number in range(2):
-        keeper.put(sample(number))
-    keeper.close()
+        writer.put(sample(number))
+    writer.close()
     assert [(number, problem.partition(" (")[0]) for number, problem in reports] == [
         (number, "MemoryError: no room for the header") for number in range(2)
     ]
-    assert keeper.status()["not_kept"] == 2
+    assert writer.status()["not_kept"] == 2
 
 
 def test_a_full_queue_and_a_full_folder_say_no(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     size = len(sample(0).states)
-    slow = Keeper(cache, 2 * size)
+    slow = CacheWriter(cache, 2 * size)
     monkeypatch.setattr(cache_module, "write_all", lambda file, parts: slow_gate.read(1))
     reading, writing = os.pipe()
     slow_gate = os.fdopen(reading, "rb", buffering=0)
-    assert slow.room(5 * size), "one sample may always wait"
+    assert slow.fits(5 * size), "one sample may always wait"
     slow.put(sample(1))
     slow.put(sample(2))
-    assert not slow.room(size)
+    assert not slow.fits(size)
     os.close(writing)
     slow.close()
     slow_gate.close()
-    assert slow.room(size)
+    assert slow.fits(size)
     assert slow.status()["not_kept"] == 1
     monkeypatch.undo()
-    bounded = Keeper(cache, 1 << 20, most_bytes=cache.size()[1] + size + size // 2)
-    assert bounded.room(size)
+    bounded = CacheWriter(cache, 1 << 20, most_bytes=cache.size()[1] + size + size // 2)
+    assert bounded.fits(size)
     bounded.put(sample(3))
-    assert not bounded.room(size)
+    assert not bounded.fits(size)
     bounded.close()
-    assert not bounded.room(size)
+    assert not bounded.fits(size)
     assert bounded.status()["not_kept"] == 2
 
 
-def full_disk(cache: Cache, caplog: pytest.LogCaptureFixture) -> Keeper:
+def full_disk(cache: Cache, caplog: pytest.LogCaptureFixture) -> CacheWriter:
     """Writes until the file system says no; what came before is whole, nothing is left of the rest."""
     reports: dict[int, str] = {}
-    keeper = Keeper(cache, 1 << 30, report=reports.__setitem__)
+    writer = CacheWriter(cache, 1 << 30, report=reports.__setitem__)
     with caplog.at_level(logging.WARNING):
         for number in range(30):
-            keeper.put(sample(number, 1000 if number > 3 else 10))
-        keeper.close()
+            writer.put(sample(number, 1000 if number > 3 else 10))
+        writer.close()
     written = sorted(number for number, problem in reports.items() if not problem)
     assert written and written == list(range(len(written))) and len(reports) == 30
     assert sorted(path.name for path in cache.folder.iterdir()) == sorted(f"hs_{n}.safetensors" for n in written)
@@ -409,21 +409,21 @@ def full_disk(cache: Cache, caplog: pytest.LogCaptureFixture) -> Keeper:
             read(cache, number, ids_of(1000 if number > 3 else 10), WHOLE)
             == sample(number, 1000 if number > 3 else 10).states
         )
-    assert not keeper.room(1)
-    assert keeper.status()["written"] == len(written) and keeper.status()["not_kept"] == 30 - len(written) + 1
+    assert not writer.fits(1)
+    assert writer.status()["written"] == len(written) and writer.status()["not_kept"] == 30 - len(written) + 1
     (line,) = caplog.messages
-    assert f"{len(written)} samples of {keeper.status()['written_bytes']} bytes were written" in line
-    return keeper
+    assert f"{len(written)} samples of {writer.status()['written_bytes']} bytes were written" in line
+    return writer
 
 
 def test_a_folder_that_vanishes_ends_the_writing_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "cache").mkdir()
     reports: dict[int, str] = {}
-    keeper = Keeper(open_cache(tmp_path / "cache", WHOLE), 1 << 20, report=reports.__setitem__)
+    writer = CacheWriter(open_cache(tmp_path / "cache", WHOLE), 1 << 20, report=reports.__setitem__)
     shutil.rmtree(tmp_path / "cache")
-    keeper.put(sample(0))
-    keeper.put(sample(1))
-    keeper.close()
+    writer.put(sample(0))
+    writer.put(sample(1))
+    writer.close()
     assert list(reports) == [0, 1] and reports[0] == reports[1]
     assert "No such file or directory" in reports[0] and "which is gone" in reports[0]
     assert len(caplog.messages) == 1
@@ -441,8 +441,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_ends_the_writing_once(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
-    keeper = full_disk(open_cache(small_disk, WHOLE), caplog)
-    assert keeper.stopped.startswith("No space left on device") and "bytes free" in keeper.stopped
+    writer = full_disk(open_cache(small_disk, WHOLE), caplog)
+    assert writer.stopped.startswith("No space left on device") and "bytes free" in writer.stopped
 
 
 def test_a_file_that_may_not_grow_ends_the_writing_once(cache: Cache, caplog: pytest.LogCaptureFixture) -> None:
@@ -450,7 +450,7 @@ def test_a_file_that_may_not_grow_ends_the_writing_once(cache: Cache, caplog: py
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
-        keeper = full_disk(cache, caplog)
+        writer = full_disk(cache, caplog)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert keeper.stopped.startswith("File too large") and keeper.status()["written"] == 4
+    assert writer.stopped.startswith("File too large") and writer.status()["written"] == 4

@@ -16,7 +16,7 @@ from dflash_scale.receiver.connections import Identity
 from dflash_scale.receiver.endpoints import Endpoints
 from dflash_scale.receiver.loop import ReceiverLoop
 from dflash_scale.receiver.process import limits_of
-from dflash_scale.receiver.requests import PromptQuestions, SampleQuestions, Sampling
+from dflash_scale.receiver.requests import PromptRequests, SampleRequests, Sampling
 from dflash_scale.receiver.status import Status
 from dflash_scale.transport.messages import Origin
 from tests.support.fake_verifier import LAYOUT, answer_to, states
@@ -29,15 +29,15 @@ class Filling:
     """One start of `generate`, or of `answer`, without its command."""
 
     def __init__(
-        self, run: Run, folder: Path, most_bytes: int = 1 << 20, prompts: PromptQuestions | None = None
+        self, run: Run, folder: Path, most_bytes: int = 1 << 20, prompts: PromptRequests | None = None
     ) -> None:
         folder.mkdir(exist_ok=True)
         self.run, self.cache = run, open_cache(folder, LAYOUT)
-        questions = prompts or SampleQuestions(run.samples)
-        self.fill = CacheSink(questions, self.cache, LAYOUT, most_bytes)
+        requests = prompts or SampleRequests(run.samples)
+        self.fill = CacheSink(requests, self.cache, LAYOUT, most_bytes)
         identity = Identity("fill", f"fill:{id(self)}", LAYOUT, Origin(), None)
         stream = run.config.stream
-        self.loop = ReceiverLoop(Endpoints(stream), limits_of(stream), identity, self.fill, questions, None)
+        self.loop = ReceiverLoop(Endpoints(stream), limits_of(stream), identity, self.fill, requests, None)
 
     def work(self, until: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 120
@@ -186,9 +186,9 @@ def test_answers_come_through_a_hostile_wire_with_the_states_of_all_their_tokens
     run = make_run([FakeServer({n: [word] for n, word in enumerate(words)}).start() for _ in range(2)])
     draw = np.random.default_rng(1)
     prompts = [draw.integers(0, 1000, draw.integers(1, 25)).astype(np.int32) for _ in range(60)]
-    questions = PromptQuestions(prompts, Sampling(answer_tokens=12, max_tokens=30, temperature=0.5))
+    requests = PromptRequests(prompts, Sampling(answer_tokens=12, max_tokens=30, temperature=0.5))
     folder = tmp_path / "cache"
-    filling = Filling(run, folder, prompts=questions)
+    filling = Filling(run, folder, prompts=requests)
     totals = filling.to_the_end()
     wanted = [[*p.tolist(), *answer_to(p.tolist(), min(12, 30 - len(p)))] for p in prompts]
     assert {len(tokens) - len(p) for tokens, p in zip(wanted, prompts, strict=True)} >= {1, 5, 12}
@@ -206,7 +206,7 @@ def test_answers_come_through_a_hostile_wire_with_the_states_of_all_their_tokens
         assert slot == states(token_ids, LAYOUT)
     os.truncate(filling.cache.path(3), 400)
     filling.cache.path(5).write_bytes(filling.cache.path(6).read_bytes())  # another prompt's answer
-    again = Filling(run, folder, prompts=questions)
+    again = Filling(run, folder, prompts=requests)
     totals = again.to_the_end()
     assert (totals["present"], totals["written"]) == (58, 2)
     assert again.cache.token_ids(5, 30) == np.asarray(wanted[5], "<i4").tobytes()
@@ -214,17 +214,17 @@ def test_answers_come_through_a_hostile_wire_with_the_states_of_all_their_tokens
 
 def test_what_may_be_an_answer() -> None:
     prompt = np.array([5, 6, 7], np.int32)
-    questions = PromptQuestions([prompt], Sampling(answer_tokens=4, max_tokens=6, temperature=0.0))
-    assert questions.lengths.tolist() == [6]
-    assert questions.body(0) == {"prompt": [5, 6, 7], "max_tokens": 3, "temperature": 0.0}
+    requests = PromptRequests([prompt], Sampling(answer_tokens=4, max_tokens=6, temperature=0.0))
+    assert requests.lengths.tolist() == [6]
+    assert requests.body(0) == {"prompt": [5, 6, 7], "max_tokens": 3, "temperature": 0.0}
     for answer, problem in (
         ([1], None),
         ([1, 2, 3], None),
         ([], "the token ids are not the prompt's and an answer's"),
         ([1, 2, 3, 4], "7 tokens came, at most 6 were asked for"),
     ):
-        assert questions.problem(0, np.asarray([5, 6, 7, *answer], "<i4").tobytes()) == problem
+        assert requests.problem(0, np.asarray([5, 6, 7, *answer], "<i4").tobytes()) == problem
     assert (
-        questions.problem(0, np.asarray([5, 6, 8, 1], "<i4").tobytes())
+        requests.problem(0, np.asarray([5, 6, 8, 1], "<i4").tobytes())
         == "the token ids are not the prompt's and an answer's"
     )

@@ -9,7 +9,7 @@ import pytest
 
 from dflash_scale.cache.folder import Cache, open_cache
 from dflash_scale.receiver.cached_sink import FAILURES_IN_A_ROW, make_sink
-from dflash_scale.receiver.prefetch import Window
+from dflash_scale.receiver.prefetch import Prefetch
 from dflash_scale.transport.layout import Layout
 from dflash_scale.transport.ring import COMMITTED, QUARANTINED, PeerDied, Ring, own_ring_name
 from tests.support.fake_verifier import LAYOUT, states
@@ -198,8 +198,8 @@ def test_what_is_kept_is_not_what_the_ring_holds_later(
     monkeypatch.setattr(Cache, "write", lambda *given: write(*given) if turned.wait(DONE) else 0)
     rows = run.rows(1, 0)
     with Ring.create(own_ring_name(RUN, 7), run.config.stream.ring_bytes) as ring, Ring.open(ring.name) as reader:
-        window = Window(ring, iter(rows), run.samples.lengths, LAYOUTS, len(rows))
-        sink = make_sink(run.config.stream, [window], run.samples, LAYOUT)
+        prefetch = Prefetch(ring, iter(rows), run.samples.lengths, LAYOUTS, len(rows))
+        sink = make_sink(run.config.stream, [prefetch], run.samples, LAYOUT)
         sent: dict[int, tuple[Layout, bytes]] = {}
         while len(sent) < SAMPLES:
             for want in sink.take():

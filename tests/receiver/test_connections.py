@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from dflash_scale.config.stream import Server
+from dflash_scale.config.stream import ServerAddress
 from dflash_scale.fleet.state import Lost, Probe
 from dflash_scale.receiver.connections import Connections, Identity, Outcome
 from dflash_scale.receiver.http_client import HealthAnswered, Host
@@ -34,7 +34,7 @@ class Bench:
 
     def __init__(self) -> None:
         self.sender = Sender("tcp://127.0.0.1:0", Offer(LAYOUT, "model"))
-        self.entry = Server(http="http://127.0.0.1:1", zmq=self.sender.endpoint)
+        self.entry = ServerAddress(http="http://127.0.0.1:1", zmq=self.sender.endpoint)
         self.http = Http()
         self.connections = Connections(IDENTITY, 1 << 20, self.http)  # type: ignore[arg-type]
         self.connections.join(0, self.entry)

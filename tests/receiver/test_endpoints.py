@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dflash_scale.config.stream import Server, StreamSection
+from dflash_scale.config.stream import ServerAddress, StreamSection
 from dflash_scale.receiver.endpoints import POLL_EVERY_S, Endpoints
 
 
@@ -16,8 +16,8 @@ def server(number: int) -> dict[str, str]:
     return {"http": f"http://127.0.0.1:{8000 + number}", "zmq": f"tcp://127.0.0.1:{5600 + number}"}
 
 
-def named(number: int) -> Server:
-    return Server(**server(number))
+def named(number: int) -> ServerAddress:
+    return ServerAddress(**server(number))
 
 
 class Watch:
@@ -90,7 +90,7 @@ def test_engines_of_one_server_join(tmp_path: Path) -> None:
     engines = [server(rank) | {"http": server(9)["http"], "data_parallel_rank": rank} for rank in (1, 2)]
     watch.write(engines)
     assert watch.poll()
-    assert watch.endpoints.servers == [named(0), *(Server.model_validate(engine) for engine in engines)]
+    assert watch.endpoints.servers == [named(0), *(ServerAddress.model_validate(engine) for engine in engines)]
 
 
 def test_a_file_that_vanishes_is_logged_once_and_may_come_back(
