@@ -16,7 +16,7 @@ from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from dflash_scale.config.run import Config
 from dflash_scale.config.sections import DERIVED_DEEPSPEED_KEYS, LossTerms
-from dflash_scale.config.stream import Server
+from dflash_scale.config.stream import ServerAddress
 
 PAGE = Path(__file__).with_suffix(".md")
 MARK = "<!-- tables: written by docs/configuration.py -->\n\n"
@@ -49,7 +49,7 @@ def table(name: str, model: type[BaseModel]) -> str:
 def tables() -> str:
     sections: dict[str, Any] = {k: field.annotation for k, field in Config.model_fields.items() if k != "deepspeed"}
     parts = [table(name, model) for name, model in sections.items()]
-    parts.insert(list(sections).index("loss"), table("one entry of stream.servers", Server))
+    parts.insert(list(sections).index("loss"), table("one entry of stream.servers", ServerAddress))
     parts.insert([part.startswith("## loss") for part in parts].index(True) + 1, table("loss.terms", LossTerms))
     refused = [f"| `{key}` | {instead} |" for key, instead in DERIVED_DEEPSPEED_KEYS.items()]
     return "\n".join([*parts, "## Refused in deepspeed", "", "| key | use instead |", "|---|---|", *refused, ""])

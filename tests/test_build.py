@@ -85,7 +85,10 @@ def test_an_unknown_target_is_one_clear_sentence() -> None:
 
 
 # What trains on a device, without the configuration and the launcher.
-LIGHT = ("drafter", "loss", "attention", "packer", "assembler", "row_memory", "cuda_copier", "stream.ring")
+LIGHT = (
+    *("drafter.model", "training.loss", "ops.attention", "data.schedule", "training.loader", "training.copiers"),
+    "transport.ring",
+)
 
 
 @pytest.mark.parametrize("module", LIGHT)

@@ -1,7 +1,7 @@
 """The cache: a folder of hidden states, one file a sample, and what writes to it.
 
     manifest.json            what the files hold and of which verifier and data set
-    hs_{sample}.safetensors  cache_file.py; `sample` counts the training samples, then the held out ones
+    hs_{sample}.safetensors  file.py; `sample` counts the training samples, then the validation ones
 
 A file is written aside and renamed, so that a name always stands for a whole file, however the writer ends. Nothing is
 flushed to the disk: what a power cut tears is found by its checksum and made again. Several processes may write to one

@@ -145,7 +145,7 @@ def _answer(config: Config, order: Order, asked: Sequence[Asked], requests: Prom
 
 
 def _fingerprint(order: Order, prompts: Sequence[npt.NDArray[np.int32]]) -> str:
-    """Of everything that the answers depend on besides the verifier."""
+    """A digest of everything that the answers depend on, the verifier aside."""
     digest = hashlib.blake2b(json.dumps(asdict(order.sampling)).encode(), digest_size=8)
     for prompt in prompts:
         digest.update(len(prompt).to_bytes(8, "little") + prompt.astype("<i4").tobytes())

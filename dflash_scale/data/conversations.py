@@ -47,7 +47,7 @@ class Encoded:
 
     @property
     def trainable(self) -> bool:
-        """Whether some position may be an anchor: it and its successor are supervised (anchors.py)."""
+        """Whether some position may be an anchor: it and its successor are supervised (drafter/blocks.py)."""
         return bool((self.loss_mask[:-1] & self.loss_mask[1:]).any())
 
 

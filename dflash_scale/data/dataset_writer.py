@@ -1,4 +1,4 @@
-"""Writes the files of a prepared data set (prompts.py): samples go to their split, lines are counted."""
+"""Writes the files of a prepared data set (dataset.py): samples go to their split, lines are counted."""
 
 from __future__ import annotations
 

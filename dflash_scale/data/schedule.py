@@ -82,7 +82,7 @@ def pack(samples: Iterable[int], lengths: Ints, row_tokens: int) -> list[tuple[P
 
 @dataclass(frozen=True, slots=True)
 class ScheduleSpec:
-    """What the schedule depends on besides the samples' lengths. `max_steps` None: all epochs · excluded: samples that
+    """What the schedule depends on, with the samples' lengths. `max_steps` None: all epochs · excluded: samples that
     are left out."""
 
     row_tokens: int

@@ -95,7 +95,7 @@ def plan_anchors(
 
 @dataclass(frozen=True, slots=True)
 class AnchorSpec:
-    """What the anchors of a row depend on besides the row."""
+    """What the anchors of a row depend on, the row aside."""
 
     block_size: int
     per_document: int

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DrafterSpec:
-    """What defines a drafter besides its weights.
+    """What defines a drafter, its weights aside.
 
     `layers` is the Qwen3 dictionary of the drafter's own layers (vLLM's `transformer_layer_config`), `layer_ids` the
     verifier's aux layers (id k = residual after k decoder layers), `context_size` the verifier's hidden size.

@@ -52,7 +52,7 @@ class RingSink:
         status.quarantined_samples = list(self.quarantined)
 
     def close(self) -> None:
-        """Finishes what is under way besides the rings."""
+        """Nothing to finish: the rings are closed by their owner."""
 
     def take(self) -> list[Want]:
         """The samples that are due. Call it every few milliseconds: it keeps the rings alive."""

@@ -39,7 +39,7 @@ class Checkpoints:
 
     Args:
         folder: where they lie.
-        keep: how many of the newest are kept; the best is kept besides.
+        keep: how many of the newest are kept; the best is kept in any case.
         run: what each of them holds, and what a resumed run is compared with.
     """
 

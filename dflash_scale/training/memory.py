@@ -43,7 +43,7 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What memory depends on besides the configuration: ranks, parameters, V and A."""
+    """What memory depends on, beyond the configuration: ranks, parameters, V and A."""
 
     world_size: int
     trainable: int
@@ -109,7 +109,7 @@ def activation_bytes(spec: DrafterSpec, slots: int, tokens: int, number: int, *,
 
 
 def attention_bytes(config: Config, spec: DrafterSpec, slots: int) -> int:
-    """What the attention keeps for the backward besides its inputs and output: one fp32 statistic per slot and head of
+    """What the attention keeps for the backward beyond its inputs and output: one fp32 statistic per slot and head of
     every layer, of one layer with activation checkpointing. The reference keeps the fp32 weights of every slot, head
     and key instead, twice, because the product with the values keeps a copy of its own."""
     layers = 1 if config.train.activation_checkpointing else spec.layers.num_hidden_layers

@@ -1,4 +1,4 @@
-"""The two ends of the wire as ZeroMQ sockets, with or without keys. What they carry is in `wire.py`.
+"""The two ends of the wire as ZeroMQ sockets, with or without keys. What they carry is in `messages.py`.
 
 - Who binds: a server binds a ROUTER (`bind_router`); receivers connect a DEALER to each server (`Dealers`).
 - Ordering: messages of one connection come in the order in which they were sent; of two connections, in any.

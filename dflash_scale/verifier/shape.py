@@ -1,6 +1,6 @@
 """What the trainer knows of the verifier before any weight is read: its shape and its mask token.
 
-The verifier itself runs inside the servers. What is read of its weights is verifier_head.py's.
+The verifier itself runs inside the servers. What is read of its weights is in head.py.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _parsed(content: dict[str, Any], path: Path) -> Any:
             f"verifier {path}: got the family (model_type) {family!r}, wanted one that Transformers "
             f"{transformers.__version__} knows; a newer Transformers may know it, code from the hub is not run"
         )
-    # Only weights of full precision are ever read (verifier_head.py); how the others are packed is the servers' matter.
+    # Only weights of full precision are ever read (head.py); how the others are packed is the servers' matter.
     plain = {name: value for name, value in content.items() if name != "quantization_config"}
     return CONFIG_MAPPING[family].from_dict(plain)
 
