@@ -57,8 +57,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, type=Path, help="JSON file of the run")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value")
     parser.add_argument("--resume", action="store_true", help="continue from the latest checkpoint in output_dir")
-    parser.add_argument("--plan", action="store_true", help="print what the run resolves to and exit")
-    parser.add_argument("--world", type=int, default=8, help="ranks (GPUs) to plan for; default %(default)s")
+    parser.add_argument("--plan", action="store_true", help="dry run: print what the run resolves to, and exit")
+    parser.add_argument("--world", type=int, default=8, help="ranks (GPUs) of the dry run; default %(default)s")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
     return parser.parse_args(argv)
 

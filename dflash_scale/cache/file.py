@@ -182,6 +182,8 @@ def _stored(file: int) -> Stored:
         raise BadFile("its header is not JSON") from error
     if not isinstance(content, dict) or content.keys() - {"__metadata__"} != {STATES, TOKENS}:
         raise BadFile(f"wanted the tensors {STATES} and {TOKENS}, got {list(content)!r:.200}")
+    # The rest of the file must be exactly the two tensors, side by side in either order: no gap, overlap or tail, so
+    # that every byte that is read later was accounted for here.
     data = size - LENGTH_BYTES - length
     tokens_dtype, tokens_shape, tokens_span = _tensor(content[TOKENS], 1)
     dtype, shape, span = _tensor(content[STATES], 3)
@@ -195,7 +197,7 @@ def _stored(file: int) -> Stored:
     sizes = (tokens_shape[0] * TOKEN_BYTES, shape[0] * shape[1] * shape[2] * number)
     spans = sorted([(*tokens_span, sizes[0]), (*span, sizes[1])])
     if [0, spans[0][1], data] != [spans[0][0], spans[1][0], spans[1][1]] or any(b - a != n for a, b, n in spans):
-        raise BadFile(f"its tensors do not fill its {data} bytes of data: it was cut, or written wrongly")
+        raise BadFile(f"its tensors do not fill its {data} bytes of data: it was truncated, or written wrongly")
     start = LENGTH_BYTES + length
     metadata = content.get("__metadata__")
     layer_ids, checksum = _metadata(metadata if isinstance(metadata, dict) else {})

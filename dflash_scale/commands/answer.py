@@ -240,7 +240,8 @@ def print_summary(order: Order) -> None:
     nbytes = Cache(order.states, ()).size()[1]
     print(
         f"{order.out}: {counts['train']:,} samples to train on ({tokens['train']:,} tokens), {counts['validation']:,} "
-        f"held out; of {counts['lines']:,} lines {counts['bad']:,} bad or not answered, {counts['untrainable']:,} with "
-        f"answers too short, {counts['truncated']:,} cut\n{order.states}: their hidden states, {nbytes / 1e9:.2f} GB; "
+        f"for validation; of {counts['lines']:,} lines {counts['bad']:,} invalid or not answered, "
+        f"{counts['untrainable']:,} with answers too short, {counts['truncated']:,} truncated\n"
+        f"{order.states}: their hidden states, {nbytes / 1e9:.2f} GB; "
         f"train on both with --set data.path={order.out} --set stream.mode=offline --set stream.cache={order.states}"
     )

@@ -118,7 +118,7 @@ def _prepare(add: Add) -> None:
     add("--model", required=True, help="folder or hub id of the verifier, for its tokenizer")
     add("--out", required=True, help="folder to write; data.path of the configuration")
     _split(add)
-    add("--max-tokens", type=int, default=3072, help="samples are cut to this length; default %(default)s")
+    add("--max-tokens", type=int, default=3072, help="longer samples are truncated; default %(default)s")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes that tokenise; default %(default)s")
 
 
@@ -127,8 +127,8 @@ def _embedded(add: Add) -> None:
     add("--http", required=True, help="HOST:PORT to answer completions at")
     add("--zmq", required=True, help="tcp://HOST:PORT to send hidden states from")
     add("--layer-ids", required=True, help="comma-separated aux layers, id k = after k decoder layers")
-    add("--dtype", default="auto", choices=["auto", *DTYPE_BYTES], help="of the verifier; default %(default)s")
-    add("--threads", type=int, default=1, help="of torch; more make small models slower; default %(default)s")
+    add("--dtype", default="auto", choices=["auto", *DTYPE_BYTES], help="dtype of the verifier; default %(default)s")
+    add("--threads", type=int, default=1, help="threads of torch; more make small models slower; default %(default)s")
     add("--insecure", action="store_true", help="allow addresses that other machines can reach")
     add("--keys", type=Path, help="folder of `dflash-scale keys`: serve only receivers named there")
     add("--max-unsent-bytes", type=int, help="hidden states held for receivers, at most; default 8 GiB")
@@ -140,17 +140,17 @@ def _keys(add: Add) -> None:
 
 def _generate(add: Add) -> None:
     _run(add)
-    add("--out", help="folder to write; without it, stream.cache")
+    add("--out", help="folder to write; default: stream.cache")
 
 
 def _answer(add: Add) -> None:
     add("sources", nargs="+", help="JSONL files, or folders of them; answers in them are left out")
     _run(add)
-    add("--out", help="folder of the data set; without it, data.path")
-    add("--states", help="folder of the hidden states; without it, stream.cache")
-    add("--answer-tokens", type=int, default=1024, help="longest answer; default %(default)s")
+    add("--out", help="folder of the data set; default: data.path")
+    add("--states", help="folder of the hidden states; default: stream.cache")
+    add("--answer-tokens", type=int, default=1024, help="longest answer, in tokens; default %(default)s")
     add("--max-tokens", type=int, default=3072, help="longest sample, prompt and answer; default %(default)s")
-    add("--temperature", type=float, default=0.0, help="of the answers; 0 is greedy; default %(default)s")
+    add("--temperature", type=float, default=0.0, help="sampling temperature; 0 is greedy; default %(default)s")
     _split(add)
 
 
@@ -160,8 +160,8 @@ def _run(add: Add) -> None:
 
 
 def _split(add: Add) -> None:
-    add("--validation-fraction", type=float, default=0.01, help="share that is held out; default %(default)s")
-    add("--seed", type=int, default=0, help="of the split; default %(default)s")
+    add("--validation-fraction", type=float, default=0.01, help="share for validation; default %(default)s")
+    add("--seed", type=int, default=0, help="seed of the split into training and validation; default %(default)s")
 
 
 def _export(add: Add) -> None:
@@ -169,16 +169,16 @@ def _export(add: Add) -> None:
     add("out_dir", type=Path, help="folder to make")
     add("--verifier", help="folder or hub id, if it is not where the run had it")
     forms = ["speculators", "zlab"]
-    add("--format", choices=forms, default=forms[0], help="of config.json; vLLM reads both; default %(default)s")
+    add("--format", choices=forms, default=forms[0], help="format of config.json; vLLM reads both; default %(default)s")
 
 
 def _evaluate(add: Add) -> None:
     add("--verifier", required=True, help="folder or hub id")
     add("--drafter", required=True, type=Path, help="exported folder")
     add("--prompts", required=True, type=Path, help="JSONL with prompt_ids, or a prepared folder")
-    add("--count", type=int, default=64, help="prompts, at most; default %(default)s")
+    add("--count", type=int, default=64, help="number of prompts, at most; default %(default)s")
     add("--max-new-tokens", type=int, default=256, help="longest answer; default %(default)s")
-    add("--vllm-python", help="interpreter that has vLLM; without it vLLM is left out")
+    add("--vllm-python", help="interpreter that has vLLM, to measure there too")
     add("--out", type=Path, help="file for the results, JSON")
     add("--device", default="cpu", help="torch device of the Transformers verifier; default %(default)s")
     add("vllm_flags", nargs="*", help="flags for vLLM, after --")
@@ -186,7 +186,12 @@ def _evaluate(add: Add) -> None:
 
 def _doctor(add: Add) -> None:
     add("--vllm-python", default=sys.executable, help="the Python that has vLLM; default: this one")
-    add("--shm-bytes", type=int, default=1 << 30, help="wanted: ring_bytes × ranks of this node; default %(default)s")
+    add(
+        "--shm-bytes",
+        type=int,
+        default=1 << 30,
+        help="shared memory to ask for: ring_bytes × ranks of this node; default %(default)s",
+    )
 
 
 OPTIONS: dict[str, Callable[[Add], None]] = {

@@ -19,7 +19,7 @@ def run(args: Namespace) -> int:
     counts, tokens = manifest["counts"], manifest["tokens"]
     print(
         f"{args.out}: {counts['train']:,} samples to train on ({tokens['train']:,} tokens), {counts['validation']:,} "
-        f"held out; of {counts['lines']:,} lines {counts['bad']:,} bad, {counts['untrainable']:,} without anything to "
-        f"train on, {counts['truncated']:,} cut"
+        f"for validation; of {counts['lines']:,} lines {counts['bad']:,} invalid, {counts['untrainable']:,} without "
+        f"supervised tokens, {counts['truncated']:,} truncated"
     )
     return edge.DONE

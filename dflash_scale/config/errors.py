@@ -12,6 +12,8 @@ from pydantic_core import ErrorDetails
 
 Location = tuple[int | str, ...]
 
+IN_JSON = {"a valid array": "a JSON list such as [2,10,18]", "a valid dictionary": "a JSON object in braces"}
+
 
 def explain(problem: ErrorDetails, root: type[BaseModel]) -> str:
     """One line for one problem found while validating `root`."""
@@ -31,6 +33,7 @@ def explain(problem: ErrorDetails, root: type[BaseModel]) -> str:
             return message
     # pydantic: "Input should be a valid integer, unable to parse ..." -> "a valid integer"
     wanted = message.removeprefix("Input should be ").split(", unable")[0].split(", got")[0]
+    wanted = IN_JSON.get(wanted, wanted)
     got = json.dumps(problem["input"], default=str)
     return f"{where}: got {got[:80]}, wanted {wanted}{meaning}; correct it {remedy}"
 

@@ -49,8 +49,7 @@ class Config(Section):
         for key in given:
             if key in DERIVED_DEEPSPEED_KEYS:
                 raise ValueError(
-                    f"deepspeed.{key}: got a value, wanted none because it is derived; "
-                    f"remove it and use {DERIVED_DEEPSPEED_KEYS[key]}"
+                    f"deepspeed.{key}: do not set this, it is computed; remove it and set {DERIVED_DEEPSPEED_KEYS[key]}"
                 )
         zero = given.get("zero_optimization", {})
         stage = zero.get("stage", 2) if isinstance(zero, dict) else zero

@@ -79,7 +79,7 @@ class StreamSection(Section):
     requests_per_server: Positive = Field(default=64, description="Requests open at one server, at most.")
     lookahead_rows: Positive = Field(
         default=4,
-        description="Rows per rank that may be fetched ahead of the one in training; each has a buffer on the device.",
+        description="Rows per rank prefetched ahead of the one in training, at most; each has a buffer on the device.",
     )
     request_timeout_s: float = Field(
         default=120.0, gt=0, description="Seconds until an unanswered request counts as failed."

@@ -39,7 +39,7 @@ class BadLine(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """tokens (n,) int32 · loss_mask (n,) bool, True where the verifier said the token · truncated: n was cut."""
+    """tokens (n,) int32 · loss_mask (n,) bool, True where the verifier said the token · truncated: to max_tokens."""
 
     tokens: npt.NDArray[np.int32]
     loss_mask: npt.NDArray[np.bool_]

@@ -40,7 +40,7 @@ class PreparedWriter:
 
     Args:
         folder: an empty folder.
-        validation_fraction: share of the samples held out.
+        validation_fraction: share of the samples for validation.
         seed: of the split.
     """
 
@@ -74,7 +74,7 @@ class PreparedWriter:
         if not sample.trainable:
             self._counts["untrainable"] += 1
             return None
-        split = "validation" if self._held_out(sample.tokens if by is None else by) else "train"
+        split = "validation" if self._for_validation(sample.tokens if by is None else by) else "train"
         for part in (split.encode(), sample.tokens.tobytes(), sample.loss_mask.tobytes()):
             self._digest.update(len(part).to_bytes(8, "little") + part)
         self._writers[split].write({"input_ids": sample.tokens, "loss_mask": sample.loss_mask.view(np.int8)})
@@ -86,7 +86,7 @@ class PreparedWriter:
         self._longest = max(self._longest, len(sample.tokens))
         return split, self._counts[split] - 1
 
-    def _held_out(self, tokens: npt.NDArray[np.int32]) -> bool:
+    def _for_validation(self, tokens: npt.NDArray[np.int32]) -> bool:
         digest = hashlib.blake2b(tokens.tobytes(), digest_size=8, key=str(self._seed).encode()).digest()
         return int.from_bytes(digest, "little") < self._fraction * 2.0**64
 

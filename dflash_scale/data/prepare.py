@@ -51,9 +51,9 @@ def prepare(
         sources: JSONL files, or folders of them; see conversations.py for the forms of a line.
         model: folder or hub id of the verifier, or of its tokenizer.
         out_dir: the folder to write; it must not exist.
-        validation_fraction: share of the conversations held out, 0 to below 1. A conversation's side depends on its
+        validation_fraction: share of the conversations for validation, in [0, 1). A conversation's side depends on its
             tokens and the seed alone, so duplicates never sit on both sides.
-        max_tokens: samples are cut to this length.
+        max_tokens: longer samples are truncated to this length.
         seed: of the split.
         workers: processes that tokenise.
 

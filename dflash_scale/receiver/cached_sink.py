@@ -104,7 +104,7 @@ class CachedSink:
         """The samples that are due and not in the cache; puts one that is into its ring.
 
         Raises:
-            CacheLacking: offline, too many samples in a row cannot be had.
+            CacheLacking: offline, too many samples in a row are missing or damaged.
         """
         lacking = []
         for want in self._rings.take():
@@ -145,8 +145,8 @@ class CachedSink:
         self._lacking_in_a_row += 1
         if self._lacking_in_a_row >= FAILURES_IN_A_ROW:
             raise CacheLacking(
-                f"stream.cache: {FAILURES_IN_A_ROW} samples in a row cannot be had, the last: {path}: {problem}; "
-                'complete the folder with `dflash-scale generate`, or set stream.mode to "hybrid"'
+                f"stream.cache: {FAILURES_IN_A_ROW} samples in a row are missing or damaged, the last: {path}: "
+                f'{problem}; complete the folder with `dflash-scale generate`, or set stream.mode to "hybrid"'
             )
         log.warning("sample %d (epoch %d) is quarantined: %s: %s", want.key.sample, want.key.epoch, path, problem)
         self.quarantine(want.key, f"{path}: {problem}")

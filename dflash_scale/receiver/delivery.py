@@ -65,7 +65,7 @@ class Sink(Protocol):
         ...
 
     def quarantine(self, key: Key, reason: str) -> None:
-        """The sample cannot be had."""
+        """No server can deliver the sample: it is named and left out."""
         ...
 
 

@@ -103,7 +103,7 @@ class Sender:
     offer: what the hello reply says; samples have layers of its layout.
     keys: serve only receivers that hold one of these; without, whoever reaches the address.
     max_bytes: payload bytes held at most, queued or inside ZeroMQ; what belongs to a caller's pool is not counted.
-    Raises ValueError for an address that is not allowed, that is taken or that this machine has not.
+    Raises ValueError for an address that is not allowed, that is taken or that this machine does not have.
     """
 
     def __init__(

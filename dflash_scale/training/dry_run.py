@@ -203,7 +203,7 @@ def _stream(dry: DryRun) -> Lines:
     per_token, validation = layouts.train.bytes_per_token, layouts.validation.bytes_per_token
     ranks = min(dry.world_size, GPUS_PER_NODE)
     row = config.data.row_tokens * validation
-    more = f"; {validation:,} in validation, with the last residual" if validation > per_token else ""
+    more = f"; {validation:,} in validation, with the last layer" if validation > per_token else ""
     lines = [
         ("mode", config.stream.mode + (f", cache {config.stream.cache}" if config.stream.cache else "")),
         ("hidden states", f"{per_token:,} bytes per token, {layouts.train.dtype}{more}"),
@@ -235,11 +235,11 @@ def _schedule(dry: DryRun) -> Lines:
     if dry.data is None or dry.schedule is None:
         return [*lines, ("steps per epoch", f"unknown until prepared ({config.data.path} does not exist)")]
     schedule = dry.schedule
-    held_out, cached = len(dry.data.validation), config.stream.mode != "fake"
+    validation, cached = len(dry.data.validation), config.stream.mode != "fake"
     tokens = int(dry.data.train.lengths.sum() + dry.data.validation.lengths.sum())
     return [
         *lines,
-        ("samples", f"{len(dry.data.train):,} to train on, {held_out:,} held out"),
+        ("samples", f"{len(dry.data.train):,} to train on, {validation:,} for validation"),
         *([("a whole cache", size(tokens * dry.run.verifier.layouts.validation.bytes_per_token))] if cached else []),
         ("steps per epoch", f"{schedule.steps_per_epoch:,}"),
         ("steps", f"{schedule.total_steps:,}"),

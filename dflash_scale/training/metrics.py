@@ -13,9 +13,8 @@ from dflash_scale.training.ledger import JsonLines
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-# Above this share of waiting hidden states hold the training up; below it they are ahead of it.
-DATA_BOUND = 0.15
-# Where they come from, by stream.mode.
+DATA_BOUND = 0.15  # share of waiting above which a run is bound by its hidden states, not by the training
+# Where hidden states come from, by stream.mode.
 SOURCES = {"online": "servers", "offline": "cache", "hybrid": "servers or cache", "fake": "random states"}
 
 
@@ -66,7 +65,7 @@ class ProgressLine:
         self._show(step, text)
 
     def validation(self, step: int, values: dict[str, Any]) -> None:
-        self._validated = f" (held out {values['acceptance_length']:.2f})"
+        self._validated = f" (validation {values['acceptance_length']:.2f})"
         if self._bar is None and self._enabled:
             print(f"step {step}/{self._total} · validation{self._validated}", file=sys.stderr, flush=True)
 

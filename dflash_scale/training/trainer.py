@@ -78,8 +78,8 @@ class Interval:
     waited: float = 0.0
     tokens: int = 0
     samples: int = 0
-    slots: int = 0  # supervised ones
-    outside: int = 0  # of them, not trained because of the drafter's vocabulary
+    slots: int = 0  # supervised
+    outside: int = 0  # supervised slots not trained, because the drafter's vocabulary lacks their label
 
 
 class Trainer:

@@ -1,4 +1,4 @@
-"""The verifier's ends: its embedding, and the way from its last residual to its logits.
+"""The verifier's embedding, final norm and LM head: from its last hidden state (before the norm) to its logits.
 
 Both are the family's own code in Transformers. Its model is built from the config.json without memory (on the meta
 device), its final norm and output head get the tensors that the checkpoint holds for them, and all layers are thrown

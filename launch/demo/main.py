@@ -244,7 +244,9 @@ def main() -> int:
         "--cache", type=Path, default=Path(".cache/demo"), help="folder of what is made once; default %(default)s"
     )
     parser.add_argument("--config", type=Path, default=REPO / "configs" / "demo.json")
-    parser.add_argument("--verifier-steps", type=int, default=STEPS, help="of its training; default %(default)s")
+    parser.add_argument(
+        "--verifier-steps", type=int, default=STEPS, help="training steps of the verifier; default %(default)s"
+    )
     parser.add_argument("--prompts", type=int, default=1920, help="conversations to train on; default %(default)s")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value")
     args = parser.parse_args()

@@ -12,14 +12,14 @@ def read_metrics(path: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def plot_training(metrics: Path, out: Path) -> None:
-    """Loss and acceptance length over steps, training and held out, as a PNG."""
+    """Loss and acceptance length over steps, training and validation, as a PNG."""
     train, held_out = read_metrics(metrics, "train"), read_metrics(metrics, "validation")
     figure, axes = _figure(2)
     for axis, name, label in zip(
         axes, ("loss", "acceptance_length"), ("loss", "acceptance length (tokens)"), strict=True
     ):
         axis.plot([m["step"] for m in train], [m[name] for m in train], label="training")
-        axis.plot([m["step"] for m in held_out], [m[name] for m in held_out], "o-", label="held out")
+        axis.plot([m["step"] for m in held_out], [m[name] for m in held_out], "o-", label="validation")
         axis.set(xlabel="optimizer step", ylabel=label)
         axis.grid(alpha=0.3)
         axis.legend()

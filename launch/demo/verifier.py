@@ -333,7 +333,7 @@ def make_verifier(out_dir: Path, steps: int = STEPS, seed: int = 0, threads: int
     initialise(model)
     loss = train_model(model, sequences(held_in), spec)
     results = {"loss": loss, "held_out_loss": held_out_loss(model.eval(), sequences(held_out))}
-    log.info("verifier: %d steps, loss %.3f, held out %.3f", steps, loss, results["held_out_loss"])
+    log.info("verifier: %d steps, loss %.3f, validation %.3f", steps, loss, results["held_out_loss"])
     _save(out_dir, model, tokenizer, asdict(recipe) | results)
     return out_dir
 
@@ -352,7 +352,7 @@ def _save(
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out_dir", type=Path)
-    parser.add_argument("--steps", type=int, default=STEPS, help="of training")
+    parser.add_argument("--steps", type=int, default=STEPS, help="training steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     args = parser.parse_args(argv)

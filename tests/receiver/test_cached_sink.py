@@ -95,7 +95,7 @@ def test_an_empty_cache_ends_an_offline_run(
     with Ring.open(receiver.ring_names[0], timeout=60) as ring, pytest.raises(PeerDied):
         read_all(ring)
     assert receiver.process.wait(DONE) == 1
-    assert "64 samples in a row cannot be had, the last" in capfd.readouterr().err
+    assert "64 samples in a row are missing or damaged, the last" in capfd.readouterr().err
 
 
 def test_hybrid_makes_what_is_damaged_or_missing_and_keeps_it(

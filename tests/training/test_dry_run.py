@@ -186,7 +186,7 @@ def test_a_prepared_data_set_gives_steps_and_anchors(tmp_path: Path) -> None:
     assert make_dry_run(qwen3_8b(data=more), 2).most_anchors == per_row * (length - 1)
     text = print_dry_run(dry.run.config, 2)
     assert f"steps per epoch          {dry.schedule.steps_per_epoch}" in text
-    assert "samples                  50 to train on, 0 held out" in text
+    assert "samples                  50 to train on, 0 for validation" in text
     assert f"a whole cache            {50 * length * 49_152 / 1e6:.1f} MB" in text
 
 
@@ -203,7 +203,7 @@ def test_a_run_on_random_states_has_no_receiver_ring_or_credit_and_knows_its_ste
     assert dry.memory.rows == 64 * per_token, "one row, and none ahead of it"
     text = " ".join(print_dry_run(config, 1).split())
     steps = f"steps {dry.schedule.total_steps} Memory"
-    for expected in ("mode fake", "receivers none", "64 to train on, 16 held out", steps):
+    for expected in ("mode fake", "receivers none", "64 to train on, 16 for validation", steps):
         assert expected in text, text
     for absent in ("server 0", "ring of", "shared memory", "credit", "cache"):
         assert absent not in text

@@ -20,7 +20,7 @@ def test_the_line_names_the_bottleneck(capsys: pytest.CaptureFixture[str]) -> No
     line.train(6, {**VALUES, "wait_data": 0.01})
     shown = capsys.readouterr().err.splitlines()
     assert shown[0] == "step 5/10 · loss 1.250 · acceptance 2.50 · 12,345 tok/s · wait_data 40% · bottleneck: servers"
-    assert "held out 2.25" in shown[1] and "held out 2.25" in shown[2]
+    assert "validation 2.25" in shown[1] and "validation 2.25" in shown[2]
     assert shown[2].endswith("wait_data 1% · bottleneck: training")
     assert [bottleneck(share, "cache") for share in (0.0, 0.1, 0.2)] == ["training", "training", "cache"]
 

@@ -50,7 +50,7 @@ def settings(rows: int, row_tokens: int, loss: str = "decay", stage: int = 2, **
 
 
 def write_data(folder: Path) -> str:
-    """A prepared data set: 12 samples to train on, 4 held out, of 9 to 15 random tokens: none share a row of 16."""
+    """A prepared data set: 12 samples to train on, 4 to validate, of 9 to 15 random tokens: none share a row of 16."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 12), ("validation", 4)):
         tokens = [rng.integers(0, 63, length, np.int32) for length in rng.integers(9, 16, count)]
