@@ -41,7 +41,7 @@ from benchmarks.machine import stamp  # noqa: E402
 from benchmarks.timing import synchronize  # noqa: E402
 from dflash_scale.drafter.heads import OutputHead  # noqa: E402
 from dflash_scale.ops.softmax_loss import term_weights  # noqa: E402
-from dflash_scale.training.loss import Job, LossSpec, VerifierStates, drafter_loss, kept_slots, trained_mask  # noqa: E402
+from dflash_scale.training.loss import LossInputs, LossSpec, VerifierStates, drafter_loss, kept_slots, trained_mask  # noqa: E402
 
 TERMS = {name: term_weights({name: 1.0}) for name in ("ce", "kl")}
 MOST_EXTRA_BYTES, MOST_TIMES_GEMMS = 0.6e9, 1.15  # the targets, on a GPU and everywhere
@@ -109,7 +109,7 @@ Round = Callable[[], object]
 def gemms(inputs: Inputs, problem: Problem, term: str) -> Round:
     spec = LossSpec(terms=TERMS[term])
     verifier = inputs.verifier if spec.soft else None
-    job = Job(OutputHead(inputs.head), inputs.labels, inputs.trained, spec, verifier)
+    job = LossInputs(OutputHead(inputs.head), inputs.labels, inputs.trained, spec, verifier)
 
     def products() -> None:
         grad = torch.empty_like(inputs.hidden)

@@ -65,8 +65,7 @@ from dflash_scale.receiver.process import keep_freed_memory  # noqa: E402
 from dflash_scale.receiver.requests import SampleRequests  # noqa: E402
 from dflash_scale.receiver.ring_sink import RingSink  # noqa: E402
 from dflash_scale.receiver.status import Status  # noqa: E402
-from dflash_scale.server.completions import CompletionServer, Reply, Request  # noqa: E402
-from dflash_scale.server.completions import Limits as RequestLimits  # noqa: E402
+from dflash_scale.server.completions import CompletionServer, Reply, Request, RequestLimits  # noqa: E402
 from dflash_scale.server.sender import Offer, Sender  # noqa: E402
 from dflash_scale.transport.encoding import decode, encode  # noqa: E402
 from dflash_scale.transport.keys import make_keys, receiver_keys, server_keys  # noqa: E402

@@ -98,8 +98,8 @@ def start_ranks(place: RankPlace) -> tuple[torch.device, dist.ProcessGroup]:
 
 def run(config: Config, place: RankPlace, *, resume: bool) -> int:
     """The whole run of one rank. Returns 0 when the schedule is complete, 143 when a signal ended it early, 2 when the
-    configuration, the data set, the verifier and the checkpoint do not fit together, 3 when samples of an epoch
-    are unaccounted for or were trained twice.
+    configuration, the data set, the verifier and the checkpoint do not fit together, 3 when samples are unaccounted
+    for or were trained twice.
     """
     device, control = start_ranks(place)
     try:
@@ -216,7 +216,7 @@ def resolve_trained(config: Config, verifier: ResolvedVerifier, data: Data) -> R
 
 def checked_tokenizer(config: Config, verifier: ResolvedVerifier, prepared: Prepared) -> Any:
     """The verifier's tokenizer; refuses a data set of another one, and keys and a cache that the stream cannot use."""
-    from dflash_scale.cache.folder import claim
+    from dflash_scale.cache.folder import claim_folder
     from dflash_scale.transport.keys import receiver_keys
 
     tokenizer = check_tokenizer(prepared, verifier.model)
@@ -224,7 +224,7 @@ def checked_tokenizer(config: Config, verifier: ResolvedVerifier, prepared: Prep
         receiver_keys(Path(config.stream.keys))  # the receiver reads them; what is wrong with them is said here
     if config.stream.cache is not None:
         origin = verifier.cache_origin(prepared.fingerprint)
-        claim(Path(config.stream.cache), origin, writable=config.stream.mode == "hybrid")
+        claim_folder(Path(config.stream.cache), origin, writable=config.stream.mode == "hybrid")
     return tokenizer
 
 

@@ -136,7 +136,7 @@ def open_cache(folder: Path, layout: Layout) -> Cache:
     return Cache(folder, layout.layer_ids if origin is None else origin.layout.layer_ids)
 
 
-def claim(folder: Path, origin: CacheOrigin, *, writable: bool) -> None:
+def claim_folder(folder: Path, origin: CacheOrigin, *, writable: bool) -> None:
     """Checks that a folder's files are of this verifier and data set; a new folder is made and gets a manifest.
 
     Raises:

@@ -49,7 +49,10 @@ class CacheWriter:
         most_bytes: int | None = None,
         report: Callable[[int, str], None] = lambda sample, problem: None,
     ) -> None:
-        self._cache, self._queue_bytes, self._most_bytes, self._report = cache, queue_bytes, most_bytes, report
+        self._cache = cache
+        self._queue_bytes = queue_bytes
+        self._most_bytes = most_bytes
+        self._report = report
         self.stopped = ""  # why nothing is written any more
         self.counts: Counter[str] = Counter()  # written, written_bytes, not_kept
         self._folder_bytes = cache.size()[1] if most_bytes is not None else 0

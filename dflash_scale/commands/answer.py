@@ -28,7 +28,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from dflash_scale.cache.folder import Cache, CacheOrigin, claim, open_cache, read_manifest
+from dflash_scale.cache.folder import Cache, CacheOrigin, claim_folder, open_cache, read_manifest
 from dflash_scale.commands import edge
 from dflash_scale.commands.generate import check_stream, fill_cache
 from dflash_scale.config.run import Config, load_config
@@ -211,7 +211,7 @@ def _place(order: Order, origin: CacheOrigin) -> None:
     fingerprint = load_prepared(work / DATA).fingerprint
     if order.out.exists() and load_prepared(order.out).fingerprint != fingerprint:
         raise ValueError(f"{order.out} exists and is another data set than {work / DATA}; name a new folder")
-    claim(order.states, replace(origin, data_fingerprint=fingerprint), writable=True)
+    claim_folder(order.states, replace(origin, data_fingerprint=fingerprint), writable=True)
     source, target = Cache(work, ()), Cache(order.states, ())
     for prompt, sample in numbers.items():
         if source.has(int(prompt)):

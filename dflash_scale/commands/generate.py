@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from dflash_scale.cache.folder import CacheOrigin, claim, open_cache
+from dflash_scale.cache.folder import CacheOrigin, claim_folder, open_cache
 from dflash_scale.commands import edge
 from dflash_scale.config.run import Config, load_config
 from dflash_scale.data.dataset import Samples, check_tokenizer, load_prepared
@@ -108,7 +108,7 @@ def fill_cache(config: Config, requests: Requests, folder: Path, cache_origin: C
             f"longest sample has {requests.lengths.max()} tokens of {layout.bytes_per_token} bytes; use --set "
             f"stream.server_credit_bytes={longest}, or shorter samples"
         )
-    claim(folder, cache_origin, writable=True)
+    claim_folder(folder, cache_origin, writable=True)
     run_id = secrets.token_hex(6)
     keys = None if config.stream.keys is None else receiver_keys(Path(config.stream.keys))
     identity = Identity(run_id, f"{run_id}:generate:{os.getpid()}", layout, origin_of(config.verifier.model), keys)

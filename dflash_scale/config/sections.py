@@ -133,8 +133,7 @@ class TrainSection(Section):
         default=None, description="Optimizer steps after which the run ends; null = no limit."
     )
     rows_per_step: Positive = Field(
-        default=8,
-        description="Rows (packed sequences) of one optimizer step, over all ranks and micro-steps: the global batch in packed sequences.",
+        default=8, description="Rows (packed sequences) of one optimizer step, over all ranks: the global batch."
     )
     lr: float = Field(default=6e-4, gt=0, description="Peak learning rate of AdamW.")
     weight_decay: float = Field(
@@ -149,9 +148,7 @@ class TrainSection(Section):
     min_lr_ratio: float = Field(
         default=0.0, ge=0, le=1, description="lr at the end of the cosine, as a share of the peak."
     )
-    clip: float = Field(
-        default=1.0, gt=0, description="Global norm to which larger gradients are scaled down (max gradient norm)."
-    )
+    clip: float = Field(default=1.0, gt=0, description="Max gradient norm: a larger global norm is scaled down to it.")
     precision: Literal["bf16", "fp32"] = Field(
         default="bf16", description="Compute dtype; fp32 is for tests and CPU runs."
     )

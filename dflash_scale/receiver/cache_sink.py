@@ -41,7 +41,10 @@ class CacheSink:
     """
 
     def __init__(self, requests: Requests, cache: Cache, layout: Layout, most_bytes: int) -> None:
-        self._requests, self._cache, self._layout, self._most_bytes = requests, cache, layout, most_bytes
+        self._requests = requests
+        self._cache = cache
+        self._layout = layout
+        self._most_bytes = most_bytes
         self._lengths = requests.lengths
         self.attached = True
         self.backlog = False

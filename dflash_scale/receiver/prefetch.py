@@ -49,7 +49,10 @@ class Prefetch:
         self, ring: Ring, rows: Iterator[Row], lengths: npt.NDArray[np.int32], layouts: RowLayouts, lookahead: int
     ) -> None:
         self.ring = ring
-        self._rows, self._lengths, self._layouts, self._lookahead = rows, lengths, layouts, lookahead
+        self._rows = rows
+        self._lengths = lengths
+        self._layouts = layouts
+        self._lookahead = lookahead
         largest = record_span(int(lengths.max()) * layouts.validation.bytes_per_token)
         if 2 * largest > ring.capacity:
             raise ValueError(

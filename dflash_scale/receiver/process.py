@@ -119,7 +119,7 @@ class StatusFile:
             self._failed = False
 
 
-def serve(spec: ReceiverSpec, rings: Sequence[Ring], stop: Stop) -> Status:
+def fill_rings(spec: ReceiverSpec, rings: Sequence[Ring], stop: Stop) -> Status:
     """Feeds the rings until everything is delivered or `stop` says so. Returns the last status."""
     status = Status("starting", os.getpid(), [ring.name for ring in rings])
     status.write(spec.status)  # other ranks find their rings by it
@@ -187,7 +187,7 @@ def main() -> int:
         ring_bytes = spec.config.stream.ring_bytes + RING_SLACK
         for local in range(len(spec.ranks)):
             rings.append(Ring.create(own_ring_name(spec.run_id, local), ring_bytes))
-        status = serve(spec, rings, stop)
+        status = fill_rings(spec, rings, stop)
         if status.state == "complete":
             log.info("all samples are delivered")
         else:

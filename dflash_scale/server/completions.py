@@ -39,7 +39,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class RequestLimits:
     """What requests are checked against: ids below `vocab_size`, prompt and answer of `max_tokens` together, and layers
     of `layout`."""
 
@@ -57,7 +57,9 @@ class Reply:
 class CompletionServer:
     """Listens from construction until `close`. Raises ValueError for an address that it cannot have."""
 
-    def __init__(self, address: str, model: str, limits: Limits, submit: Callable[[Request], "Future[Reply]"]) -> None:
+    def __init__(
+        self, address: str, model: str, limits: RequestLimits, submit: Callable[[Request], "Future[Reply]"]
+    ) -> None:
         host, port = split_address("--http", f"http://{address}", "http")
 
         class Handler(_Handler):
@@ -93,7 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     wbufsize = -1  # headers and body in one packet: unbuffered, each reply waits 40 ms for a delayed ACK
     model: str
-    limits: Limits
+    limits: RequestLimits
     submit: Callable[[Request], "Future[Reply]"]
 
     def do_GET(self) -> None:
@@ -152,7 +154,7 @@ class _Handler(BaseHTTPRequestHandler):
         log.debug(format, *args)
 
 
-def parse_request(body: bytes, model: str, limits: Limits) -> Request:
+def parse_request(body: bytes, model: str, limits: RequestLimits) -> Request:
     """Raises ValueError for what this server cannot do as asked; keys that it does not know are ignored, as in vLLM."""
     try:
         content = json.loads(body)

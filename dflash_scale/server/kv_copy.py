@@ -17,7 +17,7 @@ import torch
 from dflash_scale.server.host_pool import HostPool, Piece
 from dflash_scale.server.sender import Sender
 from dflash_scale.transport import messages
-from dflash_scale.transport.encoding import encode
+from dflash_scale.transport.encoding import bytes_of, encode
 from dflash_scale.transport.layout import WireError
 
 SLICE_BYTES: Final = 16 << 20  # gathered on the device at once: its memory is vLLM's, and a copy this long is efficient
@@ -127,7 +127,7 @@ class KvCopier:
     def _send(self, copy: _Copy) -> None:
         token_ids = torch.tensor(copy.finished.token_ids, dtype=torch.int32)
         released = partial(self._pool.give_back, copy.piece)
-        self._sender.send(copy.finished.ticket, _bytes_of(token_ids), _bytes_of(copy.piece.memory), released)
+        self._sender.send(copy.finished.ticket, bytes_of(token_ids), bytes_of(copy.piece.memory), released)
 
 
 class _SideStream:
@@ -156,8 +156,3 @@ def _indices(values: Sequence[int], device: torch.device) -> torch.Tensor:
     """On a GPU without waiting for it: pageable memory would."""
     indices = torch.tensor(values)
     return indices if device.type == "cpu" else indices.pin_memory().to(device, non_blocking=True)
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The tensor's memory as bytes; the view keeps the tensor alive."""
-    return tensor.contiguous().view(torch.uint8).numpy().reshape(-1).data

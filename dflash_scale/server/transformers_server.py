@@ -21,10 +21,10 @@ from typing import Any, Final
 
 import torch
 
-from dflash_scale.server.completions import CompletionServer, Limits, Reply, Request
+from dflash_scale.server.completions import CompletionServer, Reply, Request, RequestLimits
 from dflash_scale.server.sender import MAX_BYTES, Offer, Sender
 from dflash_scale.transport.addresses import check_bind, check_bind_http, split_address
-from dflash_scale.transport.encoding import encode
+from dflash_scale.transport.encoding import bytes_of, encode
 from dflash_scale.transport.keys import server_keys
 from dflash_scale.transport.layout import Layout
 from dflash_scale.verifier.identity import origin_of
@@ -141,7 +141,7 @@ class TransformersServer:
             max_bytes=options.max_unsent_bytes,
         )
         self.zmq = self._sender.endpoint
-        limits = Limits(self._verifier.vocab_size, self._verifier.max_tokens, self._verifier.layout)
+        limits = RequestLimits(self._verifier.vocab_size, self._verifier.max_tokens, self._verifier.layout)
         try:
             self._http = CompletionServer(options.http, options.model, limits, self._submit)
         except ValueError:
@@ -194,7 +194,7 @@ class TransformersServer:
         if ticket is not None:
             tokens = [*request.token_ids, *answer] if ticket.answer else request.token_ids
             token_ids = torch.tensor(tokens, dtype=torch.int32)
-            self._sender.send(ticket, _bytes_of(token_ids), _bytes_of(encode(states, ticket.dtype)))
+            self._sender.send(ticket, bytes_of(token_ids), bytes_of(encode(states, ticket.dtype)))
         stopped = not request.ignore_eos and self._verifier.stopped(answer)
         return Reply(answer, "stop" if stopped else "length")
 

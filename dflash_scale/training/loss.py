@@ -151,7 +151,7 @@ def chunk_sums(
     chunk: Chunk, weights: Tensor, values: Tensor, ranks: Tensor, spec: LossSpec, *, agreed: Tensor | None
 ) -> BlockSums:
     """weights (n,), values (n, len(TERMS)) and ranks (n,) of `softmax_loss_`, in the order of the chunk; agreed () as
-    `Job.targets` gives it."""
+    `LossInputs.targets` gives it."""
     terms = (weights[:, None] * values).sum(0)
     loss = terms @ constants(spec, chunk.grid[1] + 1, terms.device, terms.dtype)[1]
     right = chunk.spread((ranks == 0).to(values.dtype), 0.0)
@@ -215,7 +215,7 @@ def chunks(labels: Tensor, trained: Mask, chunk_slots: int, anchors: Ints | None
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class LossInputs:
     """The arguments of `drafter_loss` that have no gradient."""
 
     head: OutputHead
@@ -258,20 +258,20 @@ class ChunkedLoss(torch.autograd.Function):
     """The loss with the gradient of the hidden states made in the forward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, scale: Tensor, job: Job) -> tuple[Tensor, Tensor]:
-        training, head = ctx.needs_input_grad[0], job.head
+    def forward(ctx: Any, hidden: Tensor, scale: Tensor, given: LossInputs) -> tuple[Tensor, Tensor]:
+        training, head = ctx.needs_input_grad[0], given.head
         statistics = torch.promote_types(head.dtype, torch.float32)
         grad = torch.zeros_like(hidden) if training else None
-        total = hidden.new_zeros(BlockSums.size(job.labels.shape[1]), dtype=statistics)
-        for chunk in job.chunks():
-            labels, verifier, agreed = job.targets(chunk, compare=not training)
+        total = hidden.new_zeros(BlockSums.size(given.labels.shape[1]), dtype=statistics)
+        for chunk in given.chunks():
+            labels, verifier, agreed = given.targets(chunk, compare=not training)
             part = hidden[chunk.rows].to(head.dtype)
             logits = head.logits(part, out=empty_logits(len(part), head.vocab_size, part))
             values, ranks = softmax_loss_(
-                logits, labels, job.spec.terms, verifier, chunk.source, kernel=job.spec.kernel
+                logits, labels, given.spec.terms, verifier, chunk.source, kernel=given.spec.kernel
             )
-            weights = slot_weights(chunk, -values[:, CE], job.spec)
-            total += chunk_sums(chunk, weights, values, ranks, job.spec, agreed=agreed).packed()
+            weights = slot_weights(chunk, -values[:, CE], given.spec)
+            total += chunk_sums(chunk, weights, values, ranks, given.spec, agreed=agreed).packed()
             if grad is not None:
                 torch.mul(head.hidden_grad(logits), (weights * scale)[:, None], out=grad[chunk.rows])
         ctx.save_for_backward(grad)
@@ -314,7 +314,7 @@ def drafter_loss(
     if torch.is_autocast_enabled(device):
         head = head.to(dtype=torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
-        loss, total = ChunkedLoss.apply(hidden, scale, Job(head, labels, trained, spec, verifier))
+        loss, total = ChunkedLoss.apply(hidden, scale, LossInputs(head, labels, trained, spec, verifier))
     return loss, BlockSums.unpacked(total)
 
 
@@ -338,9 +338,9 @@ def drafter_loss_reference(
 ) -> tuple[Tensor, BlockSums]:
     """The text-book form of `drafter_loss` for A >= 1: all logits at once, gradient by autograd."""
     _check(hidden, trained, spec, verifier)
-    job = Job(head, labels, trained, spec, verifier)
+    given = LossInputs(head, labels, trained, spec, verifier)
     (chunk,) = chunks(labels, trained, trained.size + 1, verifier.anchors if verifier is not None else None)
-    targets, other, agreed = job.targets(chunk, compare=not hidden.requires_grad)
+    targets, other, agreed = given.targets(chunk, compare=not hidden.requires_grad)
     logits = head.logits(hidden).to(torch.promote_types(head.dtype, torch.float32))
     values = term_values(logits, targets.long(), other[chunk.source].to(logits) if other is not None else None)
     with torch.no_grad():

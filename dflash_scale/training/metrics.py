@@ -52,7 +52,10 @@ class ProgressLine:
     """One line on a terminal; in a file or a pipe, one line per logged step. Only rank 0 shows it."""
 
     def __init__(self, total: int, done: int, source: str, *, enabled: bool) -> None:
-        self._enabled, self._total, self._source, self._validated = enabled, total, source, ""
+        self._enabled = enabled
+        self._total = total
+        self._source = source
+        self._validated = ""
         terminal = enabled and sys.stderr.isatty()
         self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True) if terminal else None
 

@@ -109,9 +109,7 @@ class FakeSource:
         for place in row.places:
             generator = torch.Generator(self._device).manual_seed(place.sample)
             drawn = torch.randn(place.length, *size, dtype=dtype, device=self._device, generator=generator)
-            states[place.start : place.start + place.length] = drawn[
-                :, :layers
-            ]  # the last layer, which training rows lack, is last
+            states[place.start : place.start + place.length] = drawn[:, :layers]  # training rows lack the last one
         return states
 
     def status(self) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 In fp8 (e4m3) every token and layer has a scale of its own, its largest magnitude over 448, the largest that e4m3 holds:
 an element is off by at most 1/16 of itself, or by 2**-10 scales if it is small. Imported inside the vLLM server: torch.
 
-T tokens · L verifier layers sent · H hidden size.
+T tokens · L layers sent · H hidden size.
 """
 
 from typing import Final
@@ -35,3 +35,8 @@ def decode(raw: Tensor, layout: Layout) -> Tensor:
     scales = raw[:, :split].flatten().clone().view(torch.float32)  # a copy: four bytes may lie anywhere in a row
     values = raw[:, split:].view(torch.float8_e4m3fn).reshape(shape)
     return (values.to(torch.bfloat16) * scales.view(shape[:2])[..., None]).to(torch.bfloat16)
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a tensor on a CPU, as bytes; the view keeps the tensor alive."""
+    return tensor.contiguous().view(torch.uint8).numpy().reshape(-1).data

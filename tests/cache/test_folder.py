@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from dflash_scale.cache import folder as cache_module
 from dflash_scale.cache.file import MAX_HEADER_BYTES, BadFile
-from dflash_scale.cache.folder import ASIDE, Cache, CacheOrigin, claim, open_cache, read_manifest
+from dflash_scale.cache.folder import ASIDE, Cache, CacheOrigin, claim_folder, open_cache, read_manifest
 from dflash_scale.cache.writer import CacheWriter, Sample
 from dflash_scale.transport.layout import Layout
 
@@ -233,10 +233,10 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(cache: Cache, monkeypat
 
 def test_a_new_folder_gets_a_manifest_and_is_known_again(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "cache"
-    claim(folder, ORIGIN, writable=True)
+    claim_folder(folder, ORIGIN, writable=True)
     assert read_manifest(folder) == ORIGIN
-    claim(folder, ORIGIN, writable=False)
-    claim(folder, CacheOrigin(WHOLE, "not at hand", "", "11bb"), writable=False)
+    claim_folder(folder, ORIGIN, writable=False)
+    claim_folder(folder, CacheOrigin(WHOLE, "not at hand", "", "11bb"), writable=False)
     assert [path.name for path in folder.iterdir()] == ["manifest.json"]
 
 
@@ -257,14 +257,14 @@ def test_a_new_folder_gets_a_manifest_and_is_known_again(tmp_path: Path) -> None
     ],
 )
 def test_the_cache_of_another_run_is_refused(tmp_path: Path, other: CacheOrigin, text: str) -> None:
-    claim(tmp_path, ORIGIN, writable=True)
+    claim_folder(tmp_path, ORIGIN, writable=True)
     with pytest.raises(ValueError, match=text):
-        claim(tmp_path, other, writable=True)
+        claim_folder(tmp_path, other, writable=True)
 
 
 def test_a_run_that_wants_fewer_layers_may_use_it(tmp_path: Path) -> None:
-    claim(tmp_path, ORIGIN, writable=True)
-    claim(tmp_path, CacheOrigin(AUX_LAYERS, "fake", "00aa", "11bb"), writable=False)
+    claim_folder(tmp_path, ORIGIN, writable=True)
+    claim_folder(tmp_path, CacheOrigin(AUX_LAYERS, "fake", "00aa", "11bb"), writable=False)
     states = torch.randn(TOKENS, 3, 8).to(torch.bfloat16)
     path = open_cache(tmp_path, AUX_LAYERS).path(0)
     save_file({"hidden_states": states, "token_ids": GOOD_IDS}, path)  # it names no layers: the manifest does
@@ -273,27 +273,27 @@ def test_a_run_that_wants_fewer_layers_may_use_it(tmp_path: Path) -> None:
 
 def test_a_folder_of_another_program_is_taken_as_it_is(tmp_path: Path) -> None:
     save_file({"hidden_states": GOOD_STATES, "token_ids": GOOD_IDS}, tmp_path / "hs_0.safetensors")
-    claim(tmp_path, ORIGIN, writable=True)
+    claim_folder(tmp_path, ORIGIN, writable=True)
     assert not (tmp_path / "manifest.json").exists()
     assert open_cache(tmp_path, WHOLE).has(0)
 
 
 def test_a_missing_folder_and_a_strange_manifest_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="write one with `dflash-scale generate`"):
-        claim(tmp_path / "nowhere", ORIGIN, writable=False)
+        claim_folder(tmp_path / "nowhere", ORIGIN, writable=False)
     for text in ("no json", "[]", "{}", '{"format": 2}', '{"format": 1, "layout": {}}'):
         (tmp_path / "manifest.json").write_text(text)
         with pytest.raises(ValueError, match="is not a manifest of format 1"):
-            claim(tmp_path, ORIGIN, writable=True)
+            claim_folder(tmp_path, ORIGIN, writable=True)
 
 
 def test_a_folder_that_cannot_be_one_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"file/cache cannot be used: Not a directory .*name a folder"):
-        claim(tmp_path / "file" / "cache", ORIGIN, writable=True)
+        claim_folder(tmp_path / "file" / "cache", ORIGIN, writable=True)
     (tmp_path / "manifest.json").mkdir()
     with pytest.raises(ValueError, match=r"cannot be used: Is a directory .*manifest\.json"):
-        claim(tmp_path, ORIGIN, writable=False)
+        claim_folder(tmp_path, ORIGIN, writable=False)
 
 
 KILLED = """

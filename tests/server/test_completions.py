@@ -5,10 +5,10 @@ from concurrent.futures import Future
 
 import pytest
 
-from dflash_scale.server.completions import MAX_BODY_BYTES, CompletionServer, Limits, Reply, Request
+from dflash_scale.server.completions import MAX_BODY_BYTES, CompletionServer, Reply, Request, RequestLimits
 from dflash_scale.transport.layout import Layout
 
-LIMITS = Limits(128, 64, Layout((1,), 8, "float32"))
+LIMITS = RequestLimits(128, 64, Layout((1,), 8, "float32"))
 
 
 def never(request: Request) -> "Future[Reply]":
