@@ -28,7 +28,16 @@ rm -rf "$pack/wheels"
 
 verifier="$pack/demo/verifier" answers="$pack/demo/answers"
 if [[ ! -f $answers/held-in.jsonl ]]; then
-    "$mine" launch/demo/verifier.py "$verifier" --steps 240
-    "$mine" launch/demo/answers.py "$verifier" "$answers/held-in.jsonl" "$answers/held-out.jsonl" --prompts 480 --heldout 24
+    "$mine" -c '
+import sys
+from pathlib import Path
+
+from launch.demo.answers import AnswerSpec, make_answers
+from launch.demo.verifier import make_verifier
+
+verifier, answers = map(Path, sys.argv[1:])
+make_verifier(verifier, steps=240)
+make_answers(verifier, answers / "held-in.jsonl", answers / "held-out.jsonl", AnswerSpec(prompts=480, heldout=24))
+' "$verifier" "$answers"
 fi
 du -sh dflash_scale/*.so "$pack"/*

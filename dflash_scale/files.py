@@ -4,8 +4,6 @@ What is being written lies beside its name, as NAME.partial-HOST-PID. It goes wh
 there is known by that name and may be removed. Nothing is flushed to the disk.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import socket
@@ -14,28 +12,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-PARTIAL: Final = ".partial"  # in a name, here and where several processes write one folder together
+PARTIAL: Final = ".partial"  # in the name of everything unfinished
+MINE: Final = f"{PARTIAL}-{socket.gethostname()}-{os.getpid()}"
 
 
-def aside_of(path: Path) -> Path:
-    """Where this process writes what is to be `path`: several may, on machines that share the folder."""
-    return path.with_name(f"{path.name}{PARTIAL}-{socket.gethostname()}-{os.getpid()}")
-
-
-def is_partial(path: Path) -> bool:
-    """Whether a name is that of something unfinished."""
-    return PARTIAL in path.name
-
-
-def write_file(path: Path, content: str) -> None:
+def write_file(path: Path, text: str) -> None:
     """Replaces a small file of UTF-8 text in one step. Raises OSError; then the old file stays as it was."""
-    aside = aside_of(path)
+    aside = path.with_name(path.name + MINE)
     try:
-        aside.write_bytes(content.encode())
+        aside.write_bytes(text.encode())
         os.replace(aside, path)
-    except BaseException:
+    finally:
         aside.unlink(missing_ok=True)
-        raise
 
 
 @contextmanager
@@ -45,32 +33,25 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     Raises:
         OSError: among others when `path` is a folder that holds something, unless it is to be replaced.
     """
-    aside = aside_of(path)
+    aside = path.with_name(path.name + MINE)
     shutil.rmtree(aside, ignore_errors=True)  # of a process of this number that was killed
     aside.mkdir(parents=True)
     try:
         yield aside
-        put_folder(aside, path, replace=replace)
-    except BaseException:
+        if replace:
+            remove_folder(path)
+        os.rename(aside, path)
+    finally:
         shutil.rmtree(aside, ignore_errors=True)
-        raise
-
-
-def put_folder(aside: Path, path: Path, *, replace: bool) -> None:
-    """Gives a finished folder its name."""
-    if replace and path.exists():
-        remove_folder(path)
-    os.rename(aside, path)
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder of which nobody shall see half."""
-    removed = aside_of(path.with_name(f"{path.name}-removed"))
-    shutil.rmtree(removed, ignore_errors=True)  # half of one, of a killed process of this number
-    shutil.rmtree(path.rename(removed))
+    """Removes a folder, if there is one; nobody sees half of it under its name."""
+    if path.exists():
+        shutil.rmtree(path.rename(f"{path}.old{MINE}"))
 
 
 def remove_partial(folder: Path) -> None:
     """Removes what killed processes left; nobody may be writing there."""
-    for left in filter(is_partial, folder.glob("*")):
+    for left in folder.glob(f"*{PARTIAL}*"):
         shutil.rmtree(left) if left.is_dir() else left.unlink()

@@ -259,19 +259,7 @@ def parse(arguments: Sequence[str]) -> Serving:
         layer_ids = None if args.layer_ids is None else tuple(int(part) for part in args.layer_ids.split(","))
     except ValueError:
         raise ValueError(f"--layer-ids must look like 2,4,6, got {args.layer_ids!r}") from None
-    return Serving(
-        model=args.model,
-        port=args.port,
-        zmq=args.zmq,
-        layer_ids=layer_ids,
-        drafter=args.drafter,
-        host=args.host,
-        insecure=args.insecure,
-        keys=args.keys,
-        pool_bytes=args.pool_bytes,
-        python=args.python,
-        extra=tuple(extra),
-    )
+    return Serving(**{**vars(args), "layer_ids": layer_ids, "extra": tuple(extra)})
 
 
 def has_vllm(python: str) -> bool:

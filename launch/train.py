@@ -29,14 +29,7 @@ from dflash_scale.drafter.blocks import AnchorSpec
 from dflash_scale.drafter.model import Drafter
 from dflash_scale.drafter.pretrained import load_start
 from dflash_scale.receiver.client import RankPlace
-from dflash_scale.training.distributed import (
-    check_alike,
-    check_shared,
-    follow_launcher,
-    join_ranks,
-    launched_place,
-    leave_ranks,
-)
+from dflash_scale.training import distributed
 from dflash_scale.training.dry_run import print_dry_run
 from dflash_scale.training.fake import fake_head, run_data
 from dflash_scale.training.run import ResolvedRun, ResolvedVerifier, resolve_run, resolve_verifier
@@ -65,7 +58,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
-    place = launched_place()
+    place = distributed.launched_place()
     first = place is None or place.rank == 0
     # DeepSpeed calls collectives by names that torch is renaming; nothing that a user could act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -92,8 +85,8 @@ def start_ranks(place: RankPlace) -> tuple[torch.device, dist.ProcessGroup]:
     else:
         device = torch.device("cpu")
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_size))
-    threading.Thread(target=follow_launcher, name="follow-launcher", daemon=True).start()
-    return device, join_ranks(device)
+    threading.Thread(target=distributed.follow_launcher, name="follow-launcher", daemon=True).start()
+    return device, distributed.join_ranks(device)
 
 
 def run(config: Config, place: RankPlace, *, resume: bool) -> int:
@@ -110,7 +103,7 @@ def run(config: Config, place: RankPlace, *, resume: bool) -> int:
         complete = trainer.run()
     finally:
         trainer.parts.rows.close()
-    leave_ranks()
+    distributed.leave_ranks()
     if trainer.unbalanced:
         return edge.UNACCOUNTED  # the trainer's log says which epoch
     return edge.DONE if complete else edge.STOPPED
@@ -135,7 +128,7 @@ def set_up(
     from dflash_scale.training.trainer import Parts, Trainer
 
     output, run_id = Path(config.train.output_dir), shared_run_id(control)
-    check_shared(output, run_id, control)
+    distributed.check_shared(output, run_id, control)
     verifier = resolve_verifier(config, allow_network=True)
     data = load_data(config, verifier, control)
     run = resolve_trained(config, verifier, data)
@@ -198,7 +191,7 @@ def load_data(config: Config, verifier: ResolvedVerifier, control: dist.ProcessG
     exclusion = read_exclusion(config.data.exclude)
     exclusion.check(prepared.fingerprint)
     fingerprint = exclusion.fingerprint(prepared.fingerprint)
-    check_alike(common(config) | {"data.path": fingerprint}, control)
+    distributed.check_alike(common(config) | {"data.path": fingerprint}, control)
     return Data(prepared, samples, RowSchedule(samples, schedule_spec(config, dist.get_world_size())), fingerprint)
 
 

@@ -1,10 +1,13 @@
 """Writing aside and renaming: whatever fails in the middle, a name stands for what is whole."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from dflash_scale import files
+from tests.support.command import ROOT
 
 
 class Full(OSError):
@@ -76,26 +79,31 @@ def test_an_older_folder_is_replaced_where_that_is_wanted(tmp_path: Path) -> Non
 
 
 def test_what_a_killed_process_left_is_known_by_its_name(tmp_path: Path) -> None:
-    (tmp_path / "latest").write_text("kept")
-    left = files.aside_of(tmp_path / "step-000020")
-    left.mkdir()
-    (left / "weights").touch()
-    files.aside_of(tmp_path / "latest").touch()
-    (tmp_path / f"step-000030{files.PARTIAL}").mkdir()
-    assert [path.name for path in tmp_path.iterdir() if not files.is_partial(path)] == ["latest"]
+    for name in ("latest", "step-000010"):
+        (tmp_path / name).mkdir()
+    for name in ("step-000020", "step-000030"):
+        killed = """
+import os, sys; from pathlib import Path; from dflash_scale import files
+with files.new_folder(Path(sys.argv[1])) as aside:
+    (aside / "weights").touch()
+    os._exit(9)
+"""
+        subprocess.run([sys.executable, "-c", killed, str(tmp_path / name)], cwd=ROOT, check=False)
+    (tmp_path / f"step-000040{files.PARTIAL}").touch()
+    assert len([*tmp_path.iterdir()]) == 5
     files.remove_partial(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["latest"]
+    assert {path.name for path in tmp_path.iterdir()} == {"latest", "step-000010"}
 
 
 def test_a_folder_that_is_removed_is_never_seen_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "step-000010"
     path.mkdir()
 
-    def killed(path: Path, ignore_errors: bool = False) -> None:
-        if path.exists():
-            raise KeyboardInterrupt
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(files.shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         files.remove_folder(path)
-    assert not path.exists() and all(map(files.is_partial, tmp_path.iterdir()))
+    left = [each.name for each in tmp_path.iterdir()]
+    assert len(left) == 1 and files.PARTIAL in left[0]

@@ -22,19 +22,6 @@ Add = Callable[..., argparse.Action]  # a parser's `add_argument`
 LAUNCH = Path(__file__).parents[2] / "launch"
 SCRIPTS = {"serve": LAUNCH / "serve_vllm.py", "train": LAUNCH / "train.py", "demo": LAUNCH / "demo" / "main.py"}
 EMBEDDED = "serve --embedded"
-COMMANDS = {
-    "prepare": "conversations -> a prepared data set",
-    "serve": "a vLLM server that sends hidden states, or that serves a drafter",
-    EMBEDDED: "a small verifier in Transformers, without vLLM",
-    "keys": "the keys of the wire between servers and receivers",
-    "train": "`deepspeed launch/train.py ...`; with --plan, print what the run resolves to and exit",
-    "generate": "hidden states of a data set -> a cache on disk, for the modes offline and hybrid",
-    "answer": "prompts -> the verifier's own answers as a data set, and their hidden states as a cache",
-    "export": "a checkpoint -> a folder that `vllm serve` takes",
-    "evaluate": "acceptance of an exported drafter; with --vllm-python, also in a real vLLM server",
-    "demo": "the whole way on one machine, with a tiny verifier",
-    "doctor": "what this machine lacks for which feature, and what to do about it",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,14 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command in SCRIPTS:
             return start(program(command, arguments[1:]))
         args = make_parser().parse_args(arguments)
-        return int(importlib.import_module(module(command)).run(args))
+        module = command.replace(" --", "_")
+        return int(importlib.import_module(f"dflash_scale.commands.{module}").run(args))
     except ValueError as error:
         return edge.fail(command, error)
-
-
-def module(command: str) -> str:
-    """The name of the module that does a command's work."""
-    return f"dflash_scale.commands.{'serve_embedded' if command == EMBEDDED else command}"
 
 
 def program(command: str, rest: list[str]) -> list[str]:
@@ -106,10 +89,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dflash-scale", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"dflash-scale {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, text in COMMANDS.items():
+    for name, (text, add_options) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=name != EMBEDDED)
-        if name in OPTIONS:
-            OPTIONS[name](command.add_argument)
+        if add_options is not None:
+            add_options(command.add_argument)
     return parser
 
 
@@ -131,7 +114,8 @@ def _embedded(add: Add) -> None:
     add("--threads", type=int, default=1, help="threads of torch; more make small models slower; default %(default)s")
     add("--insecure", action="store_true", help="allow addresses that other machines can reach")
     add("--keys", type=Path, help="folder of `dflash-scale keys`: serve only receivers named there")
-    add("--max-unsent-bytes", type=int, help="hidden states held for receivers, at most; default 8 GiB")
+    held = "hidden states held for receivers, at most; default 8 GiB"
+    add("--max-unsent-bytes", type=int, default=argparse.SUPPRESS, help=held)  # the server's own default
 
 
 def _keys(add: Add) -> None:
@@ -194,15 +178,19 @@ def _doctor(add: Add) -> None:
     )
 
 
-OPTIONS: dict[str, Callable[[Add], None]] = {
-    "prepare": _prepare,
-    EMBEDDED: _embedded,
-    "keys": _keys,
-    "generate": _generate,
-    "answer": _answer,
-    "export": _export,
-    "evaluate": _evaluate,
-    "doctor": _doctor,
+# What `dflash-scale --help` says of each, and its options where they are read here.
+COMMANDS: dict[str, tuple[str, Callable[[Add], None] | None]] = {
+    "prepare": ("conversations -> a prepared data set", _prepare),
+    "serve": ("a vLLM server that sends hidden states, or that serves a drafter", None),
+    EMBEDDED: ("a small verifier in Transformers, without vLLM", _embedded),
+    "keys": ("the keys of the wire between servers and receivers", _keys),
+    "train": ("`deepspeed launch/train.py ...`; with --plan, print what the run resolves to and exit", None),
+    "generate": ("hidden states of a data set -> a cache on disk, for the modes offline and hybrid", _generate),
+    "answer": ("prompts -> the verifier's own answers as a data set, and their hidden states as a cache", _answer),
+    "export": ("a checkpoint -> a folder that `vllm serve` takes", _export),
+    "evaluate": ("acceptance of an exported drafter; with --vllm-python, also in a real vLLM server", _evaluate),
+    "demo": ("the whole way on one machine, with a tiny verifier", None),
+    "doctor": ("what this machine lacks for which feature, and what to do about it", _doctor),
 }
 
 

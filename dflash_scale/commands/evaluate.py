@@ -8,18 +8,9 @@ from dflash_scale.files import write_file
 
 
 def run(args: Namespace) -> int:
-    spec = EvaluateSpec(
-        args.verifier,
-        args.drafter,
-        args.prompts,
-        args.count,
-        args.max_new_tokens,
-        args.vllm_python,
-        tuple(args.vllm_flags),
-        device=args.device,
-    )
-    result = evaluate(spec)
+    out = vars(args).pop("out")
+    result = evaluate(EvaluateSpec(**vars(args)))
     print(report_lines(result))
-    if args.out is not None:
-        write_file(args.out, result.dump())
+    if out is not None:
+        write_file(out, result.dump())
     return edge.DONE

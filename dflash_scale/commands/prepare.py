@@ -7,15 +7,7 @@ from dflash_scale.data import prepare
 
 
 def run(args: Namespace) -> int:
-    manifest = prepare.prepare(
-        args.sources,
-        args.model,
-        args.out,
-        validation_fraction=args.validation_fraction,
-        max_tokens=args.max_tokens,
-        seed=args.seed,
-        workers=args.workers,
-    )
+    manifest = prepare.prepare(out_dir=args.out, **{name: given for name, given in vars(args).items() if name != "out"})
     counts, tokens = manifest["counts"], manifest["tokens"]
     print(
         f"{args.out}: {counts['train']:,} samples to train on ({tokens['train']:,} tokens), {counts['validation']:,} "

@@ -6,7 +6,7 @@ import threading
 from argparse import Namespace
 
 from dflash_scale.commands import edge
-from dflash_scale.server.transformers_server import MAX_BYTES, Options, TransformersServer
+from dflash_scale.server.transformers_server import Options, TransformersServer
 
 log = logging.getLogger(__name__)
 
@@ -32,14 +32,4 @@ def options(args: Namespace) -> Options:
         layer_ids = tuple(int(part) for part in args.layer_ids.split(","))
     except ValueError:
         raise ValueError(f"--layer-ids must look like 2,4,6, got {args.layer_ids!r}") from None
-    return Options(
-        model=args.model,
-        http=args.http,
-        zmq=args.zmq,
-        layer_ids=layer_ids,
-        dtype=args.dtype,
-        threads=args.threads,
-        insecure=args.insecure,
-        keys=args.keys,
-        max_unsent_bytes=MAX_BYTES if args.max_unsent_bytes is None else args.max_unsent_bytes,
-    )
+    return Options(**{**vars(args), "layer_ids": layer_ids})

@@ -11,13 +11,14 @@ files.
 """
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import deepspeed.comm as dist
 from deepspeed import DeepSpeedEngine
 
-from dflash_scale.files import PARTIAL, is_partial, put_folder, remove_folder, remove_partial, write_file
+from dflash_scale.files import PARTIAL, remove_folder, remove_partial, write_file
 from dflash_scale.training.run import ResolvedRun
 
 
@@ -59,7 +60,8 @@ class Checkpoints:
         if dist.get_rank() == 0:
             self._run.save(self.folder / partial)
             (self.folder / partial / "position.json").write_text(json.dumps(asdict(position)))
-            put_folder(self.folder / partial, self.folder / name, replace=True)  # again, after a resume
+            remove_folder(self.folder / name)  # the same step, before a resume
+            os.replace(self.folder / partial, self.folder / name)
             if best:
                 write_file(self.folder / "best", name)
             write_file(self.folder / "latest", name)
@@ -68,7 +70,7 @@ class Checkpoints:
 
     def _remove_old(self) -> None:
         kept = {self._named("latest"), self._named("best")}
-        complete = sorted(p for p in self.folder.glob("step-*") if not is_partial(p))
+        complete = sorted(p for p in self.folder.glob("step-*") if PARTIAL not in p.name)
         for old in complete[: -self._keep]:
             if old not in kept:
                 remove_folder(old)

@@ -1,7 +1,5 @@
 """The demo's data: chat prompts cut from source files, and the verifier's own greedy answers to them.
 
-    python launch/demo/answers.py VERIFIER_DIR TRAIN_JSONL HELDOUT_JSONL [--prompts 1920] [--answer-tokens 112]
-
 A drafter learns what its verifier says, so the answers are the verifier's, never the file's. Training prompts come from
 held-in files, evaluation prompts from files that neither the verifier nor the drafter has seen. All prompts have the
 same number of tokens: a batch then needs no padding, and padding would change the rounding of the verifier's numbers
@@ -13,11 +11,9 @@ Lines: {"prompt_ids": [...], "answer_ids": [...]}, which `dflash-scale prepare` 
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import multiprocessing
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +24,6 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-if __package__ in (None, ""):  # started as a script
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from dflash_scale.commands import edge
 from dflash_scale.files import write_file
 from launch.demo.verifier import Turns, encode_files, library_files, line_starts, read_sources
 
@@ -158,27 +150,3 @@ def _write(path: Path, prompts: npt.NDArray[np.int32], answers: list[list[int]])
     pairs = zip(prompts.tolist(), answers, strict=True)
     lines = (json.dumps({"prompt_ids": prompt, "answer_ids": answer}) + "\n" for prompt, answer in pairs)
     write_file(path, "".join(lines))
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verifier_dir", type=Path)
-    parser.add_argument("train_jsonl", type=Path)
-    parser.add_argument("heldout_jsonl", type=Path)
-    parser.add_argument("--prompts", type=int, default=1920, help="training conversations")
-    parser.add_argument("--heldout", type=int, default=64, help="evaluation conversations")
-    parser.add_argument("--answer-tokens", type=int, default=112, help="longest answer, in tokens")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads, one process each")
-    args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    spec = AnswerSpec(args.prompts, args.heldout, args.answer_tokens, args.seed, args.threads)
-    try:
-        make_answers(args.verifier_dir, args.train_jsonl, args.heldout_jsonl, spec)
-    except ValueError as error:
-        return edge.fail("demo", error)
-    return edge.DONE
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -237,12 +237,8 @@ def main() -> int:
         prog="dflash-scale demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--vllm", action="store_true", help="real vLLM servers ($DFLASH_SCALE_VLLM_PYTHON)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/demo"), help="folder of the run; replaced; default %(default)s"
-    )
-    parser.add_argument(
-        "--cache", type=Path, default=Path(".cache/demo"), help="folder of what is made once; default %(default)s"
-    )
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder; replaced; default %(default)s")
+    parser.add_argument("--cache", type=Path, default=Path(".cache/demo"), help="made once; default %(default)s")
     parser.add_argument("--config", type=Path, default=REPO / "configs" / "demo.json")
     parser.add_argument(
         "--verifier-steps", type=int, default=STEPS, help="training steps of the verifier; default %(default)s"

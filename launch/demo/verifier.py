@@ -1,7 +1,5 @@
 """The demo's verifier: a small language model trained here, in minutes, on the sources of Python's standard library.
 
-    python launch/demo/verifier.py OUT_DIR [--steps 720]
-
 The demo must run without a download, and a drafter can only be judged against a verifier whose text has structure. So
 this makes one: Qwen3's architecture (stock vLLM and Transformers load the folder), a byte-level BPE tokenizer of its
 own, and a ChatML template. Everything it reads is a conversation: the user shows the head of a file, the assistant goes
@@ -12,7 +10,6 @@ B sequences in a batch · N tokens in a sequence.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import logging
@@ -21,7 +18,6 @@ import os
 import platform
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,10 +31,6 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-if __package__ in (None, ""):  # started as a script
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from dflash_scale.commands import edge
 from dflash_scale.files import new_folder
 
 log = logging.getLogger(__name__)
@@ -347,22 +339,3 @@ def _save(
         tokenizer.save_pretrained(aside)
         (aside / "recipe.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         shutil.copymode(aside / "recipe.json", aside / "model.safetensors")  # safetensors' are for their owner: 0600
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out_dir", type=Path)
-    parser.add_argument("--steps", type=int, default=STEPS, help="training steps")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        make_verifier(args.out_dir, args.steps, args.seed, args.threads)
-    except ValueError as error:
-        return edge.fail("demo", error)
-    return edge.DONE
-
-
-if __name__ == "__main__":
-    sys.exit(main())

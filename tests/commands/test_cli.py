@@ -96,7 +96,7 @@ def test_reading_options_imports_nothing_heavy() -> None:
 
 def test_every_command_has_its_module() -> None:
     for command in cli.COMMANDS.keys() - cli.SCRIPTS.keys():
-        assert callable(importlib.import_module(cli.module(command)).run)
+        assert callable(importlib.import_module(f"dflash_scale.commands.{command.replace(' --', '_')}").run)
 
 
 def test_options_of_export_and_evaluate() -> None:
