@@ -18,7 +18,7 @@ MANY_PARAMETERS = {"anchor_attention"}
 # Besides the standard library; vLLM has all of them.
 INSIDE_VLLM = {"huggingface_hub", "msgpack", "torch", "xxhash", "zmq"}
 
-LIBRARIES = {"argparse": {"commands", "launch"}, "zmq": {"transport", "sender"}}
+LIBRARIES = {"argparse": {"commands", "launch"}, "zmq": {"transport"}}
 # The ranks' launcher says in the environment where they meet.
 READ_THE_ENVIRONMENT = {"launch", "commands", "distributed"}
 

@@ -7,9 +7,7 @@ how to give the buffers back, or else `max_bytes`, beyond which a sample is refu
 counted and logged. Imported inside the vLLM server: no torch.
 """
 
-import errno
 import logging
-import os
 import secrets
 import threading
 import time
@@ -19,11 +17,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
-import zmq
-
-from dflash_scale.transport import messages, sockets
+from dflash_scale.transport import messages
 from dflash_scale.transport.keys import ServerKeys
 from dflash_scale.transport.layout import Buffer, Layout, WireError
+from dflash_scale.transport.sockets import Router, Tracker, Unsent
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +71,7 @@ class _Outgoing:
 class _InZmq:
     """Buffers that ZeroMQ still refers to; `done` once the kernel has them or the connection is gone."""
 
-    tracker: zmq.MessageTracker
+    tracker: Tracker
     released: Callable[[], None]
 
 
@@ -121,19 +118,11 @@ class Sender:
         self.counters = Counters()
         reply = messages.HelloReply(offer.layout, offer.model, self.server_id, offer.origin, offer.data_parallel_rank)
         self._hello_reply = messages.encode(reply)
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._authenticator = sockets.Authenticator(self._context, keys.receivers) if keys is not None else None
-        try:
-            self._router = sockets.bind_router(self._context, address, insecure=insecure, keys=keys)
-        except ValueError:
-            self._end_context()
-            raise
-        self._connections = sockets.watch_connection(self._router, "connections")
-        self.endpoint = str(self._router.getsockopt_string(zmq.LAST_ENDPOINT))
+        self._router = Router(address, insecure=insecure, keys=keys)
+        self.endpoint = self._router.endpoint
         self._inbox: deque[_Sample | messages.Refusal] = deque()
         self._lock = threading.Lock()  # over _held_bytes alone
         self._held_bytes = 0
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stop_at: float | None = None
         self._logged_at = dict.fromkeys(COUNTED, float("-inf"))
         self._thread = threading.Thread(target=self._run, name="dflash-sender", daemon=True)
@@ -166,7 +155,7 @@ class Sender:
                 return False
             released = partial(self._free_bytes, nbytes)
         self._inbox.append(_Sample(ticket, token_ids, hidden_states, released))
-        os.eventfd_write(self._wake, 1)
+        self._router.wake()
         return True
 
     @property
@@ -177,31 +166,23 @@ class Sender:
     def refuse(self, ticket: messages.Ticket, reason: str, *, busy: bool = False) -> None:
         """Tells the receiver not to wait for this attempt. busy: the sample is not to blame, only the moment."""
         self._inbox.append(messages.Refusal(ticket, reason[: messages.MAX_REASON_CHARS], busy))
-        os.eventfd_write(self._wake, 1)
+        self._router.wake()
 
     def close(self, linger_s: float = 1.0) -> None:
         """Sends what is queued for at most `linger_s` seconds, then unbinds."""
         if self._stop_at is None:
             self._stop_at = time.monotonic() + linger_s
-            os.eventfd_write(self._wake, 1)
+            self._router.wake()
         self._thread.join()
 
     def _run(self) -> None:
         queues = _Queues()
-        poller = zmq.Poller()
-        poller.register(self._router, zmq.POLLIN)
-        poller.register(self._wake, zmq.POLLIN)
-        poller.register(self._connections, zmq.POLLIN)
         try:
             while not self._finished(queues):
                 busy = bool(queues.by_receiver or queues.in_zmq)
-                ready = dict(poller.poll(int(1000 * (RETRY_S if busy else 1.0))))
-                if self._wake in ready:
-                    os.eventfd_read(self._wake)
-                if self._router in ready:
-                    self._answer_hellos()
-                if self._connections in ready:
-                    self._count_turned_away()
+                self._router.wait(int(1000 * (RETRY_S if busy else 1.0)))
+                self._answer_hellos()
+                self._count_turned_away()
                 self._take_inbox(queues)
                 for receiver in list(queues.by_receiver):
                     self._send_queue(queues, receiver)
@@ -210,15 +191,7 @@ class Sender:
             log.exception("The sending thread died: receivers will get nothing more from this server")
             raise
         finally:
-            self._router.disable_monitor()
-            self._connections.close()
-            self._router.close(linger=200)  # milliseconds; frames below 64 KiB are copied and not tracked
-            self._end_context()
-
-    def _end_context(self) -> None:
-        if self._authenticator is not None:
-            self._authenticator.close()
-        self._context.term()
+            self._router.close()
 
     def _finished(self, queues: _Queues) -> bool:
         if self._stop_at is None:
@@ -228,24 +201,21 @@ class Sender:
 
     def _count_turned_away(self) -> None:
         for _ in range(HELLOS_PER_TURN):
-            try:
-                event = sockets.connection_event(self._connections)
-            except zmq.Again:
+            why = self._router.turned_away()
+            if why is None:
                 return
-            if event in sockets.HANDSHAKE_FAILURES:
-                self._count("turned_away", sockets.HANDSHAKE_FAILURES[event])
+            self._count("turned_away", why)
 
     def _answer_hellos(self) -> None:
         for _ in range(HELLOS_PER_TURN):
-            try:
-                frames = self._router.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
+            message = self._router.receive()
+            if message is None:
                 return
             try:
-                self._router.send_multipart([frames[0], self._answer(frames[1:])], zmq.NOBLOCK)
+                self._router.send(message[0], [self._answer(message[1:])])
             except WireError as error:
                 self._count("invalid", f"from a receiver: {error}")
-            except zmq.ZMQError as error:  # gone again, or it does not read: its next hello is answered
+            except Unsent as error:  # gone again, or it does not read: its next hello is answered
                 self._count("dropped", f"hello reply: {error}")
 
     def _answer(self, frames: list[bytes]) -> bytes:
@@ -278,19 +248,15 @@ class Sender:
         while queue:
             out = queue[0]
             try:
-                tracker = self._router.send_multipart([receiver, *out.frames], zmq.NOBLOCK, copy=False, track=True)
-            except zmq.ZMQError as error:
-                if error.errno not in (errno.EHOSTUNREACH, errno.EAGAIN):
-                    raise
-                patience = AWAY_S if error.errno == errno.EHOSTUNREACH else STALLED_S
-                if time.monotonic() - out.queued_at < patience:
+                tracker = self._router.send(receiver, out.frames)
+            except Unsent as error:
+                if time.monotonic() - out.queued_at < (AWAY_S if error.away else STALLED_S):
                     return
                 out.released()
                 self._count("dropped", f"receiver {receiver.decode()}: {error}")
             else:
                 self.counters.sent += 1
                 self.counters.sent_bytes += out.nbytes
-                assert tracker is not None  # track=True
                 queues.in_zmq.append(_InZmq(tracker, out.released))
             queue.popleft()
         del queues.by_receiver[receiver]

@@ -1,6 +1,6 @@
 """The two ends of the wire as ZeroMQ sockets, with or without keys. What they carry is in `messages.py`.
 
-- Who binds: a server binds a ROUTER (`bind_router`); receivers connect a DEALER to each server (`Dealers`).
+- Who binds: a server binds a ROUTER (`Router`); receivers connect a DEALER to each server (`Dealers`).
 - Ordering: messages of one connection come in the order in which they were sent; of two connections, in any.
 - Loss: a message comes whole or not at all. What is on its way when a connection breaks, or is given up, is lost. A
   dealer that broke is never used again: the next one has another routing id, what the server still sends to the old
@@ -20,9 +20,10 @@ them out, so a peer that was let in can fill the memory with one endless message
 Imported inside the vLLM server: standard library, msgpack, xxhash and zmq only.
 """
 
+import errno
 import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -32,6 +33,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from dflash_scale.transport.addresses import cannot_bind, check_bind
 from dflash_scale.transport.keys import ReceiverKeys, ServerKeys
+from dflash_scale.transport.layout import Buffer
 from dflash_scale.transport.messages import MAX_HEADER_BYTES, check_name
 
 IO_THREADS: Final = 4  # of a receiver; each moves about 2 GB/s, and a connection stays with one of them
@@ -39,7 +41,7 @@ HIGH_WATER: Final = 64  # messages per connection inside ZeroMQ; the bound in by
 HANDSHAKE_MS: Final = 5_000
 CURVE_BYTES: Final = 64  # what encryption adds to a frame: 33, as MAXMSGSIZE counts them
 DOMAIN: Final = b"dflash-scale"  # of the ZeroMQ authentication; any text, but not none
-
+Tracker = zmq.MessageTracker  # of a message that was sent
 UNLIKE: Final = "the keys do not belong together, or one side has none"
 HANDSHAKE_FAILURES: Final[Mapping[int, str]] = {
     zmq.EVENT_HANDSHAKE_FAILED_AUTH: "the server does not know the receiver's key",
@@ -89,6 +91,84 @@ def bind_router(
         socket.close(linger=0)
         raise ValueError(cannot_bind("--zmq", address, error.strerror)) from error
     return socket
+
+
+class Unsent(Exception):
+    """ZeroMQ did not take a message: its receiver is not connected (`away`), or does not read."""
+
+    def __init__(self, error: zmq.ZMQError) -> None:
+        super().__init__(str(error))
+        self.away = error.errno == errno.EHOSTUNREACH
+
+
+class Router:
+    """A server's end, with whoever connects. All but `wake` belongs to one thread.
+
+    Raises ValueError as `bind_router` does, whose arguments these are.
+    """
+
+    def __init__(self, address: str, *, insecure: bool, keys: ServerKeys | None) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._authenticator = Authenticator(self._context, keys.receivers) if keys is not None else None
+        try:
+            self._socket = bind_router(self._context, address, insecure=insecure, keys=keys)
+        except ValueError:
+            self._end_context()
+            raise
+        self._monitor = watch_connection(self._socket, "connections")
+        self.endpoint = str(self._socket.getsockopt_string(zmq.LAST_ENDPOINT))
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._poller = zmq.Poller()
+        for source in (self._socket, self._monitor, self._wake):
+            self._poller.register(source, zmq.POLLIN)
+
+    def wake(self) -> None:
+        """Ends a `wait`; for other threads."""
+        os.eventfd_write(self._wake, 1)
+
+    def wait(self, milliseconds: int) -> None:
+        """Until there is something to do, at most this long."""
+        if self._wake in dict(self._poller.poll(milliseconds)):
+            os.eventfd_read(self._wake)
+
+    def receive(self) -> list[bytes] | None:
+        """The next message, if there is one: the routing id of who sent it, and its frames."""
+        try:
+            return self._socket.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return None
+
+    def turned_away(self) -> str | None:
+        """Why one more connection was refused; None if there is none that was not told yet."""
+        try:
+            while (event := connection_event(self._monitor)) not in HANDSHAKE_FAILURES:
+                pass
+        except zmq.Again:
+            return None
+        return HANDSHAKE_FAILURES[event]
+
+    def send(self, receiver: bytes, frames: Sequence[Buffer]) -> Tracker:
+        """Sends without a copy: leave the frames alone until the result is `done`, because the kernel has them or the
+        connection is gone. Never blocks; raises Unsent."""
+        try:
+            tracker = self._socket.send_multipart([receiver, *frames], zmq.NOBLOCK, copy=False, track=True)
+        except zmq.ZMQError as error:
+            if error.errno in (errno.EHOSTUNREACH, errno.EAGAIN):
+                raise Unsent(error) from error
+            raise
+        assert tracker is not None  # track=True
+        return tracker
+
+    def close(self) -> None:
+        self._socket.disable_monitor()
+        self._monitor.close()
+        self._socket.close(linger=200)  # milliseconds; frames below 64 KiB are copied and not tracked
+        self._end_context()
+
+    def _end_context(self) -> None:
+        if self._authenticator is not None:
+            self._authenticator.close()
+        self._context.term()
 
 
 def connect_dealer(
