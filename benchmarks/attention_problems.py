@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from dflash_scale.ops.attention import ATTENTION, Plan, anchor_attention, build_plan
+from dflash_scale.ops.attention import ATTENTION, anchor_attention
 from dflash_scale.ops.attention_flex import row_bounds
+from dflash_scale.ops.attention_plan import Plan, build_plan
 
 KERNELS = ("sm90", "sm80", "cpu")
 OURS = (*KERNELS, "flex by plan")

@@ -52,7 +52,7 @@ from benchmarks.attention_problems import (  # noqa: E402
 )
 from benchmarks.machine import stamp  # noqa: E402
 from benchmarks.timing import WARM_UP, between, limits, mark, wall  # noqa: E402
-from dflash_scale.ops.attention import Plan, build_plan  # noqa: E402
+from dflash_scale.ops.attention_plan import Plan, build_plan  # noqa: E402
 
 Firsts = dict[str, Tensor]  # each case's first output, on the CPU, which the others are held to
 PEERS = ("flex", "sdpa")

@@ -34,6 +34,7 @@ from benchmarks.attention_problems import CPU_PROBLEMS, GPU_PROBLEMS, KERNELS, P
 from benchmarks.machine import stamp  # noqa: E402
 from benchmarks.timing import WARM_UP, between, mark, product_rate, synchronize  # noqa: E402
 from dflash_scale.ops import attention  # noqa: E402
+from dflash_scale.ops.attention_plan import Plan  # noqa: E402
 
 PROFILED = 3  # turns under the profiler
 AHEAD = 50_000_000  # cycles that the GPU sleeps while the host launches what is timed
@@ -47,7 +48,7 @@ class Work:
     backward: Callable[[], Any]
 
     @classmethod
-    def make(cls, plan: attention.Plan, tensors: tuple[Tensor, ...], kernel: str) -> Work:
+    def make(cls, plan: Plan, tensors: tuple[Tensor, ...], kernel: str) -> Work:
         tensors = tuple(x.detach() for x in tensors)
         dout = torch.randn_like(tensors[0])
         indices = (plan.starts, plan.ends, plan.tile_ranges, plan.order, plan.tile_order)

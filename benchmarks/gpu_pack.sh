@@ -24,7 +24,8 @@ nvcc -std=c++20 -O3 -Icsrc -gencode arch=compute_90a,code=sm_90a tests/gpu/probe
 
 rm -rf "$pack/wheels"
 "$other" -m pip wheel -q --no-deps --no-build-isolation -w "$pack/wheels" \
-    deepspeed hjson datasets dill multiprocess pyzmq pydantic pydantic-core annotated-types typing-inspection py-cpuinfo
+    deepspeed hjson datasets dill multiprocess pyzmq pydantic pydantic-core annotated-types typing-inspection py-cpuinfo \
+    aiohttp aiohappyeyeballs aiosignal attrs frozenlist multidict propcache yarl
 
 verifier="$pack/demo/verifier" answers="$pack/demo/answers"
 if [[ ! -f $answers/held-in.jsonl ]]; then

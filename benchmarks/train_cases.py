@@ -16,7 +16,7 @@ from transformers import Qwen3Config
 
 from benchmarks.attention_problems import BACKWARD_FLOP, visible_pairs
 from dflash_scale.drafter.model import Drafter, DrafterSpec
-from dflash_scale.ops.attention import build_plan
+from dflash_scale.ops.attention_plan import build_plan
 from dflash_scale.ops.softmax_loss import term_weights
 from dflash_scale.training.loss import LossSpec, VerifierStates, kept_slots, trained_mask
 

@@ -26,7 +26,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from benchmarks.attention_problems import Attend, dense_sdpa, mask_function, peers_flex
 from benchmarks.train_cases import Row
 from dflash_scale.drafter.heads import OutputHead
-from dflash_scale.ops.attention import Plan
+from dflash_scale.ops.attention_plan import Plan
 from dflash_scale.training.loss import LossSpec, drafter_loss
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # hidden states and scale -> the row's loss

@@ -24,6 +24,7 @@ from dflash_scale.data.quarantine import read_exclusion
 if TYPE_CHECKING:
     from dflash_scale.config.run import Config
 
+Kind = Literal["train", "validation"]
 OPEN_ROWS = 64  # rows that first fit looks at; bounds the packing to O(samples), at a cost below 1 % of fill
 
 
@@ -40,7 +41,7 @@ class Place:
 class Row:
     """One row of one rank. `step` counts from 1; a validation row's `epoch` is the step it follows."""
 
-    kind: Literal["train", "validation"]
+    kind: Kind
     epoch: int
     step: int
     micro: int
@@ -146,22 +147,20 @@ class RowSchedule:
         """The rows of one rank in one optimizer step (1-based), one per micro-step; the last step of an epoch may
         hold empty rows, so that every sample is trained and no rank has fewer micro-steps than another."""
         epoch, within = divmod(step - 1, self.steps_per_epoch)
-        order = self._row_order(epoch)
-        rows = []
-        for micro in range(self.micros):
-            index = within * self.spec.rows_per_step + micro * self.spec.world_size + rank
-            places = self._train[order[index]] if index < len(order) else ()
-            rows.append(Row("train", epoch, step, micro, places))
-        return rows
+        first, last = within * self.spec.rows_per_step, (within + 1) * self.spec.rows_per_step
+        mine = self._row_order(epoch)[first:last][rank :: self.spec.world_size]
+        return self._rows("train", epoch, step, [self._train[index] for index in mine], self.micros)
 
     def validation_rows(self, rank: int, step: int) -> list[Row]:
         """The validation rows of one rank after the optimizer step `step`; the same rows every time."""
-        rows = []
-        for micro in range(self.validation_micros):
-            index = micro * self.spec.world_size + rank
-            places = self._validation[index] if index < len(self._validation) else ()
-            rows.append(Row("validation", step, step, micro, places))
-        return rows
+        mine = self._validation[rank :: self.spec.world_size]
+        return self._rows("validation", step, step, mine, self.validation_micros)
+
+    @staticmethod
+    def _rows(kind: Kind, epoch: int, step: int, packed: list[tuple[Place, ...]], count: int) -> list[Row]:
+        """`count` rows, the last of them empty where fewer are packed."""
+        padded = [*packed, *[()] * (count - len(packed))]
+        return [Row(kind, epoch, step, micro, places) for micro, places in enumerate(padded)]
 
     def rows(self, rank: int, first_step: int = 1) -> Iterator[Row]:
         """All rows of one rank from the optimizer step `first_step` on, in the order it consumes them."""

@@ -22,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-from dflash_scale.ops.attention import Plan, anchor_attention, build_plan
+from dflash_scale.ops.attention import anchor_attention
+from dflash_scale.ops.attention_plan import Plan, build_plan
 from dflash_scale.ops.pointwise import norm_rope, rms_norm, silu_mul
 from dflash_scale.verifier.rope import check_rope, drafter_rope
 

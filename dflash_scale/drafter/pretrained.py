@@ -99,15 +99,13 @@ def read_definition(folder: Path) -> Definition:
         return of_content(content, causal_block=not content.get("sliding_window_non_causal", True))
     dflash = content.get("dflash_config") or {}
     if "target_layer_ids" in dflash:
-        layers = _layers(content)
-        return Definition(
-            layers=layers,
-            layer_ids=tuple(k + 1 for k in dflash["target_layer_ids"]),
-            context_size=content.get("target_hidden_size") or layers.hidden_size,
-            block_size=content.get("block_size", dflash.get("block_size")),
-            mask_token_id=dflash.get("mask_token_id", content.get("mask_token_id")),
-            causal_block=dflash.get("causal"),
-        )
+        named = {
+            "transformer_layer_config": content,
+            "aux_hidden_state_layer_ids": [k + 1 for k in dflash["target_layer_ids"]],
+            "block_size": content.get("block_size", dflash.get("block_size")),
+            "mask_token_id": dflash.get("mask_token_id", content.get("mask_token_id")),
+        }
+        return of_content({**content, **named}, causal_block=dflash.get("causal"))
     raise ValueError(
         f"got {path} without speculators_model_type {ALGORITHM} and without dflash_config.target_layer_ids, wanted the "
         "speculators or the z-lab format of a DFlash drafter"
@@ -126,7 +124,7 @@ def definition_content(spec: DrafterSpec, draft_vocab_size: int | None) -> dict[
     }
 
 
-def of_content(content: Mapping[str, Any], *, causal_block: bool) -> Definition:
+def of_content(content: Mapping[str, Any], *, causal_block: bool | None) -> Definition:
     """The inverse of `definition_content`."""
     layers = _layers(content["transformer_layer_config"])
     return Definition(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Final, NamedTuple
 
@@ -273,12 +273,7 @@ class Server:
             outstanding_bytes=self.load.outstanding_bytes,
             owed_bytes=self.load.late_bytes,
             open_requests=self.load.open_requests,
-            samples=self.totals.samples,
-            tokens=self.totals.tokens,
-            bytes=self.totals.bytes,
-            errors=self.totals.errors,
-            busy=self.totals.busy,
-            deaths=self.totals.deaths,
+            **asdict(self.totals),
             tokens_per_s=self.pace.tokens_per_s(now),
             http_p50_s=percentile(self.pace.http_s, 0.5),
             http_p99_s=percentile(self.pace.http_s, 0.99),

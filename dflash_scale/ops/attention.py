@@ -20,21 +20,10 @@ import torch
 from torch import Tensor
 
 from dflash_scale.ops.attention_flex import attention_flex
-from dflash_scale.ops.attention_plan import TILE, Plan, build_plan
-from dflash_scale.ops.attention_reference import attention_reference, visible_block, visible_context
+from dflash_scale.ops.attention_plan import Plan
+from dflash_scale.ops.attention_reference import attention_reference
 from dflash_scale.ops.backends import Backend, Operator
 from dflash_scale.ops.library import MISSING
-
-__all__ = [
-    "ATTENTION",
-    "KERNELS",
-    "TILE",
-    "Plan",
-    "anchor_attention",
-    "build_plan",
-    "visible_block",
-    "visible_context",
-]
 
 HALVES = (torch.bfloat16, torch.float16)
 MAX_GROUP = MAX_BLOCK = 64  # of the GPU kernels

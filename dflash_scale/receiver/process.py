@@ -66,15 +66,7 @@ def keep_freed_memory() -> None:
 
 def limits_of(stream: StreamSection) -> Limits:
     """The bounds of asking the servers."""
-    return Limits(
-        credit_bytes=stream.credit_bytes,
-        server_credit_bytes=stream.server_credit_bytes,
-        requests_per_server=stream.requests_per_server,
-        request_timeout_s=stream.request_timeout_s,
-        attempts=stream.attempts,
-        probe_s=stream.probe_s,
-        no_server_timeout_s=stream.no_server_timeout_s,
-    )
+    return Limits(**{name: getattr(stream, name) for name in Limits.__dataclass_fields__})
 
 
 class Stop:
@@ -151,14 +143,9 @@ def make_loop(spec: ReceiverSpec, rings: Sequence[Ring]) -> tuple[ReceiverLoop, 
     prepared = load_prepared(config.data.folder)
     samples = Samples(prepared.train, prepared.validation)
     schedule = RowSchedule(samples, schedule_spec(config, spec.world_size))
+    lookahead = config.stream.lookahead_rows
     prefetches = [
-        Prefetch(
-            ring,
-            schedule.rows(rank, spec.first_step),
-            samples.lengths,
-            layouts,
-            config.stream.lookahead_rows,
-        )
+        Prefetch(ring, schedule.rows(rank, spec.first_step), samples.lengths, layouts, lookahead)
         for rank, ring in zip(spec.ranks, rings, strict=True)
     ]
     keys = config.stream.keys

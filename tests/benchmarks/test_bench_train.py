@@ -22,7 +22,7 @@ from benchmarks.train_engine import planned_bytes, run_config, verifier_shape
 from benchmarks.train_peers import OURS, PEERS, TOGETHER
 from benchmarks.train_step import Options, Step, covered
 from dflash_scale.drafter import model
-from dflash_scale.ops.attention import Plan, build_plan
+from dflash_scale.ops.attention_plan import Plan, build_plan
 from dflash_scale.training.memory import activation_bytes
 from dflash_scale.verifier.shape import verifier_shape as shipped_shape
 

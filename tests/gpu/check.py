@@ -28,7 +28,8 @@ import torch  # noqa: E402
 import torch._dynamo  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from dflash_scale.ops.attention import ATTENTION, KERNELS, anchor_attention, build_plan  # noqa: E402
+from dflash_scale.ops.attention import ATTENTION, KERNELS, anchor_attention  # noqa: E402
+from dflash_scale.ops.attention_plan import build_plan  # noqa: E402
 from dflash_scale.ops.library import LIBRARY, MISSING  # noqa: E402
 from tests.gpu.errors import TOLERANCE, row_errors, where  # noqa: E402
 from tests.support.attention_cases import NAMES, Case, case, outputs  # noqa: E402

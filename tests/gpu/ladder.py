@@ -26,7 +26,8 @@ if str(ROOT) not in sys.path:  # as a script it must find this checkout's packag
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from dflash_scale.ops.attention import KERNELS, Plan, anchor_attention, build_plan  # noqa: E402
+from dflash_scale.ops.attention import KERNELS, anchor_attention  # noqa: E402
+from dflash_scale.ops.attention_plan import Plan, build_plan  # noqa: E402
 from dflash_scale.ops.library import LIBRARY  # noqa: E402
 from tests.gpu.errors import TOLERANCE, row_errors, where  # noqa: E402
 

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from dflash_scale.ops import attention, attention_plan, attention_reference, backends, library
-from dflash_scale.ops.attention import ATTENTION, Plan, anchor_attention, build_plan
+from dflash_scale.ops.attention import ATTENTION, anchor_attention
+from dflash_scale.ops.attention_plan import Plan, build_plan
 from dflash_scale.ops.backends import Proof
 from tests.support.attention_cases import NAMES, Case, assert_close, case, cases, outputs
 

@@ -14,7 +14,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dflash_scale.ops.attention import Plan, anchor_attention
+from dflash_scale.ops.attention import anchor_attention
+from dflash_scale.ops.attention_plan import Plan
 from tests.ops.test_attention import NAMES, Case, assert_close, case
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex
 
 from dflash_scale.ops import attention, attention_flex, attention_reference
-from dflash_scale.ops.attention import ATTENTION, Plan, anchor_attention
-from dflash_scale.ops.attention_plan import TILE
+from dflash_scale.ops.attention import ATTENTION, anchor_attention
+from dflash_scale.ops.attention_plan import TILE, Plan
 from tests.support.attention_cases import Case, assert_close, case, cases, outputs
 
 

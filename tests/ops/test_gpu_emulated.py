@@ -22,7 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dflash_scale.ops.attention import Plan, build_plan, visible_block, visible_context
+from dflash_scale.ops.attention_plan import Plan, build_plan
+from dflash_scale.ops.attention_reference import visible_block, visible_context
 from tests.support.emulated import ROOT, Guarded, build
 
 # Largest norm of a row's error, in parts of the row's norm, the tensor's mean norm and 1. Where a gradient cancels, the

@@ -3,7 +3,6 @@
 The real vLLM runs it in tests/e2e/test_extraction.py. L aux layers · H hidden size · B cache blocks · P block size.
 """
 
-import ast
 import importlib
 import sys
 from collections.abc import Iterator
@@ -356,18 +355,3 @@ def test_the_server_of_a_folder_of_keys_serves_its_receivers_only(connector: Mod
     finally:
         worker.shutdown()
         context.destroy(linger=0)
-
-
-def test_imports_of_ours_are_few() -> None:
-    imported = set()
-    for node in ast.walk(ast.parse(SOURCE.read_text())):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            imported |= {f"{node.module}.{alias.name}" for alias in node.names}
-    ours = {name for name in imported if name.startswith("dflash_scale")}
-    assert {name.removeprefix("dflash_scale.").removeprefix("stream.").split(".")[0] for name in ours} == {
-        *("addresses", "verifier", "wire", "keys", "publisher", "copies", "host_pool")
-    }
-    outside = {name.split(".")[0] for name in imported - ours}
-    assert outside == {"logging", "dataclasses", "pathlib", "typing", "torch", "vllm"}

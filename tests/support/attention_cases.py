@@ -8,7 +8,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dflash_scale.ops.attention import Plan, anchor_attention, build_plan
+from dflash_scale.ops.attention import anchor_attention
+from dflash_scale.ops.attention_plan import Plan, build_plan
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
 NAMES = ("out", "dq", "dk_ctx", "dv_ctx", "dk_blk", "dv_blk")
