@@ -46,51 +46,26 @@ def supervised_run(loss_mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
     return (next_gap[1:] - np.arange(n) - 1).astype(np.int32)
 
 
-def draw_anchors(loss_mask: npt.NDArray[np.bool_], *, per_document: int, seed: Sequence[int]) -> npt.NDArray[np.int32]:
+def draw_anchors(
+    loss_mask: npt.NDArray[np.bool_], *, block_size: int, per_document: int, seed: Sequence[int]
+) -> tuple[Ints, Ints]:
     """Draws one document's anchors without replacement, ascending; all valid positions if they are fewer.
 
     Args:
         loss_mask: (n,) bool of one document.
+        block_size: S.
         per_document: the most anchors to draw.
         seed: from `anchor_seed`.
-    """
-    valid = np.flatnonzero(loss_mask & (supervised_run(loss_mask) >= 1))
-    if len(valid) > per_document:
-        valid = np.sort(np.random.default_rng(seed).choice(valid, per_document, replace=False))
-    return valid.astype(np.int32)
-
-
-def plan_anchors(
-    doc_ids: npt.NDArray[np.int32],
-    loss_mask: npt.NDArray[np.bool_],
-    *,
-    block_size: int,
-    per_document: int,
-    seeds: Sequence[Sequence[int]],
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """Draws the anchors of a packed row, document by document.
-
-    Args:
-        doc_ids: (T,) int32; documents are numbered 0.. in the order they lie in the row, -1 is padding.
-        loss_mask: (T,) bool.
-        block_size: S.
-        per_document: the most anchors of one document.
-        seeds: one seed per document (`anchor_seed`).
 
     Returns:
-        anchors (A,) int32 ascending positions in the row, and trained (A,) int32: slots 1..trained of that block
-        are trained, the others are not. There are no padding anchors.
+        anchors (A,) int32 positions in the document, and trained (A,) int32: slots 1..trained of that block are
+        trained, the others are not.
     """
-    anchors: list[npt.NDArray[np.int32]] = []
-    trained: list[npt.NDArray[np.int32]] = []
-    bounds = np.searchsorted(np.where(doc_ids < 0, len(seeds), doc_ids), np.arange(len(seeds) + 1))
-    for seed, start, stop in zip(seeds, bounds[:-1], bounds[1:], strict=True):
-        mask = loss_mask[start:stop]
-        drawn = draw_anchors(mask, per_document=per_document, seed=seed)
-        anchors.append(drawn + np.int32(start))
-        trained.append(np.minimum(supervised_run(mask)[drawn], block_size - 1).astype(np.int32))
-    empty = np.zeros(0, np.int32)
-    return np.concatenate([empty, *anchors]), np.concatenate([empty, *trained])
+    run = supervised_run(loss_mask)
+    valid = np.flatnonzero(loss_mask & (run >= 1))
+    if len(valid) > per_document:
+        valid = np.sort(np.random.default_rng(seed).choice(valid, per_document, replace=False))
+    return valid.astype(np.int32), np.minimum(run[valid], block_size - 1).astype(np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +82,7 @@ class AnchorSpec:
 class RowPlan:
     """All of a row that is known before its hidden states arrive (numpy, on the CPU).
 
-    doc_ids, positions (T,) int32 with T the tokens in use · anchors, trained (A,) int32 (`plan_anchors`) ·
+    doc_ids, positions (T,) int32 with T the tokens in use · anchors, trained (A,) int32 (`draw_anchors`, in the row) ·
     block_tokens (A, S) int32: the tokens a..a+S-1, 0 in slots that are not trained · outside: slots that are not
     trained because they, or a slot before them, hold a token outside the drafter's vocabulary.
     """
@@ -141,19 +116,19 @@ class RowPlan:
 def plan_row(row: Row, samples: Samples, spec: AnchorSpec) -> RowPlan:
     """Lays the row out and draws its anchors; a row without samples has T = A = 0."""
     total = row.tokens
-    tokens, positions = np.zeros(total, np.int32), np.zeros(total, np.int32)
-    doc_ids, loss_mask = np.full(total, -1, np.int32), np.zeros(total, bool)
+    tokens, positions, doc_ids = (np.zeros(total, np.int32) for _ in range(3))
+    drawn = [(np.zeros(0, np.int32), np.zeros(0, np.int32))]
     epoch = VALIDATION_EPOCH if row.kind == "validation" else row.epoch
     for document, place in enumerate(row.places):
         here = slice(place.start, place.start + place.length)
         tokens[here] = samples.tokens(place.sample)
-        loss_mask[here] = samples.loss_mask(place.sample)
         doc_ids[here] = document
         positions[here] = np.arange(place.length)
-    seeds = [anchor_seed(spec.seed, epoch, place.sample) for place in row.places]
-    anchors, trained = plan_anchors(
-        doc_ids, loss_mask, block_size=spec.block_size, per_document=spec.per_document, seeds=seeds
-    )
+        seed = anchor_seed(spec.seed, epoch, place.sample)
+        mask = samples.loss_mask(place.sample)
+        own, reach = draw_anchors(mask, block_size=spec.block_size, per_document=spec.per_document, seed=seed)
+        drawn.append((own + np.int32(place.start), reach))
+    anchors, trained = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
     slots = np.arange(spec.block_size)
     at = np.minimum(anchors[:, None] + slots, max(total - 1, 0))
     supervised = int(trained.sum())
