@@ -26,11 +26,6 @@ from dflash_scale.drafter.vocabulary import cut_at_unknown
 VALIDATION_EPOCH = 2**31 - 1
 
 
-def anchor_seed(run_seed: int, epoch: int, sample: int) -> tuple[int, int, int]:
-    """The seed of one document's draw. All three are non-negative integers."""
-    return (run_seed, epoch, sample)
-
-
 def supervised_run(loss_mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
     """For every position a of one document, how many supervised tokens follow it without a gap.
 
@@ -55,7 +50,7 @@ def draw_anchors(
         loss_mask: (n,) bool of one document.
         block_size: S.
         per_document: the most anchors to draw.
-        seed: from `anchor_seed`.
+        seed: (run seed, epoch, sample).
 
     Returns:
         anchors (A,) int32 positions in the document, and trained (A,) int32: slots 1..trained of that block are
@@ -124,8 +119,7 @@ def plan_row(row: Row, samples: Samples, spec: AnchorSpec) -> RowPlan:
         tokens[here] = samples.tokens(place.sample)
         doc_ids[here] = document
         positions[here] = np.arange(place.length)
-        seed = anchor_seed(spec.seed, epoch, place.sample)
-        mask = samples.loss_mask(place.sample)
+        seed, mask = (spec.seed, epoch, place.sample), samples.loss_mask(place.sample)
         own, reach = draw_anchors(mask, block_size=spec.block_size, per_document=spec.per_document, seed=seed)
         drawn.append((own + np.int32(place.start), reach))
     anchors, trained = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
