@@ -19,7 +19,6 @@ from dflash_scale.transport import keys, messages, sockets
 from dflash_scale.transport.layout import Layout
 from tests.support.data_messages import decode_data
 
-SOURCE = Path(__file__).parents[2] / "dflash_scale" / "stream" / "connector.py"
 BLOCKS, LAYERS, BLOCK_SIZE, HIDDEN = 9, 3, 4, 8
 TICKET = messages.Ticket("run-1", "rx", 0, 5, 0, (1, 3, 6), "float32")
 
