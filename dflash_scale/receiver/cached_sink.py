@@ -49,7 +49,7 @@ class CacheLacking(RuntimeError):
 
 
 class CachedSink:
-    """A `Sink` before the rings: what the cache has goes into them here, and `take` gives what it has not.
+    """A `Sink` before the rings: what the cache has goes into them here, and `take` gives what it lacks.
 
     Args:
         rings: where all samples go.

@@ -13,7 +13,7 @@ from dflash_scale.verifier.shape import VerifierShape
 
 def run_layouts(config: Config, shape: VerifierShape) -> RowLayouts:
     """The aux layers in every row; the last layer in validation rows, and in training rows where the loss needs the
-    verifier's logits. Raises ValueError for layers or a transport that the verifier has not."""
+    verifier's logits. Raises ValueError for layers or a transport that the verifier lacks."""
     layer_ids, dtype = aux_layers(config.verifier.layer_ids, shape.layers), transport_dtype(config, shape)
     whole = Layout((*layer_ids, shape.layers), shape.hidden_size, dtype)
     return RowLayouts(whole if config.loss.needs_verifier else whole.only(layer_ids), whole)

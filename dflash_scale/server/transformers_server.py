@@ -55,7 +55,7 @@ class TransformersVerifier:
     """A Transformers causal LM whose forward also keeps the residual stream after some layers.
 
     Of a multimodal model, those of its text part. Raises ValueError for families whose layers are not found and for
-    layer ids that the verifier has not.
+    layer ids that the verifier lacks.
     """
 
     def __init__(self, model: str, layer_ids: tuple[int, ...], dtype: str) -> None:

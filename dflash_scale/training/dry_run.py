@@ -36,7 +36,7 @@ class DryRun:
     world_size: int
     micro_steps: int
     trainable: int  # parameters
-    frozen: int  # parameters of the verifier's ends
+    frozen: int  # parameters of the verifier's embedding, norm and LM head
     most_anchors: int  # of one row, at most
     anchors: int  # that memory is estimated for
     data: Prepared | None

@@ -98,7 +98,7 @@ def normaliser(trained: Mask, spec: LossSpec) -> float:
 class VerifierStates:
     """What gives the verifier's logits at any position of a row.
 
-    states (T, H') last residuals · anchors (A,) on the CPU · logits (n, H') -> (n, V), scaled and capped as the
+    states (T, H') of the last layer · anchors (A,) on the CPU · logits (n, H') -> (n, V), scaled and capped as the
     verifier's are.
     """
 

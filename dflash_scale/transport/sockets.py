@@ -73,7 +73,7 @@ def bind_router(
     """The server's end. Sending to an absent receiver raises EHOSTUNREACH, to a slow one EAGAIN.
 
     keys: only receivers that hold one of `keys.receivers` are served, and while the context has an `Authenticator`.
-    Raises ValueError for an address that needs keys or `insecure`, that is taken or that this machine has not.
+    Raises ValueError for an address that needs keys or `insecure`, that is taken or that this machine does not have.
     """
     check_bind("--zmq", address, open_to_others=insecure or keys is not None)
     socket = context.socket(zmq.ROUTER)

@@ -51,7 +51,7 @@ INPUT_SIDE = {"per_layer_model_projection", "per_layer_projection_norm"}
 
 
 class VerifierHead:
-    """The verifier's ends. Not an nn.Module, so that no engine can find, cast or partition its tensors.
+    """Embedding, norm and LM head. Not an nn.Module, so that no engine can find, cast or partition its tensors.
 
     Args:
         embedding: (V, H).

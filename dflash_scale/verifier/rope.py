@@ -33,7 +33,7 @@ def check_rope(given: Mapping[str, Any]) -> dict[str, Any]:
     if missing := sorted(wanted - given.keys()):
         raise ValueError(f"drafter.rope_parameters: got no {', '.join(missing)}, wanted it for {kind}; add it")
     if surplus := sorted(given.keys() - wanted - known):
-        raise ValueError(f"drafter.rope_parameters: got {', '.join(surplus)}, which {kind} has not; drop it")
+        raise ValueError(f"drafter.rope_parameters: got {', '.join(surplus)}, which {kind} does not take; drop it")
     for name in given.keys() - {"rope_type", "truncate"}:
         if isinstance(given[name], bool) or not isinstance(given[name], int | float):
             raise ValueError(f"drafter.rope_parameters.{name}: got {given[name]!r}, wanted a number; correct it")

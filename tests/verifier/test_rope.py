@@ -117,7 +117,7 @@ def test_of_several_it_is_the_full_attention_layers() -> None:
         ({"rope_type": "longrope", "rope_theta": 1e4}, "wanted one of default, linear, llama3, yarn"),
         ({"rope_type": "linear", "rope_theta": 1e4}, "got no factor"),
         ({"rope_type": "default"}, "got no rope_theta"),
-        ({"rope_theta": 1e4, "partial_rotary_factor": 0.5}, "got partial_rotary_factor, which default has not"),
+        ({"rope_theta": 1e4, "partial_rotary_factor": 0.5}, "got partial_rotary_factor, which default does not take"),
         ({"rope_theta": "1e4"}, "rope_theta: got '1e4', wanted a number"),
     ],
 )
