@@ -10,6 +10,7 @@ and started again: files that are there and good are left as they are. Samples t
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -18,10 +19,11 @@ import signal
 import sys
 import time
 from argparse import Namespace
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+
+from tqdm import tqdm
 
 from dflash_scale.cache.folder import CacheOrigin, claim_folder, open_cache
 from dflash_scale.commands import edge
@@ -41,8 +43,7 @@ from dflash_scale.verifier.identity import origin_of
 
 log = logging.getLogger(__name__)
 
-RATE_OVER_S: Final = 10.0
-LINE_EVERY_S: Final = {True: 1.0, False: 10.0}  # on a terminal, in a file
+LINE_EVERY_S: Final = 10.0  # where no terminal is
 
 
 def run(args: Namespace) -> int:
@@ -154,40 +155,26 @@ def write_totals(filled: Filled, folder: Path) -> int:
 
 
 class Progress:
-    """A line about the pace and what limits it, on stderr."""
+    """How far it is and what limits it, on stderr: a bar on a terminal, a line every ten seconds elsewhere."""
 
     def __init__(self, samples: int) -> None:
-        self._samples, self._terminal = samples, sys.stderr.isatty()
-        self._seen: deque[tuple[float, int, int]] = deque([(time.monotonic(), 0, 0)])  # time, done, bytes written
-        self._next = self._seen[0][0] + 1
+        self._terminal = sys.stderr.isatty()
+        file = sys.stderr if self._terminal else io.StringIO()
+        self._bar = tqdm(total=samples, unit="sample", dynamic_ncols=True, file=file)
+        self._next = time.monotonic() + LINE_EVERY_S
 
     def show(self, status: dict[str, Any], blocked_on: str) -> None:
-        """Call it often; it writes once a second on a terminal, every ten elsewhere."""
+        """Call it often."""
+        text = f"{status['written_bytes'] / 1e9:,.2f} GB written · bottleneck: {blocked_on}"
+        if status["quarantined"]:
+            text += f" · {status['quarantined']:,} quarantined"
+        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update(status["present"] + status["written"] + status["quarantined"] - self._bar.n)
         now = time.monotonic()
-        if now < self._next:
-            return
-        self._next = now + LINE_EVERY_S[self._terminal]
-        self._seen.append((now, status["present"] + status["written"] + status["quarantined"], status["written_bytes"]))
-        while self._seen[0][0] < now - RATE_OVER_S and len(self._seen) > 2:
-            self._seen.popleft()
-        line = pace(self._samples, self._seen[0], self._seen[-1], blocked_on)
-        more = f" · {status['quarantined']:,} quarantined" if status["quarantined"] else ""
-        print(f"\r\x1b[K{line}{more}" if self._terminal else line + more, end="", file=sys.stderr)
-        print(end="" if self._terminal else "\n", file=sys.stderr, flush=True)
+        if not self._terminal and now >= self._next:
+            self._next = now + LINE_EVERY_S
+            print(self._bar, file=sys.stderr, flush=True)
 
     def end(self) -> None:
-        """Leaves the line."""
-        if self._terminal:
-            print(file=sys.stderr)
-
-
-def pace(samples: int, earlier: tuple[float, int, int], later: tuple[float, int, int], blocked_on: str) -> str:
-    """The progress line from two (seconds, samples done, bytes written)."""
-    seconds = max(later[0] - earlier[0], 1e-6)
-    rate, speed = (later[1] - earlier[1]) / seconds, (later[2] - earlier[2]) / seconds
-    left = (samples - later[1]) / rate if rate else float("inf")
-    eta = f"{left / 60:,.0f} min left" if 120 <= left < float("inf") else f"{left:.0f} s left"
-    return (
-        f"{later[1]:,}/{samples:,} samples · {rate:,.1f} samples/s · {later[2] / 1e9:,.2f} GB written · "
-        f"{speed / 1e9:.2f} GB/s · {eta if rate else 'nothing moves'} · bottleneck: {blocked_on}"
-    )
+        """Leaves the bar."""
+        self._bar.close()

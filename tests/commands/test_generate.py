@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from dflash_scale.commands.cli import main
-from dflash_scale.commands.generate import Progress, pace
+from dflash_scale.commands.generate import Progress
 from dflash_scale.data.prepare import prepare
 from dflash_scale.server.process import free_port
 from tests.support.chats import chat, save_tokenizer
@@ -94,25 +94,17 @@ def test_no_server_ends_it_with_its_totals(folder: Path, tmp_path: Path, mode: s
     assert json.loads((out / "manifest.json").read_text())["layout"]["layer_ids"] == [2, 4]
 
 
-def test_the_line_says_pace_and_bottleneck() -> None:
-    assert pace(1000, (0.0, 100, 0), (10.0, 300, 5_000_000_000), "servers") == (
-        "300/1,000 samples · 20.0 samples/s · 5.00 GB written · 0.50 GB/s · 35 s left · bottleneck: servers"
-    )
-    assert "60 min left" in pace(100_000, (0.0, 0, 0), (10.0, 277, 0), "cache")
-    assert "nothing moves · bottleneck: no server" in pace(1000, (0.0, 3, 0), (10.0, 3, 0), "no server")
-
-
-def test_lines_come_every_ten_seconds_with_the_pace_of_the_last_ten(
+def test_without_a_terminal_a_line_says_every_ten_seconds_how_far_it_is_and_what_limits_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    clock = iter([0.0] + [float(second) for second in range(1, 40)])
+    clock = iter(float(second) for second in range(40))
     monkeypatch.setattr("dflash_scale.commands.generate.time.monotonic", lambda: next(clock))
     progress = Progress(1000)
     for second in range(1, 40):
-        written = 10 * second + 20 * max(0, second - 20)
-        status = {"present": 0, "written": written, "quarantined": second // 20, "written_bytes": 0}
+        status = {"present": 3, "written": 10 * second, "quarantined": second // 20, "written_bytes": 10**9 * second}
         progress.show(status, "servers")
+    progress.end()
     lines = capsys.readouterr().err.splitlines()
-    assert [line.partition("/")[0] for line in lines] == ["10", "110", "231", "531"]
-    assert "· 10.0 samples/s ·" in lines[1] and "· 30.0 samples/s ·" in lines[3]
-    assert "quarantined" not in lines[1] and lines[2].endswith("bottleneck: servers · 1 quarantined")
+    assert [line.split("| ")[1].split(" [")[0] for line in lines] == ["103/1000", "204/1000", "304/1000"]
+    assert "10.00 GB written · bottleneck: servers]" in lines[0]
+    assert lines[1].endswith("bottleneck: servers · 1 quarantined]")
