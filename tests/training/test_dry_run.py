@@ -128,7 +128,7 @@ def test_the_printout_says_all_of_it() -> None:
         "server 0                 http://127.0.0.1:8001, hidden states from tcp://127.0.0.1:5601",
         "mode                     online\n",
         "[2, 10, 18, 26, 34], and 36 for the verifier's logits",
-        "40,960 bytes per token, bfloat16; 49,152 in validation, with the last residual",
+        "40,960 bytes per token, bfloat16; 49,152 in validation, with the last layer",
         "shared memory per node   8.6 GB (8 rings, page-locked)",
         "hidden states of 6 rows  2.4 GB\n",
         "trainable parameters     1,048,626,432",
