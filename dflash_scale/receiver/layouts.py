@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from dflash_scale.config.run import Config
 from dflash_scale.data.schedule import Row
 from dflash_scale.transport.layout import FP8, Layout
 from dflash_scale.verifier.layers import aux_layers
-from dflash_scale.verifier.shape import VerifierShape
+
+if TYPE_CHECKING:  # whoever only reads layouts does without pydantic
+    from dflash_scale.config.run import Config
+    from dflash_scale.verifier.shape import VerifierShape
 
 
 def run_layouts(config: Config, shape: VerifierShape) -> RowLayouts:

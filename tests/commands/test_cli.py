@@ -75,7 +75,7 @@ def test_prepare_writes_a_data_set_and_says_what_became_of_it(tmp_path: Path) ->
     options = ("--workers", "1", "--validation-fraction", "0")
     done = run_cli("prepare", str(source), "--model", model, "--out", str(tmp_path / "out"), *options)
     assert done.returncode == 0, done.stderr
-    assert "1 samples to train on" in done.stdout and "of 2 lines 1 bad" in done.stdout
+    assert "1 samples to train on" in done.stdout and "of 2 lines 1 invalid" in done.stdout
     assert f"skipped {source}:2: not valid JSON" in done.stderr
     assert len(load_prepared(tmp_path / "out").train) == 1
 
