@@ -162,8 +162,8 @@ def row_source(
     """Where the hidden states of this rank's rows come from: its ring, filled by the node's receiver, or nowhere."""
     from dflash_scale.receiver.client import Stream
     from dflash_scale.training.copiers import Copier, CudaCopier, HostCopier
-    from dflash_scale.training.loader import LoaderSpec, RowLoader
-    from dflash_scale.training.row_source import FakeSource, RingSource
+    from dflash_scale.training.loader import LoaderSpec, RingSource, RowLoader
+    from dflash_scale.training.row_source import FakeSource
 
     config, layouts = run.config, run.verifier.layouts
     if config.stream.mode == "fake":

@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from dflash_scale.data.schedule import Row
 from dflash_scale.receiver.layouts import RowLayouts
@@ -19,6 +20,9 @@ from dflash_scale.training.device_rows import READY_AND_IN_USE, DeviceRows, RowB
 from dflash_scale.training.row_source import RowStates
 from dflash_scale.transport.encoding import decode
 from dflash_scale.transport.ring import QUARANTINED, Record, Ring
+
+if TYPE_CHECKING:  # which brings the configuration, and pydantic with it
+    from dflash_scale.receiver.client import Stream
 
 POLL_S = 0.2  # how long the thread waits for a record before it looks whether it should stop
 COPY_POLL_S = 0.001  # or whether copies have ended, while there are some
@@ -153,3 +157,26 @@ class RowLoader:
             row.quarantined.append(record.sample)
         per_token = self._spec.layouts.of(row.row).bytes_per_token
         self._device_rows.fill(row.buffer, start * per_token, (start + length) * per_token, record)
+
+
+@dataclass(frozen=True, slots=True)
+class RingSource:
+    """Rows from this rank's ring, and the stream behind it."""
+
+    loader: RowLoader
+    stream: "Stream"
+
+    def wait(self, seconds: float) -> bool:
+        return self.loader.wait(seconds)
+
+    def next(self) -> RowStates | None:
+        return self.loader.next()
+
+    def status(self) -> list[dict[str, Any]]:
+        return self.stream.servers()
+
+    def close(self) -> None:
+        try:
+            self.loader.close()
+        finally:
+            self.stream.close()

@@ -1,8 +1,8 @@
 """Where the rows of a rank come from: one seam between training and everything that makes hidden states.
 
-`RingSource` takes them from the ring that the node's receiver fills, whatever the receiver gets them from: servers, a
-cache, or both. `FakeSource` draws them at random, on the rank itself. A source follows the rank's row schedule and
-knows nothing of tokens, anchors and loss: the trainer plans each row itself (`blocks.plan_row`).
+`loader.RingSource` takes them from the ring that the node's receiver fills, whatever the receiver gets them from:
+servers, a cache, or both. `FakeSource` draws them at random, on the rank itself. A source follows the rank's row
+schedule and knows nothing of tokens, anchors and loss: the trainer plans each row itself (`blocks.plan_row`).
 
 T tokens in use in a row · L verifier layers in its layout · H the verifier's hidden size.
 """
@@ -11,17 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from dflash_scale.data.schedule import Row
 from dflash_scale.receiver.layouts import RowLayouts
-
-if TYPE_CHECKING:
-    from dflash_scale.receiver.client import Stream
-    from dflash_scale.training.loader import RowLoader
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,29 +52,6 @@ class RowSource(Protocol):
     def close(self) -> None:
         """Ends what the source has started; rows that were not asked for are dropped."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class RingSource:
-    """Rows from this rank's ring, and the stream behind it."""
-
-    loader: RowLoader
-    stream: Stream
-
-    def wait(self, seconds: float) -> bool:
-        return self.loader.wait(seconds)
-
-    def next(self) -> RowStates | None:
-        return self.loader.next()
-
-    def status(self) -> list[dict[str, Any]]:
-        return self.stream.servers()
-
-    def close(self) -> None:
-        try:
-            self.loader.close()
-        finally:
-            self.stream.close()
 
 
 class FakeSource:
