@@ -1,4 +1,5 @@
-// The GPU kernels on the emulated machine, callable from Python (tests/ops/test_gpu_emulated.py). All memory is the host's.
+// The GPU kernels on the emulated machine, callable from Python (tests/ops/test_gpu_emulated.py). All memory is the
+// host's.
 #include "attention/sm80_backward.cu"
 #include "attention/sm80_forward.cu"
 #include "attention/sm90_backward.cu"

@@ -1,4 +1,5 @@
-// The loss kernel on the emulated machine, callable from Python (tests/ops/test_softmax_loss.py). All memory is the host's.
+// The loss kernel on the emulated machine, callable from Python (tests/ops/test_softmax_loss.py). All memory is the
+// host's.
 #include "loss/softmax.cu"
 #include "run.h"
 
