@@ -85,7 +85,7 @@ def answered(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     process = inputs.start(folder)
     said, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
-    assert "of 62 lines 2 bad or not answered" in said
+    assert "of 62 lines 2 invalid or not answered" in said
     return folder
 
 

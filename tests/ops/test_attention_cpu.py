@@ -91,7 +91,8 @@ def test_one_document_repeats_bit_for_bit_whatever_the_threads(dtype: torch.dtyp
 PRELUDE = """
 import contextlib, re, torch
 from pathlib import Path
-from dflash_scale.ops.attention import anchor_attention, build_plan
+from dflash_scale.ops.attention import anchor_attention
+from dflash_scale.ops.attention_plan import build_plan
 
 def problem(tokens, anchors, size, width):
     plan = build_plan(torch.arange(tokens - anchors, tokens, dtype=torch.int32),
