@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -53,14 +54,16 @@ def test_a_status_that_cannot_be_written_does_not_end_the_run(
 
     def each(count: int) -> None:
         nonlocal log
+        aside = run.folder / f"status.json.partial-{socket.gethostname()}-{receiver.process.pid}"
+        deadline = time.monotonic() + 60
         if count == 10:  # a folder under the name of the file it is written aside to
-            (run.folder / f"status.json.{receiver.process.pid}").mkdir()
+            aside.mkdir()
         while count == 20 and "status.json cannot be written (Is a directory)" not in log:
-            assert receiver.process.poll() is None
+            assert receiver.process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
             log += capfd.readouterr().err
         if count == 30:
-            (run.folder / f"status.json.{receiver.process.pid}").rmdir()
+            aside.rmdir()
 
     receiver = run.spawn()
     drain(run, receiver, each=each)
