@@ -268,6 +268,7 @@ def test_a_stopped_receiver_ends_the_run(make_run: Callable[..., Run], monkeypat
             PeerStuck, match=rf"pid {receiver.process.pid}\).*not moved for 1 s.*continue with --resume"
         ):
             read_all(ring)
+        receiver.process.kill()  # what a stopped one is sent waits for a SIGCONT
 
 
 def test_a_receiver_that_waits_for_the_trainer_is_not_stuck(

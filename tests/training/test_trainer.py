@@ -96,7 +96,6 @@ def baseline(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, to
         (1, 4, 64, "decay", 2),  # several documents a row, and an empty row
         (2, 4, 64, "dpace", 1),
         (2, 12, 16, "dpace", 3),  # and with activation checkpointing
-        (2, 6, 32, "decay", 1),
         (2, 4, 64, "soft", 2),
     ],
 )
